@@ -1,0 +1,84 @@
+//! The shipper: codes checkpoints and hands them to the link, off the stop path.
+//!
+//! A checkpoint that was taken for a connection that is gone is dropped: what it holds is in the
+//! full copy that the next connection begins with. The backup then gets every later epoch, and
+//! output of the dropped one waits for them.
+
+use super::primary::Shell;
+use super::stop::Taken;
+use replicator::Generation;
+use replicator::protocol::LinkId;
+use replicator::protocol::primary::Input;
+use replicator::sys::sched;
+use replicator::transport::link::Closed;
+use replicator::wire::{BuildError, CheckpointBuilder, Limits};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender};
+
+/// Ahead of ordinary work, behind everything that is real-time.
+const NICE: i32 = -15;
+
+/// Why a checkpoint did not leave.
+#[derive(Debug, thiserror::Error)]
+enum ShipError {
+    #[error(transparent)]
+    Build(#[from] BuildError),
+    #[error(transparent)]
+    Closed(#[from] Closed),
+    #[error("the connection that it was taken for is gone")]
+    Stale,
+}
+
+/// Runs until the stop thread is gone.
+pub(super) fn run(
+    shell: Arc<Shell>,
+    generation: Generation,
+    taken: Receiver<Taken>,
+    buffers: SyncSender<Taken>,
+) {
+    if let Err(error) = sched::set_nice(NICE) {
+        tracing::debug!(%error, "the shipper runs at ordinary priority");
+    }
+    let mut builder: Option<(LinkId, CheckpointBuilder)> = None;
+    for taken in taken {
+        if let Err(error) = ship(&shell, generation, &mut builder, &taken) {
+            tracing::info!(epoch = %taken.epoch, %error, "a checkpoint was dropped");
+            builder = None;
+        }
+        shell.shipped();
+        // The stop thread holds the other end as long as it runs.
+        let _ = buffers.send(taken);
+    }
+}
+
+fn ship(
+    shell: &Shell,
+    generation: Generation,
+    builder: &mut Option<(LinkId, CheckpointBuilder)>,
+    taken: &Taken,
+) -> Result<(), ShipError> {
+    let link = shell.link_for(taken).ok_or(ShipError::Stale)?;
+    if taken.full {
+        *builder = Some((taken.link, CheckpointBuilder::new(Limits::default())));
+    }
+    let builder = match builder {
+        Some((of, builder)) if *of == taken.link => builder,
+        _ => return Err(ShipError::Stale),
+    };
+    let mut sent = Ok(());
+    let mut send = |frame| {
+        if sent.is_ok() {
+            sent = link.send(frame);
+        }
+    };
+    send(builder.begin(generation, taken.epoch, taken.full));
+    let pids: Vec<i32> = taken.state.processes.iter().map(|p| p.pid).collect();
+    builder.pages(&taken.pages, &pids, &mut send)?;
+    let finished = builder.finish(&taken.state, &mut send)?;
+    sent?;
+    shell.note(taken, finished.bytes);
+    // The ledger learns of the digest before the frame leaves that completes the checkpoint.
+    shell.handle(Input::Sent { epoch: finished.epoch, digest: finished.digest });
+    link.send(finished.end)?;
+    Ok(())
+}

@@ -1,0 +1,360 @@
+//! The stop thread of a primary: it runs the container under ptrace and takes a checkpoint of it
+//! whenever output waits, or the longest epoch has passed.
+//!
+//! In a stop it is real-time (SCHED_FIFO), and does nothing that could be done before or after:
+//! encoding, sending, logging and bookkeeping belong to the [shipper](super::ship). Pre-copy runs
+//! at ordinary priority: it can keep a processor busy for long, and the kernel takes the
+//! processor away from real-time threads that do so, heartbeats included. Two sets of
+//! buffers go round between the two threads; when both are with the shipper no stop begins, which
+//! bounds what waits (RB-1).
+
+use super::primary::Shell;
+use super::status::Phase;
+use crate::frames::gate::{Gate, InputHold};
+use anyhow::{Context, Result};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, ppoll};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::time::TimeSpec;
+use replicator::Epoch;
+use replicator::capture::{Boundary, CaptureError, Capturer, StopTimes};
+use replicator::image::State;
+use replicator::image::pages::PageSet;
+use replicator::protocol::LinkId;
+use replicator::sys::sched;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, TryRecvError};
+use std::time::{Duration, Instant};
+
+/// Real-time priority in a stop; the gate's threads run below it.
+const PRIORITY: i32 = 20;
+/// Nice value between stops.
+const NICE: i32 = -20;
+/// How long a stop that was taken back waits before it is tried again.
+const RETRY: Duration = Duration::from_millis(1);
+/// For how long stops may be taken back in a row before protection is given up.
+const MAX_TRANSIENT: Duration = Duration::from_secs(10);
+/// For how long something that cannot be captured may be there before protection ends. A program
+/// that lives for a moment (a child that asks a name service over a unix socket) only delays a
+/// checkpoint, and the output that waits for it.
+const GRACE: Duration = Duration::from_secs(1);
+/// Longest sleep when nothing is due.
+const IDLE: Duration = Duration::from_millis(200);
+/// Pages in one round of pre-copy that make another round worth its while.
+const ANOTHER_ROUND: usize = 2_000;
+/// Most rounds of pre-copy before one stop.
+const MAX_ROUNDS: usize = 4;
+
+/// A checkpoint on its way to the shipper, or empty buffers on their way back.
+#[derive(Debug, Default)]
+pub(super) struct Taken {
+    /// The connection that it is for.
+    pub(super) link: LinkId,
+    /// Its number.
+    pub(super) epoch: Epoch,
+    /// Whether it builds on none before.
+    pub(super) full: bool,
+    /// The state.
+    pub(super) state: State,
+    /// The pages.
+    pub(super) pages: PageSet,
+    /// How long the stages of the stop took.
+    pub(super) times: StopTimes,
+    /// When output was sealed.
+    pub(super) sealed: Option<Instant>,
+    /// Time since the stop before.
+    pub(super) interval: Duration,
+}
+
+/// How often to stop.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Pace {
+    /// Output that waits ends an epoch, but not sooner than this.
+    pub(super) min: Duration,
+    /// The longest epoch.
+    pub(super) max: Duration,
+}
+
+/// Makes the calling thread the one that may stop a container, with SIGCHLD as a descriptor.
+/// SIGCHLD must be blocked in every thread of the process.
+pub(super) fn become_stop_thread() -> Result<SignalFd> {
+    // Ordinary threads with this mark give their priority to no child: the container starts as
+    // any other program.
+    if let Err(error) = sched::set_ordinary().and_then(|()| sched::set_nice(NICE)) {
+        tracing::warn!(%error, "stops will be longer when the machine is busy");
+    }
+    let mut set = SigSet::empty();
+    set.add(Signal::SIGCHLD);
+    SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
+        .context("cannot watch the container's processes (signalfd)")
+}
+
+/// Real-time while it lives.
+pub(super) struct RealTime(());
+
+impl RealTime {
+    /// Makes the calling thread real-time, if the system allows it.
+    pub(super) fn start() -> Self {
+        if let Err(error) = sched::set_fifo(PRIORITY) {
+            tracing::debug!(%error, "not real-time");
+        }
+        Self(())
+    }
+}
+
+impl Drop for RealTime {
+    fn drop(&mut self) {
+        if let Err(error) = sched::set_ordinary() {
+            tracing::debug!(%error, "real-time for good");
+        }
+    }
+}
+
+/// Waits until a descriptor is readable or the time has passed. Which is not told: look.
+pub(super) fn sleep_on(fds: &mut [PollFd<'_>], time: Duration) -> Result<()> {
+    match ppoll(fds, Some(TimeSpec::from(time)), None) {
+        Ok(_) | Err(Errno::EINTR) => Ok(()),
+        Err(e) => Err(e).context("poll"),
+    }
+}
+
+/// Empties the signal descriptor.
+pub(super) fn drain_signals(signals: &SignalFd) {
+    while let Ok(Some(_)) = signals.read_signal() {}
+}
+
+struct GateBoundary<'a> {
+    gate: &'a Gate,
+    hold: Option<InputHold<'a>>,
+    /// Output does not wait, so there is nothing to seal.
+    control: bool,
+    sealed: Option<Instant>,
+    error: Option<crate::frames::gate::GateError>,
+}
+
+impl Boundary for GateBoundary<'_> {
+    fn hold_input(&mut self) {
+        self.hold = Some(self.gate.hold_input());
+    }
+
+    fn seal(&mut self, epoch: Epoch) {
+        if self.control {
+            self.sealed = Some(Instant::now());
+            return;
+        }
+        match self.gate.seal(epoch) {
+            Ok(_) => self.sealed = Some(Instant::now()),
+            Err(e) => self.error = Some(e),
+        }
+    }
+
+    fn release_input(&mut self) {
+        self.hold = None;
+    }
+}
+
+/// The loop of the stop thread.
+pub(super) struct StopLoop {
+    pub(super) capturer: Capturer,
+    pub(super) gate: Arc<Gate>,
+    pub(super) shell: Arc<Shell>,
+    pub(super) signals: SignalFd,
+    pub(super) pace: Pace,
+    pub(super) to_ship: SyncSender<Taken>,
+    pub(super) from_ship: Receiver<Taken>,
+    pub(super) epoch: Epoch,
+    pub(super) last_stop: Instant,
+    pub(super) transient_since: Option<Instant>,
+    /// Whether the container is connected to its clients.
+    pub(super) plugged: bool,
+    pub(super) buffers: Vec<Taken>,
+}
+
+/// Why the loop ended.
+#[derive(Debug)]
+pub(super) enum Ending {
+    /// The container's processes ended.
+    Ended,
+    /// The agent was told to stop, or this side was demoted.
+    Told,
+    /// The container holds something that cannot be protected.
+    Unprotectable(CaptureError),
+}
+
+impl StopLoop {
+    /// Runs until the container or the agent ends.
+    pub(super) fn run(&mut self) -> Result<Ending> {
+        loop {
+            if self.shell.must_end() {
+                return Ok(Ending::Told);
+            }
+            match self.turn() {
+                Ok(()) => {}
+                Err(CaptureError::Ended) => return Ok(Ending::Ended),
+                Err(e) => return Ok(Ending::Unprotectable(e)),
+            }
+        }
+    }
+
+    fn turn(&mut self) -> Result<(), CaptureError> {
+        self.take_back_buffers();
+        if !self.plugged && self.shell.is_welcome() {
+            self.shell.protect_output(&self.gate, self.epoch);
+            self.gate.plug().map_err(|error| {
+                tracing::error!(%error, "the container cannot be connected to its clients");
+                CaptureError::Transient("the gate does not open")
+            })?;
+            self.plugged = true;
+        }
+        let active = !self.buffers.is_empty() && self.shell.may_begin_stop();
+        let since = self.last_stop.elapsed();
+        let wait = if !active { IDLE } else { self.pace.max.saturating_sub(since) };
+        let wants_output = active && since >= self.pace.min;
+        let wait = if active && !wants_output { self.pace.min - since } else { wait };
+        let output_waits = {
+            let mut fds = vec![
+                PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
+                PollFd::new(self.shell.wake(), PollFlags::POLLIN),
+            ];
+            if wants_output {
+                fds.push(PollFd::new(self.gate.output_waits(), PollFlags::POLLIN));
+            }
+            sleep_on(&mut fds, wait).map_err(|_| CaptureError::Transient("poll failed"))?;
+            fds.get(2).is_some_and(|f| f.any().unwrap_or(false))
+        };
+        self.shell.awake();
+        drain_signals(&self.signals);
+        self.capturer.pump()?;
+        let since = self.last_stop.elapsed();
+        if active && since >= self.pace.min && (output_waits || since >= self.pace.max) {
+            self.checkpoint()?;
+        }
+        Ok(())
+    }
+
+    fn take_back_buffers(&mut self) {
+        loop {
+            match self.from_ship.try_recv() {
+                Ok(mut taken) => {
+                    taken.pages.clear();
+                    self.buffers.push(taken);
+                }
+                Err(TryRecvError::Empty | TryRecvError::Disconnected) => return,
+            }
+        }
+    }
+
+    fn checkpoint(&mut self) -> Result<(), CaptureError> {
+        let Some(mut taken) = self.buffers.pop() else { return Ok(()) };
+        let (link, full) = self.shell.next_base();
+        if full {
+            self.capturer.begin_full();
+        }
+        let result = self.prepare_and_stop(&mut taken);
+        match result {
+            Ok(()) => {}
+            Err(CaptureError::Ended) => return Err(CaptureError::Ended),
+            // Whatever else failed has changed nothing in the container: it is tried again.
+            Err(e) => {
+                if full {
+                    self.shell.full_again(link);
+                }
+                self.buffers.push(taken);
+                return self.taken_back(e);
+            }
+        }
+        self.transient_since = None;
+        (taken.link, taken.full, taken.epoch) = (link, full, self.epoch);
+        taken.interval = self.last_stop.elapsed();
+        self.last_stop = Instant::now();
+        self.epoch = self.epoch.next();
+        self.shell.taken();
+        if self.to_ship.send(taken).is_err() {
+            return Err(CaptureError::Transient("the shipper has ended"));
+        }
+        Ok(())
+    }
+
+    fn prepare_and_stop(&mut self, taken: &mut Taken) -> Result<(), CaptureError> {
+        self.capturer.prepare()?;
+        for _ in 0..MAX_ROUNDS {
+            if self.capturer.precopy()? < ANOTHER_ROUND {
+                break;
+            }
+            drain_signals(&self.signals);
+            self.capturer.pump()?;
+        }
+        self.shell.protect_output(&self.gate, self.epoch);
+        let mut boundary = GateBoundary {
+            gate: &self.gate,
+            hold: None,
+            control: self.shell.is_control(),
+            sealed: None,
+            error: None,
+        };
+        let real_time = RealTime::start();
+        taken.times =
+            self.capturer.stop(self.epoch, &mut boundary, &mut taken.state, &mut taken.pages)?;
+        drop(real_time);
+        if let Some(error) = boundary.error {
+            tracing::error!(%error, "output cannot be sealed");
+            return Err(CaptureError::Transient("output cannot be sealed"));
+        }
+        taken.sealed = boundary.sealed;
+        Ok(())
+    }
+
+    fn taken_back(&mut self, why: CaptureError) -> Result<(), CaptureError> {
+        match why {
+            CaptureError::Transient(_) | CaptureError::Unsupported { .. } => {
+                tracing::debug!(%why, "a stop was taken back");
+            }
+            _ => tracing::warn!(%why, "a stop has failed and is tried again"),
+        }
+        metrics::counter!("nilicon_stops_taken_back_total", "container" => self.shell.name())
+            .increment(1);
+        let since = *self.transient_since.get_or_insert_with(Instant::now);
+        if matches!(why, CaptureError::Unsupported { .. }) && since.elapsed() > GRACE {
+            return Err(why);
+        }
+        if since.elapsed() > MAX_TRANSIENT {
+            return Err(CaptureError::Unsupported {
+                object: "the container".into(),
+                reason: format!("no checkpoint for {MAX_TRANSIENT:?}: {why}"),
+            });
+        }
+        // The time to the next try passes as the shortest epoch would.
+        let again = Instant::now() + RETRY;
+        self.last_stop = again.checked_sub(self.pace.min).unwrap_or(again);
+        Ok(())
+    }
+
+    /// Looks after the container without taking checkpoints, until it or the agent ends.
+    pub(super) fn only_look_after(&mut self) -> Result<Ending> {
+        while !self.shell.must_end() {
+            match self.capturer.pump() {
+                Ok(()) => {}
+                Err(CaptureError::Ended) => return Ok(Ending::Ended),
+                Err(e) => return Err(e.into()),
+            }
+            let mut fds = [
+                PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
+                PollFd::new(self.shell.wake(), PollFlags::POLLIN),
+            ];
+            sleep_on(&mut fds, IDLE)?;
+            self.shell.awake();
+            drain_signals(&self.signals);
+        }
+        Ok(Ending::Told)
+    }
+
+    /// The last status: what the container is from now on.
+    pub(super) fn phase_of(ending: &Ending) -> Phase {
+        match ending {
+            Ending::Ended => Phase::Ended,
+            Ending::Told | Ending::Unprotectable(_) => Phase::Demoted,
+        }
+    }
+}

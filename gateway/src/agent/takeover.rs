@@ -1,0 +1,204 @@
+//! From a warm spare to a running container: what happens between suspicion and the first reply.
+//!
+//! ```text
+//!  announce (ARP) ─┬─ probe the peers ──────────┐
+//!                  └─ prepare: files, threads ──┴─ connect ─ open output ─ send what peers lack
+//!                     ─ registers ─ FIN/RST, input log, backlog ─ plug ─ run
+//! ```
+//! FO-2: the container's side stays unplugged until its sockets are whole, so that no frame of a
+//! client meets a half-built container and draws a reset.
+
+use super::backup::{Warm, ms};
+use super::journal::monotonic_us;
+use super::network::Place;
+use super::status::{FailoverPhases, FailoverRecord};
+use crate::frames::Mac;
+use crate::frames::announce::Announcer;
+use crate::frames::gate::Gate;
+use crate::frames::resume::{Answer, Connection, PeerProbe, PeerSegment};
+use anyhow::{Result, anyhow};
+use bytes::Bytes;
+use replicator::image::net::{TcpConnection, TcpState};
+use replicator::image::{Kind, State};
+use replicator::restore::{Peer, Segment};
+use replicator::{Epoch, Generation};
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+/// How long the takeover waits for peers to say where they are. One that is silent gets what it
+/// may lack by retransmission.
+const PROBE_PATIENCE: Duration = Duration::from_millis(40);
+/// Announcements, and the pause between them.
+const ANNOUNCEMENTS: u32 = 3;
+const ANNOUNCE_PAUSE: Duration = Duration::from_millis(100);
+
+/// What a takeover is about.
+pub(super) struct Takeover<'a> {
+    pub(super) place: &'a Place,
+    pub(super) generation: Generation,
+    pub(super) from: Epoch,
+    pub(super) suspected: Instant,
+    /// What is known of the phases before.
+    pub(super) phases: FailoverPhases,
+}
+
+/// The restored processes: host pid and host tids of each, the init first.
+pub(super) type Tree = Vec<(i32, Vec<i32>)>;
+
+/// Carries a takeover out. `logged` are frames that the lost primary had received since the
+/// checkpoint.
+pub(super) fn run(
+    takeover: &Takeover<'_>,
+    warm: &mut Warm,
+    logged: Vec<Bytes>,
+) -> Result<(FailoverRecord, Tree)> {
+    let (checkpoint, received) = warm.last.clone().ok_or_else(|| anyhow!("no checkpoint"))?;
+    let gate = warm.gate.clone();
+    let mut phases = takeover.phases;
+    let mut lap = Instant::now();
+    announce(takeover.place, gate.clone())?;
+
+    let connections: Vec<Connection> = live_connections(&checkpoint.state)
+        .map(|c| Connection::of_checkpoint(c, received.elapsed()))
+        .collect();
+    let count = connections.len();
+    let (prepared, probed) = std::thread::scope(|scope| {
+        let probing = scope.spawn(|| probe(&gate, takeover.place, connections));
+        let prepared = warm.spare.prepare();
+        phases.prepare = lap_ms(&mut lap);
+        (prepared, probing.join())
+    });
+    prepared?;
+    let (answers, took) = probed.map_err(|_| anyhow!("the probe ended in a panic"))??;
+    (phases.probe, lap) = (took, Instant::now());
+
+    let answer = |c: &TcpConnection| match answers.get(&key(c.local, c.remote)) {
+        Some((Answer::Alive { rcv_nxt, .. }, _)) => Peer::Expects(*rcv_nxt),
+        Some((Answer::Gone, _)) => Peer::Gone,
+        _ => Peer::Silent,
+    };
+    let resumption = warm.spare.connect(answer)?;
+    phases.connect = lap_ms(&mut lap);
+
+    gate.open_output()?;
+    warm.spare.push_unsent()?;
+    let restored = warm.spare.complete()?;
+    phases.finish = lap_ms(&mut lap);
+
+    let mac_of = |s: &Segment| answers.get(&key(s.local, s.remote)).and_then(|(_, mac)| *mac);
+    for (segment, reset) in resumption
+        .fins
+        .iter()
+        .map(|s| (s, false))
+        .chain(resumption.resets.iter().map(|s| (s, true)))
+    {
+        inject(&gate, takeover.place.mac, mac_of(segment), segment, reset)?;
+    }
+    let mut replayed = gate.counters().backlog_frames as u64;
+    for frame in &logged {
+        // A frame that the device does not take is sent again by its sender.
+        match gate.inject(frame) {
+            Ok(()) => replayed += 1,
+            Err(error) => tracing::debug!(%error, "a logged frame was not replayed"),
+        }
+    }
+    gate.plug()?;
+    phases.plug = lap_ms(&mut lap);
+
+    warm.spare.resume_all()?;
+    phases.run = lap_ms(&mut lap);
+    phases.total = ms(takeover.suspected.elapsed());
+    let now = monotonic_us();
+    let record = FailoverRecord {
+        generation: takeover.generation.0,
+        epoch: takeover.from.0,
+        suspected_at_us: now - takeover.suspected.elapsed().as_micros() as u64,
+        running_at_us: now,
+        phases_ms: phases,
+        connections: count as u64,
+        silent_peers: answers.values().filter(|(a, _)| *a == Answer::Silent).count() as u64,
+        replayed_frames: replayed,
+    };
+    Ok((record, restored.into_iter().map(|r| (r.host, r.tids)).collect()))
+}
+
+fn lap_ms(lap: &mut Instant) -> f64 {
+    let now = Instant::now();
+    ms(now - std::mem::replace(lap, now))
+}
+
+fn live_connections(state: &State) -> impl Iterator<Item = &TcpConnection> {
+    state.descriptions.iter().filter_map(|d| match &d.kind {
+        Kind::Tcp(c) if c.state != TcpState::Closed => Some(&**c),
+        _ => None,
+    })
+}
+
+/// IPv4 addresses of dual-stack sockets are told as IPv4, as on the wire.
+fn key(local: SocketAddr, remote: SocketAddr) -> (SocketAddr, SocketAddr) {
+    let plain = |a: SocketAddr| SocketAddr::new(a.ip().to_canonical(), a.port());
+    (plain(local), plain(remote))
+}
+
+type Answers = HashMap<(SocketAddr, SocketAddr), (Answer, Option<Mac>)>;
+
+fn probe(gate: &Gate, place: &Place, connections: Vec<Connection>) -> Result<(Answers, f64)> {
+    let start = Instant::now();
+    let mut probe = PeerProbe::new(place.local_net(), connections);
+    gate.probe(&mut probe, start + PROBE_PATIENCE)?;
+    let macs: HashMap<_, _> = probe.macs().map(|(c, mac)| (key(c.local, c.remote), mac)).collect();
+    let answers = probe
+        .answers()
+        .map(|(c, answer)| {
+            let key = key(c.local, c.remote);
+            (key, (answer, macs.get(&key).copied().flatten()))
+        })
+        .collect();
+    Ok((answers, ms(start.elapsed())))
+}
+
+/// Says at once where the container is now, and again a little later from a thread of its own.
+fn announce(place: &Place, gate: std::sync::Arc<Gate>) -> Result<()> {
+    let mut announcer = Announcer::new(place.mac, &[place.ip], ANNOUNCEMENTS, ANNOUNCE_PAUSE);
+    for frame in announcer.due(Instant::now()) {
+        gate.send(frame)?;
+    }
+    std::thread::Builder::new().name("announce".into()).spawn(move || {
+        while let Some(at) = announcer.next_deadline() {
+            std::thread::sleep(at.saturating_duration_since(Instant::now()));
+            for frame in announcer.due(Instant::now()) {
+                if let Err(error) = gate.send(frame) {
+                    tracing::debug!(%error, "announcement");
+                }
+            }
+        }
+    })?;
+    Ok(())
+}
+
+/// Tells the container what it knew of a peer that has closed, in the peer's name.
+fn inject(
+    gate: &Gate,
+    mac: Mac,
+    peer_mac: Option<Mac>,
+    segment: &Segment,
+    reset: bool,
+) -> Result<()> {
+    let frame = PeerSegment {
+        to_mac: mac,
+        // Any unicast address does: the container sends its answer to its neighbour table's.
+        from_mac: peer_mac.unwrap_or(Mac([2, 0, 0, 0, 0, 2])),
+        to: segment.local,
+        from: segment.remote,
+        seq: segment.seq,
+        ack: segment.ack,
+        window: u16::MAX,
+        timestamp: None,
+    };
+    let bytes = if reset { frame.rst() } else { frame.fin() };
+    if let Some(bytes) = bytes {
+        gate.inject(&bytes)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,307 @@
+//! `nilicon drill`: the same run many times, with its fault at another moment each time.
+//!
+//! Invariant: a run is repeated exactly by its seed alone: run i of a drill with seed s is the
+//! only run of a drill with seed s + i.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use netns_tools::topology::Topology;
+use serde::Serialize;
+
+use super::args::{DrillArgs, Output};
+use super::faults;
+use super::numbers::{Spread, micros, millis};
+use super::progress::Progress;
+use super::report::RunReport;
+use super::run::{self, Plan, REPLY_TIMEOUT, run_once};
+use super::signals::{self, Interrupted};
+
+/// What all runs together found.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub(super) struct DrillReport {
+    pub(super) topology: String,
+    pub(super) runs: u32,
+    /// Runs that recovered; see [`RunReport`].
+    pub(super) recovered: u32,
+    pub(super) lost_writes: u64,
+    pub(super) wrong_replies: u64,
+    pub(super) broken_connections: u64,
+    /// The longest wait of a client in each run.
+    pub(super) gap_ms: Spread<f64>,
+    /// Every stop of every run.
+    pub(super) stop_us: Spread<u64>,
+    /// From suspicion until the container ran again.
+    pub(super) failover_ms: MedianAndMax,
+    pub(super) seed: u64,
+    /// Whether output waited for its checkpoint. If not, this was the control, and loss is what
+    /// it is there to show.
+    pub(super) output_commit: bool,
+    pub(super) failed: Vec<FailedRun>,
+}
+
+/// The middle and the worst.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub(super) struct MedianAndMax {
+    pub(super) p50: f64,
+    pub(super) max: f64,
+}
+
+/// A run that was no success.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(super) struct FailedRun {
+    /// Its number, from 1.
+    pub(super) run: u32,
+    /// Its seed.
+    pub(super) seed: u64,
+    pub(super) why: String,
+}
+
+/// One run: a report, or why there is none.
+type Outcome = (u64, Result<RunReport, String>);
+
+impl DrillReport {
+    fn of(topology: &str, seed: u64, output_commit: bool, outcomes: &[Outcome]) -> Self {
+        let reports = || outcomes.iter().filter_map(|(_, outcome)| outcome.as_ref().ok());
+        let sum = |figure| reports().map(|report| report.sum(figure)).sum();
+        let failovers = || reports().flat_map(|report| &report.failovers).map(|f| f.total_ms);
+        let spread = Spread::of(failovers());
+        let failed = outcomes.iter().zip(1..).filter_map(|((seed, outcome), run)| {
+            let why = match outcome {
+                Ok(report) => report.complaint()?,
+                Err(error) => error.clone(),
+            };
+            Some(FailedRun { run, seed: *seed, why })
+        });
+        Self {
+            topology: topology.to_owned(),
+            runs: outcomes.len() as u32,
+            recovered: reports().filter(|report| report.recovered).count() as u32,
+            lost_writes: sum(|c| c.lost_writes),
+            wrong_replies: sum(|c| c.wrong_replies),
+            broken_connections: sum(|c| c.broken_connections),
+            gap_ms: Spread::of(reports().map(RunReport::gap_ms)),
+            stop_us: Spread::of(reports().flat_map(|report| report.stops_us.iter().copied())),
+            failover_ms: MedianAndMax { p50: spread.p50, max: spread.max },
+            seed,
+            output_commit,
+            failed: failed.collect(),
+        }
+    }
+
+    /// Whether the drill showed what it is there to show: that nothing is lost, or, in the
+    /// control without output commit, that something is.
+    fn is_success(&self) -> bool {
+        if self.output_commit {
+            self.failed.is_empty()
+        } else {
+            // A broken connection is no lost promise.
+            self.lost_writes + self.wrong_replies > 0
+        }
+    }
+
+    fn text(&self) -> String {
+        let Self { runs, recovered, lost_writes, wrong_replies, broken_connections, .. } = self;
+        let mut lines = vec![
+            format!("{}: {recovered} of {runs} runs recovered", self.topology),
+            format!(
+                "  {lost_writes} acknowledged writes lost, {wrong_replies} wrong replies, \
+                 {broken_connections} broken connections"
+            ),
+            format!(
+                "  gap       median {}, 99 % {}, max {}",
+                millis(self.gap_ms.p50),
+                millis(self.gap_ms.p99),
+                millis(self.gap_ms.max)
+            ),
+            format!(
+                "  failover  median {}, max {}",
+                millis(self.failover_ms.p50),
+                millis(self.failover_ms.max)
+            ),
+            format!(
+                "  stop      median {}, 99 % {}, max {}",
+                micros(self.stop_us.p50),
+                micros(self.stop_us.p99),
+                micros(self.stop_us.max)
+            ),
+            format!("  seed      {}", self.seed),
+        ];
+        if !self.output_commit {
+            let found =
+                if self.is_success() { "it is lost, as it must be" } else { "NOTHING IS LOST" };
+            lines.push(format!(
+                "  UNSAFE    output did not wait for checkpoints; this is the control: {found}"
+            ));
+        }
+        lines.join("\n")
+    }
+}
+
+/// `nilicon drill`. Returns whether it was a success.
+pub(super) fn drill(args: &DrillArgs) -> Result<bool> {
+    signals::catch()?;
+    let mut topology = args.topology.load()?;
+    if let Some(fault) = args.fault {
+        topology.events = vec![fault.at_primary(&topology)?];
+    }
+    ensure!(
+        !topology.events.is_empty(),
+        "{} has no events; say which fault to inject with --fault",
+        args.topology.path.display()
+    );
+    let seed = args.seed.unwrap_or_else(|| fastrand::u64(..1_000_000));
+    let mut progress = Progress::new();
+    let mut outcomes: Vec<Outcome> = Vec::new();
+    for run in 0..args.runs {
+        let seed = seed.wrapping_add(run.into());
+        let plan = plan_of(&topology, args, seed);
+        let faults: Vec<String> = plan
+            .topology
+            .events
+            .iter()
+            .map(|event| format!("{} at {:.2} s", faults::describe(event), event.at.as_secs_f64()))
+            .collect();
+        let head = format!("run {:>3}/{}  seed {seed}  {}", run + 1, args.runs, faults.join(", "));
+        let outcome = run_once(&plan, &mut |moment| run::show(&mut progress, &moment));
+        progress.clear();
+        let outcome = match outcome {
+            // What stops the first run would stop all others too.
+            Err(error) if run == 0 || error.is::<Interrupted>() => return Err(error),
+            outcome => outcome.map_err(|error| crate::chain::chain(&error)),
+        };
+        say(args, &format!("{head}  {}", line_of(&outcome)));
+        if let Some(why) = complaint(&outcome).filter(|_| args.output_commit.is_on()) {
+            eprintln!("{head}: {why}\n  repeat it with: {}", repeat(args, seed));
+            outcome.as_ref().into_iter().for_each(run::eprint_logs);
+        }
+        outcomes.push((seed, outcome));
+    }
+    let report = DrillReport::of(&topology.name, seed, args.output_commit.is_on(), &outcomes);
+    match args.output.output {
+        Output::Json => println!("{}", serde_json::to_string_pretty(&report)?),
+        Output::Text => println!("{}", report.text()),
+    }
+    Ok(report.is_success())
+}
+
+fn plan_of(topology: &Topology, args: &DrillArgs, seed: u64) -> Plan {
+    let mut topology = topology.clone();
+    let duration: Duration = *args.duration;
+    topology.events = faults::at_random(&topology.events, duration, seed);
+    Plan {
+        topology,
+        duration: Some(duration),
+        seed,
+        output_commit: args.output_commit.is_on(),
+        reply_timeout: REPLY_TIMEOUT,
+        keep: false,
+    }
+}
+
+/// One line of progress: part of the text, beside JSON only on a terminal.
+fn say(args: &DrillArgs, line: &str) {
+    use std::io::IsTerminal;
+    match args.output.output {
+        Output::Text => println!("{line}"),
+        Output::Json if std::io::stderr().is_terminal() => eprintln!("{line}"),
+        Output::Json => {}
+    }
+}
+
+fn complaint(outcome: &Result<RunReport, String>) -> Option<String> {
+    match outcome {
+        Ok(report) => report.complaint(),
+        Err(error) => Some(error.clone()),
+    }
+}
+
+fn line_of(outcome: &Result<RunReport, String>) -> String {
+    let Ok(report) = outcome else { return "FAILED".to_owned() };
+    let gap = millis(report.gap_ms());
+    let failover = report
+        .failover
+        .as_ref()
+        .map_or_else(String::new, |failover| format!(", failover {}", millis(failover.total_ms)));
+    match report.complaint() {
+        None => format!("recovered, gap {gap}{failover}"),
+        Some(complaint) if !report.output_commit => format!("{complaint}, gap {gap}"),
+        Some(_) => format!("FAILED, gap {gap}{failover}"),
+    }
+}
+
+/// The command that repeats one run.
+fn repeat(args: &DrillArgs, seed: u64) -> String {
+    use clap::ValueEnum;
+    let fault = args.fault.and_then(|fault| fault.to_possible_value());
+    let fault = fault.map_or_else(String::new, |fault| format!(" --fault {}", fault.get_name()));
+    format!(
+        "nilicon drill {} --runs 1 --seed {seed}{fault} --duration {}",
+        args.topology.path.display(),
+        args.duration
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::args::{Arguments, Verb};
+    use super::super::report::{ClientReport, EpochReport, NamedReport};
+    use super::*;
+    use clap::Parser;
+
+    fn report(gap_ms: f64, lost_writes: u64) -> RunReport {
+        let report = ClientReport { gap_ms, lost_writes, ..ClientReport::default() };
+        RunReport {
+            topology: "redis".to_owned(),
+            recovered: true,
+            why: None,
+            output_commit: true,
+            duration_s: 6.0,
+            clients: vec![NamedReport { name: "client".to_owned(), report }],
+            epochs: EpochReport::default(),
+            failover: None,
+            failovers: Vec::new(),
+            faults: Vec::new(),
+            containers: Vec::new(),
+            logs: String::new(),
+            stops_us: vec![100, 300],
+        }
+    }
+
+    #[test]
+    fn one_bad_run_fails_the_drill_and_tells_its_seed() {
+        let outcomes =
+            vec![(7, Ok(report(50.0, 0))), (8, Ok(report(90.0, 3))), (9, Err("no".to_owned()))];
+        let drill = DrillReport::of("redis", 7, true, &outcomes);
+        assert!(!drill.is_success());
+        assert_eq!((drill.runs, drill.recovered, drill.lost_writes), (3, 2, 3));
+        assert_eq!((drill.gap_ms.p50, drill.gap_ms.max, drill.stop_us.p50), (50.0, 90.0, 100));
+        let failed: Vec<_> = drill.failed.iter().map(|f| (f.run, f.seed, &f.why[..])).collect();
+        assert_eq!(failed, [(2, 8, "3 acknowledged writes lost"), (3, 9, "no")]);
+        assert!(DrillReport::of("redis", 7, true, &outcomes[..1]).is_success());
+    }
+
+    #[test]
+    fn the_control_must_lose_something() {
+        let calm = DrillReport::of("redis", 1, false, &[(1, Ok(report(50.0, 0)))]);
+        assert!(!calm.is_success());
+        assert!(calm.text().contains("NOTHING IS LOST"));
+        let lossy = DrillReport::of("redis", 1, false, &[(1, Ok(report(50.0, 1)))]);
+        assert!(lossy.is_success());
+        assert!(lossy.text().contains("UNSAFE"));
+    }
+
+    #[test]
+    fn a_run_is_repeated_by_its_seed_alone() {
+        let line = "nilicon drill a.yml --runs 9 --seed 100 --fault cut-link --duration 4s";
+        let Verb::Drill(args) = Arguments::parse_from(line.split(' ')).command else { panic!() };
+        let again = repeat(&args, 103);
+        let Verb::Drill(once) = Arguments::parse_from(again.split(' ')).command else { panic!() };
+        let mut topology = Topology::parse("demo", super::super::demo::TOPOLOGY).unwrap();
+        topology.events = vec![args.fault.unwrap().at_primary(&topology).unwrap()];
+        let fourth = plan_of(&topology, &args, 103);
+        let only = plan_of(&topology, &once, once.seed.unwrap());
+        assert_eq!(fourth.topology, only.topology);
+        assert_eq!((fourth.seed, fourth.duration), (only.seed, only.duration));
+    }
+}

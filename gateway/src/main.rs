@@ -1,0 +1,7 @@
+//! The `nilicon` command.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    gateway::cli::main()
+}

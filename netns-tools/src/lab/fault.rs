@@ -1,0 +1,131 @@
+//! Faults: cutting links, cutting the power of a host, and mending both.
+//!
+//! A cut link is silent: no program gets an error and no carrier is lost, frames just do not arrive.
+//!
+//! A host without power says nothing any more: its links go down *before* its processes are killed,
+//! as the kernel would otherwise tell their peers (FIN, RST) what a dead machine could not.
+
+use std::collections::HashSet;
+
+use super::{Lab, LabError};
+use crate::cgroup::Cgroup;
+use crate::process::{self, ProcessId};
+use crate::topology::Endpoint;
+
+/// What dies with a host besides the processes in its own namespace.
+#[derive(Debug, Clone, Default)]
+pub struct Victims {
+    /// Inodes of further network namespaces: those of its containers.
+    pub namespaces: HashSet<u64>,
+    /// Further processes.
+    pub processes: Vec<ProcessId>,
+}
+
+impl Lab {
+    /// Cuts the link that ends at `endpoint`.
+    ///
+    /// # Errors
+    /// There is no such link, or the lab is not deployed whole.
+    pub fn cut_link(&self, endpoint: &Endpoint) -> Result<(), LabError> {
+        for end in self.link_ends(endpoint)? {
+            self.network(&end.node)?.cut(&end.interface)?;
+        }
+        Ok(())
+    }
+
+    /// Makes the link that ends at `endpoint` work again, also after its host was without power, and
+    /// waits until it does.
+    ///
+    /// # Errors
+    /// There is no such link, or the lab is not deployed whole.
+    pub fn heal_link(&self, endpoint: &Endpoint) -> Result<(), LabError> {
+        let ends = self.link_ends(endpoint)?;
+        for end in ends {
+            let network = self.network(&end.node)?;
+            network.heal(&end.interface)?;
+            network.set_up(&end.interface)?;
+        }
+        self.until_ready(ends)
+    }
+
+    /// Cuts all links of a node.
+    ///
+    /// # Errors
+    /// There is no such node, or the lab is not deployed whole.
+    pub fn cut_node(&self, node: &str) -> Result<(), LabError> {
+        self.ends_of(node)?.iter().try_for_each(|end| self.cut_link(end))
+    }
+
+    /// Makes all links of a node work again.
+    ///
+    /// # Errors
+    /// There is no such node, or the lab is not deployed whole.
+    pub fn heal_node(&self, node: &str) -> Result<(), LabError> {
+        self.ends_of(node)?.iter().try_for_each(|end| self.heal_link(end))
+    }
+
+    /// Cuts the power of a host: its links go down, and everything that runs in its namespace, in
+    /// its control groups and among `victims` is killed. Returns how many processes were killed.
+    /// The calling process is spared.
+    ///
+    /// # Errors
+    /// There is no such node, or a process would not end.
+    pub fn kill_host(&self, node: &str, victims: &Victims) -> Result<usize, LabError> {
+        let network = self.network(node)?;
+        for end in self.ends_of(node)? {
+            network.set_down(&end.interface)?;
+        }
+        let mut inodes = victims.namespaces.clone();
+        inodes.insert(self.namespace(node)?.inode());
+        let cgroup = Cgroup::of(self.name(), Some(node));
+        let killed = process::kill_all(|| {
+            let mut all = process::in_namespaces(&inodes);
+            all.extend(&victims.processes);
+            all.extend(cgroup.iter().flat_map(Cgroup::processes));
+            all
+        })?;
+        tracing::info!(lab = self.name(), node, killed, "the host has lost its power");
+        Ok(killed)
+    }
+
+    /// Kills the agent of a host: the process registered as [`Lab::agent_name`]. Returns whether it
+    /// ran.
+    ///
+    /// # Errors
+    /// It would not end.
+    pub fn kill_agent(&self, node: &str) -> Result<bool, LabError> {
+        self.kill_process(&Self::agent_name(node))
+    }
+
+    /// The name to register the agent of a host by.
+    pub fn agent_name(node: &str) -> String {
+        format!("agent-{node}")
+    }
+
+    /// Kills the process of that name. Returns whether it ran.
+    ///
+    /// # Errors
+    /// It would not end.
+    pub fn kill_process(&self, name: &str) -> Result<bool, LabError> {
+        let found: Vec<_> = self.process(name)?.into_iter().collect();
+        Ok(process::kill_all(|| found.clone())? > 0)
+    }
+
+    fn link_ends(&self, endpoint: &Endpoint) -> Result<&[Endpoint], LabError> {
+        match self.topology().link_at(endpoint) {
+            Some((_, link)) => Ok(&link.endpoints),
+            None => Err(self.unknown(format!("link that ends at {endpoint}"))),
+        }
+    }
+
+    fn ends_of(&self, node: &str) -> Result<Vec<Endpoint>, LabError> {
+        if !self.topology().nodes.contains_key(node) {
+            return Err(self.unknown(format!("node {node}")));
+        }
+        Ok(self.topology().endpoints_of(node).map(|(_, end)| end.clone()).collect())
+    }
+
+    fn unknown(&self, what: String) -> LabError {
+        LabError::Unknown { lab: self.name().to_owned(), what }
+    }
+}

@@ -1,0 +1,357 @@
+//! What a topology file can say, field by field. These comments are also the descriptions in the
+//! JSON schema, so they are written for the person who writes the file.
+//!
+//! The types hold plain values; where a value stands in the file is kept apart (`spans`), so that
+//! users of the model never see it.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::names::{Cidr, Endpoint, Mac, Target};
+use super::units::{BitRate, Period, Ratio, Size, SizeRange};
+
+/// A lab: machines and switches, the links between them, the containers that run there, who
+/// protects them, the load, and the faults.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Topology {
+    /// The lab's name: lower-case letters, digits and dashes, at most 20.
+    pub name: String,
+    /// The nodes by name (lower-case letters, digits and dashes, at most 20).
+    pub nodes: BTreeMap<String, Node>,
+    /// The cables.
+    #[serde(default)]
+    pub links: Vec<Link>,
+    /// The containers by name (lower-case letters, digits and dashes, at most 20).
+    #[serde(default)]
+    pub containers: BTreeMap<String, Container>,
+    /// Which containers survive the loss of their host, and where.
+    #[serde(default)]
+    pub protect: Vec<Protect>,
+    /// The load.
+    #[serde(default)]
+    pub clients: Vec<Client>,
+    /// The faults, at times counted from the start of the load.
+    #[serde(default)]
+    pub events: Vec<Event>,
+    /// How long a run of the lab lasts; without it, until the last client is done.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub duration: Option<Period>,
+}
+
+/// A machine or a switch; each is a network namespace.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Node {
+    /// What the node is.
+    pub kind: NodeKind,
+    /// Where the agent of a host serves its metrics as Prometheus text, inside the node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metrics: Option<SocketAddr>,
+}
+
+/// What a node is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum NodeKind {
+    /// A machine that runs an agent and containers.
+    Host,
+    /// A machine that load comes from.
+    Client,
+    /// A switch that joins all links that end at it.
+    Bridge,
+}
+
+/// A cable between two nodes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Link {
+    /// Its two ends, as `node:interface`.
+    pub endpoints: Vec<Endpoint>,
+    /// The address of an end, by the name of its node. An end without one gets none.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub addresses: BTreeMap<String, Cidr>,
+    /// The largest packet in bytes, without its Ethernet header.
+    #[serde(default = "defaults::mtu")]
+    pub mtu: u32,
+    /// What the link does to frames. The link then goes through user space.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub impair: Option<Impair>,
+}
+
+/// What an impaired link does to the frames of each direction.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct Impair {
+    /// Time that every frame takes.
+    pub delay: Period,
+    /// A frame's delay differs from `delay` by at most this much, evenly spread. It never makes
+    /// one frame overtake another; `reorder` does.
+    pub jitter: Period,
+    /// Part of the frames that is lost.
+    pub loss: Ratio,
+    /// Part of the frames that arrives twice.
+    pub duplicate: Ratio,
+    /// Part of the frames that skips the delay, and so overtakes others.
+    pub reorder: Ratio,
+    /// Speed of the link; without it, as fast as it goes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate: Option<BitRate>,
+    /// Frames that may be under way in one direction; those beyond are dropped.
+    pub queue: usize,
+    /// The same seed gives the same fate to the same sequence of frames.
+    pub seed: u64,
+}
+
+impl Default for Impair {
+    fn default() -> Self {
+        Self {
+            delay: Period::default(),
+            jitter: Period::default(),
+            loss: Ratio::default(),
+            duplicate: Ratio::default(),
+            reorder: Ratio::default(),
+            rate: None,
+            queue: 10_000,
+            seed: 1,
+        }
+    }
+}
+
+/// A container: one program with its own network address.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Container {
+    /// The program and its arguments.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub command: Option<Vec<String>>,
+    /// The built-in key-value server (it speaks the Redis protocol). Beside a `command` it stands
+    /// in where that program is not installed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub embedded: Option<Embedded>,
+    /// The host it starts on. A protected container starts on its primary.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<String>,
+    /// Its address. It keeps it when it moves.
+    pub address: Cidr,
+    /// Its MAC address; by default derived from the names of the lab and the container.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<Mac>,
+    /// Where its default route leads; by default it has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gateway: Option<IpAddr>,
+    /// The interface of its hosts that leads to its clients.
+    pub uplink: String,
+    /// When it counts as started; by default at once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ready: Option<Ready>,
+    /// Environment variables of the program.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub environment: BTreeMap<String, String>,
+    /// The program's working directory.
+    #[serde(default = "defaults::workdir")]
+    pub workdir: String,
+}
+
+/// What a container runs.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Workload<'a> {
+    /// An installed program: its name and its arguments.
+    Command(&'a str, &'a [String]),
+    /// The built-in server.
+    Embedded(&'a Embedded),
+}
+
+/// The built-in key-value server.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct Embedded {
+    /// Worker threads.
+    pub threads: usize,
+    /// The TCP port it listens on.
+    pub port: u16,
+}
+
+impl Default for Embedded {
+    fn default() -> Self {
+        Self { threads: 1, port: 6379 }
+    }
+}
+
+/// When a container counts as started, so that its protection may begin.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Ready {
+    /// As soon as this TCP port accepts a connection.
+    pub tcp: u16,
+    /// How long to wait for that before giving up.
+    #[serde(default = "defaults::ready_timeout")]
+    pub timeout: Period,
+}
+
+/// The protection of one container.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Protect {
+    /// The container.
+    pub container: String,
+    /// The host it runs on.
+    pub primary: String,
+    /// The host it goes on at when the primary is lost.
+    pub backup: String,
+    /// The interface of both hosts that checkpoints travel over; by default the link that joins
+    /// the two hosts directly.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub over: Option<String>,
+    /// The UDP port of the backup that checkpoints are sent to.
+    #[serde(default = "defaults::port")]
+    pub port: u16,
+    /// How often a checkpoint is taken.
+    #[serde(default)]
+    pub epoch: Epochs,
+    /// When the other side counts as lost.
+    #[serde(default)]
+    pub detector: Detector,
+}
+
+/// How often a checkpoint is taken.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct Epochs {
+    /// The shortest epoch: output that waits ends an epoch, but not sooner than this.
+    pub min: Period,
+    /// The longest epoch, while there is anything to save.
+    pub max: Period,
+}
+
+impl Default for Epochs {
+    fn default() -> Self {
+        Self { min: Period::ms(5), max: Period::ms(30) }
+    }
+}
+
+/// When the other side counts as lost.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct Detector {
+    /// How often each side says that it is alive.
+    pub heartbeat: Period,
+    /// How long a side may be silent before it counts as lost.
+    pub timeout: Period,
+}
+
+impl Default for Detector {
+    fn default() -> Self {
+        Self { heartbeat: Period::ms(5), timeout: Period::ms(120) }
+    }
+}
+
+/// A load: connections that send requests in the Redis protocol and check every answer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Client {
+    /// A name for reports; by default that of the node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// The node it runs in.
+    pub node: String,
+    /// What it connects to, as `container:port`.
+    pub target: Target,
+    /// Connections.
+    #[serde(default = "defaults::connections")]
+    pub connections: usize,
+    /// Requests that each connection sends before it waits for an answer.
+    #[serde(default = "defaults::pipeline")]
+    pub pipeline: usize,
+    /// Size of a value, or a range of sizes, in bytes.
+    #[serde(default = "defaults::value_size")]
+    pub value_size: SizeRange,
+    /// Different keys.
+    #[serde(default = "defaults::keys")]
+    pub keys: u64,
+    /// Data to load before the measured load starts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub populate: Option<Size>,
+    /// Part of the requests that reads.
+    #[serde(default = "defaults::read_ratio")]
+    pub read_ratio: Ratio,
+    /// Requests a second, over all connections, sent whether or not answers come back. Without
+    /// it, each connection sends its next request when it has its answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate: Option<u64>,
+    /// How long the load lasts; by default as long as the run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub duration: Option<Period>,
+}
+
+impl Client {
+    /// The name for reports.
+    pub fn name(&self) -> &str {
+        self.name.as_deref().unwrap_or(&self.node)
+    }
+}
+
+/// A fault at a time.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Event {
+    /// When, counted from the start of the load.
+    pub at: Period,
+    /// What happens.
+    pub fault: Fault,
+    /// The node it happens to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+    /// For `cut-link` and `heal-link`: one end of the link. Without it, all links of `node`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub link: Option<Endpoint>,
+}
+
+/// What can go wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Fault {
+    /// The host loses power: its agent and its containers end, its links go down.
+    KillHost,
+    /// The agent of a host is killed.
+    KillAgent,
+    /// A link carries nothing any more.
+    CutLink,
+    /// A cut link works again.
+    HealLink,
+}
+
+mod defaults {
+    use super::{Period, Ratio, SizeRange};
+
+    pub(super) fn mtu() -> u32 {
+        1500
+    }
+    pub(super) fn workdir() -> String {
+        "/".to_owned()
+    }
+    pub(super) fn ready_timeout() -> Period {
+        Period::ms(10_000)
+    }
+    pub(super) fn port() -> u16 {
+        7878
+    }
+    pub(super) fn connections() -> usize {
+        50
+    }
+    pub(super) fn pipeline() -> usize {
+        1
+    }
+    pub(super) fn value_size() -> SizeRange {
+        SizeRange { min: 150, max: 150 }
+    }
+    pub(super) fn keys() -> u64 {
+        100_000
+    }
+    pub(super) fn read_ratio() -> Ratio {
+        Ratio::half()
+    }
+}

@@ -1,0 +1,362 @@
+//! Pages that changed: asynchronous write protection on every mapping, scanned and set again in
+//! one pass.
+//!
+//! A *round* takes the pages written since the round before and copies them. Rounds run while
+//! the container runs (pre-copy) and once more in the stop; a page written after its round is
+//! seen by the next, so copies torn by a running writer are always taken again.
+//!
+//! Mappings that are new, or that replaced an old one at the same place, are not registered for
+//! write protection; the scan says so, and such a mapping is taken whole and marked fresh.
+
+use super::{CaptureError, maps};
+use crate::image::pages::{Content, PAGE, PageSet, Run};
+use crate::image::{Mapping, Source};
+use crate::sys::memory::{self, ForcedMemory, Range};
+use crate::sys::pagemap::{self, Pagemap, Region, Scan};
+use crate::sys::procmap::{Extent, ProcMap};
+use crate::sys::remote::{SCRATCH, SCRATCH_LEN};
+use crate::sys::{SysResult, uffd};
+use maps::Vma;
+use std::os::fd::{AsFd, OwnedFd};
+
+/// The tracked address space of one process.
+#[derive(Debug)]
+pub(super) struct AddressSpace {
+    pid: i32,
+    /// Pid in the container: the mark of this process's runs until the checkpoint is whole.
+    mark: u32,
+    uffd: OwnedFd,
+    pagemap: Pagemap,
+    procmap: ProcMap,
+    forced: ForcedMemory,
+    extents: Vec<Extent>,
+    look: Vec<Extent>,
+    vmas: Vec<Vma>,
+    spans: Vec<(u64, u64)>,
+    /// Ranges first seen since the last checkpoint.
+    fresh: Vec<(u64, u64)>,
+    /// Runs to copy again: they were marked clean but could not be read while running.
+    carry: Vec<Region>,
+    regions: Vec<Region>,
+    changed: bool,
+}
+
+impl AddressSpace {
+    /// Tracks a process whose userfaultfd was made in it and given to us.
+    pub(super) fn new(pid: i32, mark: i32, uffd: OwnedFd) -> SysResult<Self> {
+        uffd::enable_async_wp(uffd.as_fd())?;
+        Ok(Self {
+            pid,
+            mark: mark as u32,
+            uffd,
+            pagemap: Pagemap::open(pid)?,
+            procmap: ProcMap::open(pid)?,
+            forced: ForcedMemory::open(pid)?,
+            extents: Vec::new(),
+            look: Vec::new(),
+            vmas: Vec::new(),
+            spans: Vec::new(),
+            fresh: Vec::new(),
+            carry: Vec::new(),
+            regions: Vec::new(),
+            changed: true,
+        })
+    }
+
+    /// Takes the pages written since the last round and copies them into `pages`. `stopped` says
+    /// that no thread runs: then what cannot be copied is an error.
+    pub(super) fn round(&mut self, pages: &mut PageSet, stopped: bool) -> Result<(), CaptureError> {
+        self.regions.clear();
+        self.regions.append(&mut self.carry);
+        self.procmap.list(&mut self.look)?;
+        if self.look != self.extents || self.spans.is_empty() {
+            self.relist(pages)?;
+        } else {
+            for at in 0..self.spans.len() {
+                let (start, end) = self.spans[at];
+                let scan =
+                    self.pagemap.take_written(start, end, pagemap::WRITTEN, &mut self.regions)?;
+                if scan != Scan::Complete {
+                    self.relist(pages)?;
+                    break;
+                }
+            }
+        }
+        self.copy(pages, stopped)
+    }
+
+    /// Reads all mappings anew, registers those that are not, and takes their pages.
+    fn relist(&mut self, pages: &mut PageSet) -> Result<(), CaptureError> {
+        self.changed = true;
+        self.vmas = maps::read(self.pid)?;
+        self.procmap.list(&mut self.extents)?;
+        self.spans.clear();
+        for at in 0..self.vmas.len() {
+            let (start, end) = (self.vmas[at].mapping.start, self.vmas[at].mapping.end);
+            if !self.vmas[at].is_trackable() {
+                continue;
+            }
+            let before = self.regions.len();
+            let mut scan =
+                self.pagemap.take_written(start, end, pagemap::WRITTEN, &mut self.regions)?;
+            if scan != Scan::Complete {
+                self.regions.truncate(before);
+                match uffd::register(self.uffd.as_fd(), start, end) {
+                    Ok(()) => {}
+                    Err(e) if e.code() == libc::EPERM && self.vmas[at].is_shared_file() => continue,
+                    // The mapping went away while the container runs: the next look shows it.
+                    Err(e) if e.code() == libc::ENOMEM || e.code() == libc::EINVAL => {
+                        self.extents.clear();
+                        continue;
+                    }
+                    Err(e) => return Err(e.into()),
+                }
+                scan = self.take_fresh(at, pages)?;
+            }
+            if scan != Scan::Complete {
+                self.extents.clear();
+                continue;
+            }
+            match self.spans.last_mut() {
+                Some((_, last)) if *last == start => *last = end,
+                _ => self.spans.push((start, end)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes every page of a mapping that was just registered.
+    fn take_fresh(&mut self, at: usize, pages: &mut PageSet) -> Result<Scan, CaptureError> {
+        let Mapping { start, end, .. } = self.vmas[at].mapping;
+        self.fresh.push((start, end));
+        self.regions.retain(|r| r.end <= start || r.start >= end);
+        if !pages.runs.is_empty() {
+            // What an earlier round took at this place belonged to another mapping.
+            let count = ((end - start) / PAGE as u64) as u32;
+            pages.runs.push(Run { process: self.mark, start, count, content: Content::Dropped });
+        }
+        let before = self.regions.len();
+        let wanted = pagemap::WRITTEN
+            | pagemap::PRESENT
+            | pagemap::SWAPPED
+            | pagemap::FILE
+            | pagemap::PFNZERO;
+        let scan = self.pagemap.take_written(start, end, wanted, &mut self.regions)?;
+        let private_file =
+            matches!(self.vmas[at].mapping.source, Source::File { shared: false, .. });
+        let mut kept = before;
+        for i in before..self.regions.len() {
+            let r = self.regions[i];
+            let there = r.categories & (pagemap::PRESENT | pagemap::SWAPPED) != 0;
+            let zero = r.categories & pagemap::PFNZERO != 0;
+            let from_file = private_file && r.categories & pagemap::FILE != 0;
+            if there && !zero && !from_file {
+                self.regions[kept] = r;
+                kept += 1;
+            }
+        }
+        self.regions.truncate(kept);
+        Ok(scan)
+    }
+
+    fn copy(&mut self, pages: &mut PageSet, stopped: bool) -> Result<(), CaptureError> {
+        let regions = std::mem::take(&mut self.regions);
+        for chunk in regions.chunks(512) {
+            let ranges: Vec<Range> = chunk
+                .iter()
+                .map(|r| Range { start: r.start, len: (r.end - r.start) as usize })
+                .collect();
+            let total: usize = ranges.iter().map(|r| r.len).sum();
+            let used = pages.bytes.len();
+            pages.bytes.resize(used + total, 0);
+            match memory::read_vectored(self.pid, &ranges, &mut pages.bytes[used..]) {
+                Ok(()) => {
+                    let mut at = used;
+                    for r in &ranges {
+                        pages.runs.push(self.run(r, at));
+                        at += r.len;
+                    }
+                }
+                Err(e) if e.code() == libc::EFAULT => {
+                    pages.bytes.truncate(used);
+                    for region in chunk {
+                        self.copy_page_by_page(*region, pages, stopped)?;
+                    }
+                }
+                Err(e) => return Err(e.into()),
+            }
+        }
+        self.regions = regions;
+        Ok(())
+    }
+
+    fn run(&self, range: &Range, at: usize) -> Run {
+        Run {
+            process: self.mark,
+            start: range.start,
+            count: (range.len / PAGE) as u32,
+            content: Content::Data(at),
+        }
+    }
+
+    /// For pages that the process itself may not read, and for those that went away.
+    fn copy_page_by_page(
+        &mut self,
+        region: Region,
+        pages: &mut PageSet,
+        stopped: bool,
+    ) -> Result<(), CaptureError> {
+        let mut page = [0u8; PAGE];
+        for start in (region.start..region.end).step_by(PAGE) {
+            match self.forced.read(start, &mut page) {
+                Ok(()) => {
+                    let at = pages.bytes.len();
+                    pages.bytes.extend_from_slice(&page);
+                    pages.runs.push(self.run(&Range { start, len: PAGE }, at));
+                }
+                Err(_) if !stopped => {
+                    self.carry.push(Region { start, end: start + PAGE as u64, categories: 0 });
+                }
+                Err(e) => {
+                    let mapped =
+                        self.vmas.iter().any(|v| (v.mapping.start..v.mapping.end).contains(&start));
+                    if mapped {
+                        return Err(e.into());
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The mappings for the checkpoint, those new since the last one marked fresh. Forgets what
+    /// was new, unless the checkpoint is taken back by [`AddressSpace::untake`].
+    pub(super) fn mappings(&self) -> Vec<Mapping> {
+        let mut out = Vec::with_capacity(self.vmas.len() + self.fresh.len());
+        for vma in &self.vmas {
+            if !vma.is_part_of_image() {
+                continue;
+            }
+            split_fresh(&vma.mapping, &self.fresh, &mut out);
+        }
+        out
+    }
+
+    /// Whether the mappings changed since the last checkpoint, and forgets it.
+    pub(super) fn finish(&mut self) -> bool {
+        self.fresh.clear();
+        std::mem::replace(&mut self.changed, false)
+    }
+
+    /// The mapping named `[vdso]`.
+    pub(super) fn vdso(vmas: &[Vma]) -> Option<(u64, u64)> {
+        use crate::image::VdsoPart;
+        vmas.iter()
+            .find(|v| v.mapping.source == Source::Vdso(VdsoPart::Vdso))
+            .map(|v| (v.mapping.start, v.mapping.end))
+    }
+
+    /// The mappings as last read.
+    pub(super) fn vmas(&self) -> &[Vma] {
+        &self.vmas
+    }
+}
+
+/// Cuts a mapping at the borders of the fresh ranges within it. A mapping of ours that grew is
+/// old in one part and fresh in the other, although the kernel shows one.
+fn split_fresh(mapping: &Mapping, fresh: &[(u64, u64)], out: &mut Vec<Mapping>) {
+    let overlap = |(s, e): &&(u64, u64)| *s < mapping.end && *e > mapping.start;
+    let mut cuts: Vec<u64> = fresh
+        .iter()
+        .filter(overlap)
+        .flat_map(|(s, e)| [*s, *e])
+        .filter(|c| *c > mapping.start && *c < mapping.end)
+        .chain([mapping.end])
+        .collect();
+    cuts.sort_unstable();
+    cuts.dedup();
+    let mut start = mapping.start;
+    for end in cuts {
+        let is_fresh = fresh.iter().any(|(s, e)| *s <= start && *e >= end);
+        let mut part = mapping.clone();
+        part.start = start;
+        part.end = end;
+        part.fresh = is_fresh;
+        if let Source::File { offset, .. } = &mut part.source {
+            *offset += start - mapping.start;
+        }
+        match out.last_mut() {
+            // Neighbours cut from one mapping with the same mark are one.
+            Some(last) if last.end == start && last.fresh == is_fresh && start > mapping.start => {
+                last.end = end;
+            }
+            _ => out.push(part),
+        }
+        start = end;
+    }
+}
+
+/// Drops from `runs` what lies outside the mappings of its process: memory that was there in a
+/// round of pre-copy and was unmapped before the stop.
+pub(super) fn clip(runs: &mut Vec<Run>, mark: i32, mappings: &[Mapping]) {
+    let mut out = Vec::with_capacity(runs.len());
+    for run in runs.drain(..) {
+        if run.process != mark as u32 {
+            out.push(run);
+            continue;
+        }
+        let end = run.start + u64::from(run.count) * PAGE as u64;
+        for m in mappings {
+            let (s, e) = (run.start.max(m.start), end.min(m.end));
+            if s >= e {
+                continue;
+            }
+            let content = match run.content {
+                Content::Data(at) => Content::Data(at + (s - run.start) as usize),
+                Content::Dropped => Content::Dropped,
+            };
+            let count = ((e - s) / PAGE as u64) as u32;
+            out.push(Run { process: run.process, start: s, count, content });
+        }
+    }
+    *runs = out;
+}
+
+/// Whether an address range is our own scratch area.
+pub(super) fn is_scratch(start: u64, end: u64) -> bool {
+    start < SCRATCH + SCRATCH_LEN && end > SCRATCH
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn anonymous(start: u64, end: u64, fresh: bool) -> Mapping {
+        Mapping { start, end, prot: 3, grows_down: false, source: Source::Anonymous, fresh }
+    }
+
+    #[test]
+    fn a_grown_mapping_is_fresh_in_its_new_part_only() {
+        let mut out = Vec::new();
+        split_fresh(&anonymous(0x1000, 0x9000, false), &[(0x5000, 0x9000)], &mut out);
+        assert_eq!(out, [anonymous(0x1000, 0x5000, false), anonymous(0x5000, 0x9000, true)]);
+        out.clear();
+        split_fresh(
+            &anonymous(0x1000, 0x9000, false),
+            &[(0x5000, 0x6000), (0x6000, 0x9000)],
+            &mut out,
+        );
+        assert_eq!(out, [anonymous(0x1000, 0x5000, false), anonymous(0x5000, 0x9000, true)]);
+        out.clear();
+        split_fresh(&anonymous(0x1000, 0x2000, false), &[(0x1000, 0x2000)], &mut out);
+        assert_eq!(out, [anonymous(0x1000, 0x2000, true)]);
+    }
+
+    #[test]
+    fn runs_outside_the_mappings_are_clipped() {
+        let run = |start, count, at| Run { process: 1, start, count, content: Content::Data(at) };
+        let mut runs = vec![run(0x1000, 4, 0), run(0x8000, 1, 4 * PAGE)];
+        clip(&mut runs, 1, &[anonymous(0x2000, 0x4000, false)]);
+        assert_eq!(runs, [run(0x2000, 2, PAGE)]);
+    }
+}

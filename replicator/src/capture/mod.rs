@@ -1,0 +1,545 @@
+//! Checkpoints of a running container, taken from outside.
+//!
+//! ```text
+//!  container runs      | stop (CP-1)                                          | container runs
+//!  pre-copy round(s)   | hold input, freeze, last round, threads, descriptors,| encode, send
+//!                      | sockets, seal output, thaw, release input            |
+//! ```
+//! Output is sealed last: what the frozen container's TCP still sends during the capture
+//! (retransmissions, delayed acknowledgements, paced data) says nothing that the captured
+//! sockets do not know, and a stop that fails has sealed nothing.
+//!
+//! [`Capturer`] lives on one OS thread, the stop thread. It keeps CP-1 (the order of a stop) and
+//! CP-3 (what cannot be captured is an error that names it, never left out).
+
+mod files;
+mod maps;
+mod memory;
+mod process;
+mod tcp;
+mod threads;
+mod tracer;
+
+use crate::Epoch;
+use crate::image::pages::PageSet;
+use crate::image::{Clocks, Process, State};
+use crate::sys::remote::{self, Batch, Call, SCRATCH};
+use crate::sys::unix_diag::UnixDiag;
+use crate::sys::{SysError, pidfd, uffd};
+use memory::AddressSpace;
+use process::Attributes;
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+use tracer::{Change, Tracer};
+
+/// Why a checkpoint could not be taken.
+#[derive(Debug, thiserror::Error)]
+pub enum CaptureError {
+    /// The kernel refused a call.
+    #[error(transparent)]
+    Sys(#[from] SysError),
+    /// A file of /proc could not be read.
+    #[error("cannot read {path}: {source}")]
+    Proc {
+        /// Which file.
+        path: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The container holds something that is not protected. Protection must not start, or must
+    /// end, with this reason.
+    #[error("{object}: {reason}")]
+    Unsupported {
+        /// Where it was found.
+        object: String,
+        /// What it is, and what to do about it.
+        reason: String,
+    },
+    /// Something is changing just now; the stop was taken back and can be tried again soon.
+    #[error("not now: {0}")]
+    Transient(&'static str),
+    /// The container's processes have ended.
+    #[error("the container has ended")]
+    Ended,
+}
+
+impl CaptureError {
+    fn proc(path: &str, source: std::io::Error) -> Self {
+        CaptureError::Proc { path: path.to_owned(), source }
+    }
+
+    fn unsupported(object: String, reason: String) -> Self {
+        CaptureError::Unsupported { object, reason }
+    }
+
+    /// Whether a process or thread went away while it was looked at.
+    fn is_gone(&self) -> bool {
+        match self {
+            CaptureError::Sys(e) => e.is_gone(),
+            CaptureError::Proc { source, .. } => {
+                matches!(source.raw_os_error(), Some(libc::ENOENT | libc::ESRCH))
+            }
+            _ => false,
+        }
+    }
+}
+
+/// The border between a container and the network, as a stop needs it. The gateway implements
+/// it; this crate knows nothing of frames.
+pub trait Boundary {
+    /// From now on nothing reaches the container.
+    fn hold_input(&mut self);
+    /// All that the container has sent so far belongs to `epoch`; what it sends later does not.
+    /// Called once the state was captured, while the container is still frozen.
+    fn seal(&mut self, epoch: Epoch);
+    /// Ends the hold. Called after each [`Boundary::hold_input`], also when the stop failed.
+    fn release_input(&mut self);
+}
+
+/// A boundary without a network: for one-shot checkpoints and tests.
+#[derive(Debug, Default)]
+pub struct NoBoundary;
+
+impl Boundary for NoBoundary {
+    fn hold_input(&mut self) {}
+    fn seal(&mut self, _: Epoch) {}
+    fn release_input(&mut self) {}
+}
+
+/// How long each stage of a stop took.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct StopTimes {
+    /// Holding input.
+    pub hold: Duration,
+    /// Stopping all threads.
+    pub freeze: Duration,
+    /// Draining and sealing output.
+    pub seal: Duration,
+    /// The last round: mappings, scan and copy.
+    pub memory: Duration,
+    /// Registers and signals.
+    pub threads: Duration,
+    /// Descriptors and sockets.
+    pub files: Duration,
+    /// Letting all threads go on.
+    pub thaw: Duration,
+    /// From the hold to the thaw: the stop time.
+    pub total: Duration,
+    /// Pages copied in the stop.
+    pub stop_pages: usize,
+    /// Pages copied in all, pre-copy included.
+    pub pages: usize,
+}
+
+struct Tracked {
+    handle: OwnedFd,
+    space: AddressSpace,
+    threads: threads::Threads,
+    files: files::Files,
+    attributes: Attributes,
+}
+
+/// Takes checkpoints of one container. All of it stays on the thread that made it.
+pub struct Capturer {
+    tracer: Tracer,
+    processes: BTreeMap<i32, Tracked>,
+    root: i32,
+    offsets: (i64, i64),
+    diag: UnixDiag,
+    pages: PageSet,
+    batch: Batch,
+}
+
+impl Capturer {
+    /// Seizes the container whose init has this host pid, with all its descendants. From now on
+    /// the container dies with the calling thread's process.
+    ///
+    /// `diag` must have been opened in the container's network namespace.
+    pub fn adopt(root: i32, diag: UnixDiag) -> Result<Self, CaptureError> {
+        let mut me = Self::empty(root, diag)?;
+        me.seize_tree()?;
+        Ok(me)
+    }
+
+    /// Takes over processes that the calling thread has seized already and that run: (host pid,
+    /// host tids), the container's init first.
+    pub fn adopt_running(tree: &[(i32, Vec<i32>)], diag: UnixDiag) -> Result<Self, CaptureError> {
+        let root = tree.first().ok_or(CaptureError::Ended)?.0;
+        let mut me = Self::empty(root, diag)?;
+        for (pid, tids) in tree {
+            me.tracer.adopt_running(*pid, tids);
+        }
+        Ok(me)
+    }
+
+    fn empty(root: i32, diag: UnixDiag) -> Result<Self, CaptureError> {
+        Ok(Self {
+            tracer: Tracer::new(),
+            processes: BTreeMap::new(),
+            root,
+            offsets: clock_offsets(root)?,
+            diag,
+            pages: PageSet::default(),
+            batch: Batch::new(),
+        })
+    }
+
+    fn seize_tree(&mut self) -> Result<(), CaptureError> {
+        let mut todo = vec![self.root];
+        while let Some(pid) = todo.pop() {
+            match self.tracer.seize(pid) {
+                Err(e) if pid != self.root && (e.is_gone() || e.code() == libc::ENOENT) => continue,
+                other => other?,
+            }
+            for tid in tracer::tids(pid)? {
+                let path = format!("/proc/{pid}/task/{tid}/children");
+                let text = std::fs::read_to_string(&path).unwrap_or_default();
+                todo.extend(text.split_whitespace().filter_map(|c| c.parse::<i32>().ok()));
+            }
+        }
+        Ok(())
+    }
+
+    /// Host pid of the container's init.
+    pub fn root(&self) -> i32 {
+        self.root
+    }
+
+    /// Number of threads in the container.
+    pub fn thread_count(&self) -> usize {
+        self.tracer.len()
+    }
+
+    /// Handles what the container's threads wait for (signals, clones, exits). To be called
+    /// whenever SIGCHLD arrives. Gives [`CaptureError::Ended`] when the container's init is gone.
+    pub fn pump(&mut self) -> Result<(), CaptureError> {
+        self.tracer.pump()?;
+        self.follow_changes();
+        if self.tracer.is_empty() { Err(CaptureError::Ended) } else { Ok(()) }
+    }
+
+    fn follow_changes(&mut self) {
+        for change in self.tracer.take_changes() {
+            match change {
+                Change::Started(_) => {}
+                Change::Executed(pid) | Change::Ended(pid, _) => {
+                    self.processes.remove(&pid);
+                }
+            }
+        }
+    }
+
+    /// Forgets what was captured before: the next checkpoint is a full one.
+    pub fn begin_full(&mut self) {
+        self.processes.clear();
+        self.pages.clear();
+    }
+
+    /// Lets the container go for good, without tracer and without protection.
+    pub fn detach(mut self) -> Result<(), CaptureError> {
+        Ok(self.tracer.detach()?)
+    }
+
+    /// Starts to watch the memory of processes that are not watched yet: a short stop, none if
+    /// there is no such process. Everything that can be refused without a stop is refused here.
+    pub fn prepare(&mut self) -> Result<(), CaptureError> {
+        self.follow_changes();
+        let pids = self.pids();
+        if pids.iter().all(|p| self.processes.contains_key(p)) {
+            return Ok(());
+        }
+        self.freeze()?;
+        let result = self.attach_new();
+        self.tracer.thaw()?;
+        result
+    }
+
+    fn pids(&self) -> Vec<i32> {
+        let mut all: Vec<i32> = self.tracer.processes();
+        // Parents were there before their children, but pids wrap around; the order is made
+        // exact when the state is put together.
+        all.sort_by_key(|p| (*p != self.root, *p));
+        all
+    }
+
+    fn freeze(&mut self) -> Result<(), CaptureError> {
+        self.tracer.freeze()?;
+        let settled = self.settle();
+        if settled.is_err() {
+            self.tracer.thaw()?;
+        }
+        settled
+    }
+
+    fn settle(&mut self) -> Result<(), CaptureError> {
+        for tid in self.tracer.all() {
+            threads::settle(tid)?;
+        }
+        Ok(())
+    }
+
+    /// Watches every process that is not watched yet. All threads are stopped.
+    fn attach_new(&mut self) -> Result<(), CaptureError> {
+        self.follow_changes();
+        for pid in self.pids() {
+            if !self.processes.contains_key(&pid) {
+                let tracked = self.attach(pid)?;
+                self.processes.insert(pid, tracked);
+            }
+        }
+        Ok(())
+    }
+
+    fn attach(&mut self, pid: i32) -> Result<Tracked, CaptureError> {
+        let attributes = process::read(pid, None)?;
+        let vmas = maps::read(pid)?;
+        let (start, end) = AddressSpace::vdso(&vmas).ok_or_else(|| {
+            CaptureError::unsupported(format!("pid {pid}"), "it has no vdso".into())
+        })?;
+        let gadget = remote::find_gadget(pid, start, end)?;
+        // A child made by fork has inherited the scratch area of its parent.
+        if !vmas.iter().any(|v| v.mapping.start == SCRATCH) {
+            remote::map_scratch(pid, gadget).map_err(|e| match e.code() {
+                libc::EEXIST => CaptureError::unsupported(
+                    format!("pid {pid}"),
+                    format!("it maps memory at {SCRATCH:#x}, which nilicon needs for itself"),
+                ),
+                _ => e.into(),
+            })?;
+        }
+        let handle = pidfd::open(pid)?;
+        let flags = libc::O_CLOEXEC as u64 | uffd::USER_MODE_ONLY;
+        self.batch.push(Call::new(libc::SYS_userfaultfd, &[flags]));
+        let number = self.batch.run_all_ok(pid)?[0];
+        let uffd = pidfd::get_fd(handle.as_fd(), number as i32);
+        self.batch.push(Call::new(libc::SYS_close, &[number as u64]));
+        self.batch.run_all_ok(pid)?;
+        Ok(Tracked {
+            space: AddressSpace::new(pid, attributes.pid, uffd?)?,
+            handle,
+            threads: threads::Threads::default(),
+            files: files::Files::default(),
+            attributes,
+        })
+    }
+
+    /// One round of pre-copy: copies what was written since the last round while the container
+    /// runs, and reads what rarely changes. Gives the number of pages copied.
+    pub fn precopy(&mut self) -> Result<usize, CaptureError> {
+        let before = self.pages.pages();
+        for (pid, tracked) in &mut self.processes {
+            let round = tracked.space.round(&mut self.pages, false);
+            let read = process::read(*pid, Some(&tracked.attributes)).and_then(|attributes| {
+                tracked.files.look_ahead(*pid, tracked.handle.as_fd()).map(|()| attributes)
+            });
+            match (round, read) {
+                (Ok(()), Ok(attributes)) => tracked.attributes = attributes,
+                // It has just ended; pump will hear of it.
+                (Err(e), _) | (_, Err(e)) if e.is_gone() => {}
+                (Err(e), _) | (_, Err(e)) => return Err(e),
+            }
+        }
+        Ok(self.pages.pages() - before)
+    }
+
+    /// Stops the container, captures what changed and lets it go on (CP-1). The result replaces
+    /// the contents of `state` and `pages`.
+    ///
+    /// On an error the container runs on, nothing was sealed, and what was copied so far is kept
+    /// for the next try with the same number.
+    pub fn stop(
+        &mut self,
+        epoch: Epoch,
+        boundary: &mut dyn Boundary,
+        state: &mut State,
+        pages: &mut PageSet,
+    ) -> Result<StopTimes, CaptureError> {
+        let begin = Instant::now();
+        let mut times = StopTimes::default();
+        let before = self.pages.pages();
+        boundary.hold_input();
+        times.hold = begin.elapsed();
+        let result = self.freeze().and_then(|()| {
+            times.freeze = begin.elapsed() - times.hold;
+            let mut lap = Lap(Instant::now());
+            let captured = self.capture(&mut times, &mut lap);
+            if captured.is_ok() {
+                boundary.seal(epoch);
+                times.seal = lap.next();
+            }
+            let thawed = self.tracer.thaw();
+            times.thaw = lap.next();
+            let captured = captured?;
+            thawed?;
+            Ok(captured)
+        });
+        times.total = begin.elapsed();
+        boundary.release_input();
+        *state = result?;
+        times.stop_pages = self.pages.pages() - before;
+        times.pages = self.pages.pages();
+        self.finish_pages(state);
+        std::mem::swap(pages, &mut self.pages);
+        self.pages.clear();
+        Ok(times)
+    }
+
+    fn capture(&mut self, times: &mut StopTimes, lap: &mut Lap) -> Result<State, CaptureError> {
+        self.attach_new()?;
+        let mut state = State { clocks: self.clocks()?, ..State::default() };
+        let order = self.in_order()?;
+        let mut builder = files::Builder::default();
+        let inner_pids: BTreeMap<i32, i32> =
+            self.processes.iter().map(|(pid, t)| (*pid, t.attributes.pid)).collect();
+        for pid in &order {
+            let tracked = self.processes.get_mut(pid).ok_or(CaptureError::Ended)?;
+            let tids = self.tracer.threads_of(*pid);
+            if tids.first() != Some(pid) {
+                let why = "its main thread has ended while others run".into();
+                return Err(CaptureError::unsupported(format!("pid {pid}"), why));
+            }
+            let (threads, inner) = tracked.threads.capture(&tids)?;
+            times.threads += lap.next();
+            if inner.timer_armed {
+                let why = "it has an interval timer (setitimer, alarm); not protected yet".into();
+                return Err(CaptureError::unsupported(format!("pid {pid}"), why));
+            }
+            tracked.space.round(&mut self.pages, true)?;
+            refuse_mappings(*pid, tracked.space.vmas())?;
+            let mappings = tracked.space.mappings();
+            times.memory += lap.next();
+            let handle = tracked.handle.as_fd();
+            let fds = tracked.files.capture(*pid, handle, &mut builder, &mut state, &self.diag)?;
+            times.files += lap.next();
+            let a = &tracked.attributes;
+            let mut mm = a.mm;
+            mm.brk = inner.brk;
+            state.processes.push(Process {
+                pid: a.pid,
+                ppid: inner_pids.get(&a.ppid).copied().unwrap_or(0),
+                pgid: a.pgid,
+                sid: a.sid,
+                mappings,
+                mm,
+                auxv: a.auxv.clone(),
+                exe: a.exe.clone(),
+                threads,
+                actions: inner.actions,
+                pending: crate::sys::ptrace::pending(*pid, true)?,
+                fds,
+                cwd: a.cwd.clone(),
+                umask: a.umask,
+                limits: a.limits.clone(),
+                creds: a.creds.clone(),
+                dumpable: inner.dumpable,
+            });
+            times.threads += lap.next();
+        }
+        self.refuse_shared_memory()?;
+        files::check_whole(&state)?;
+        Ok(state)
+    }
+
+    /// Anonymous memory that several processes share would come back as one for each.
+    fn refuse_shared_memory(&self) -> Result<(), CaptureError> {
+        let mut seen = BTreeMap::new();
+        for (pid, tracked) in &self.processes {
+            for vma in tracked.space.vmas() {
+                if let Some(inode) = vma.shared_memory()
+                    && let Some(other) = seen.insert(inode, *pid)
+                    && other != *pid
+                {
+                    let m = &vma.mapping;
+                    return Err(CaptureError::unsupported(
+                        format!("mapping {:#x}-{:#x} of pid {pid}", m.start, m.end),
+                        format!("memory that it shares with pid {other}; not protected yet"),
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Host pids, parents before children, the container's init first.
+    fn in_order(&self) -> Result<Vec<i32>, CaptureError> {
+        let mut order = vec![self.root];
+        let mut at = 0;
+        while let Some(parent) = order.get(at).copied() {
+            let children = self.processes.iter().filter(|(_, t)| t.attributes.ppid == parent);
+            order.extend(children.map(|(p, _)| *p).filter(|p| *p != self.root));
+            at += 1;
+        }
+        if order.len() == self.processes.len() {
+            Ok(order)
+        } else {
+            // An orphan was adopted by init since its attributes were read.
+            Err(CaptureError::Transient("a process is changing its parent"))
+        }
+    }
+
+    /// After the thaw: runs get the index of their process instead of its pid, and what lies
+    /// outside the mappings goes.
+    fn finish_pages(&mut self, state: &State) {
+        for tracked in self.processes.values_mut() {
+            if tracked.space.finish()
+                && let Some(p) = state.processes.iter().find(|p| p.pid == tracked.attributes.pid)
+            {
+                memory::clip(&mut self.pages.runs, p.pid, &p.mappings);
+            }
+        }
+        self.pages.runs.retain_mut(|run| {
+            let index = state.processes.iter().position(|p| p.pid as u32 == run.process);
+            run.process = index.unwrap_or(0) as u32;
+            index.is_some()
+        });
+    }
+
+    fn clocks(&self) -> Result<Clocks, CaptureError> {
+        let read = |clock, offset: i64| {
+            nix::time::clock_gettime(clock)
+                .map(|t| (t.tv_sec() * 1_000_000_000 + t.tv_nsec() + offset) as u64)
+                .map_err(|e| SysError::errno("clock_gettime", "a clock", e as i32))
+        };
+        Ok(Clocks {
+            monotonic: read(nix::time::ClockId::CLOCK_MONOTONIC, self.offsets.0)?,
+            boottime: read(nix::time::ClockId::CLOCK_BOOTTIME, self.offsets.1)?,
+        })
+    }
+}
+
+struct Lap(Instant);
+
+impl Lap {
+    fn next(&mut self) -> Duration {
+        let now = Instant::now();
+        let d = now - self.0;
+        self.0 = now;
+        d
+    }
+}
+
+fn refuse_mappings(pid: i32, vmas: &[maps::Vma]) -> Result<(), CaptureError> {
+    match vmas.iter().find_map(|v| v.refused.map(|why| (v, why))) {
+        None => Ok(()),
+        Some((v, why)) => Err(CaptureError::unsupported(
+            format!("mapping {:#x}-{:#x} of pid {pid}", v.mapping.start, v.mapping.end),
+            format!("{why}; not protected yet"),
+        )),
+    }
+}
+
+/// What the time namespace of a process adds to the host's clocks, in nanoseconds.
+fn clock_offsets(pid: i32) -> Result<(i64, i64), CaptureError> {
+    let path = format!("/proc/{pid}/timens_offsets");
+    let text = match std::fs::read_to_string(&path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok((0, 0)),
+        other => other.map_err(|e| CaptureError::proc(&path, e))?,
+    };
+    let offset = |name: &str| -> i64 {
+        let line = text.lines().find(|l| l.starts_with(name)).unwrap_or("");
+        let mut fields = line.split_whitespace().skip(1).map(|f| f.parse::<i64>().unwrap_or(0));
+        fields.next().unwrap_or(0) * 1_000_000_000 + fields.next().unwrap_or(0)
+    };
+    Ok((offset("monotonic"), offset("boottime")))
+}

@@ -1,0 +1,233 @@
+//! Registers and signal state of stopped threads.
+
+use super::CaptureError;
+use crate::image::{Regs, SignalAction, Thread};
+use crate::sys::ptrace::{self, reg};
+use crate::sys::remote::{Batch, Call, DATA};
+use crate::sys::{SysResult, memory};
+use std::collections::HashMap;
+use std::fs;
+
+/// System calls that return EINTR at every stop instead of being restarted by the kernel
+/// (signal(7), "Interruption of system calls and library functions by stop signals").
+const EINTR_AT_STOP: [i64; 6] = [
+    libc::SYS_epoll_wait,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_pwait2,
+    libc::SYS_semop,
+    libc::SYS_semtimedop,
+    libc::SYS_io_getevents,
+];
+
+const EINTR: i64 = -(libc::EINTR as i64);
+/// ERESTARTSYS to ERESTART_RESTARTBLOCK of the kernel's linux/errno.h.
+const RESTARTS: std::ops::RangeInclusive<i64> = -516..=-512;
+const SIGNALS: u8 = 64;
+const ACTION_LEN: usize = 32;
+/// Places in the scratch data area.
+const ACTIONS_AT: u64 = DATA;
+const ALTSTACK_AT: u64 = DATA + 0x1000;
+const TID_ADDRESS_AT: u64 = DATA + 0x1100;
+const TIMERS_AT: u64 = DATA + 0x1200;
+
+/// What is remembered of a thread between stops.
+#[derive(Debug, Default)]
+pub(super) struct ThreadCache {
+    regs: Option<Regs>,
+    tid: i32,
+    comm: String,
+    tid_address: u64,
+    altstack: (u64, u64, u64),
+}
+
+/// What only the process itself can tell, asked by one batch of calls in its leader.
+#[derive(Debug, Default, Clone)]
+pub(super) struct Inner {
+    pub(super) actions: Vec<SignalAction>,
+    pub(super) brk: u64,
+    pub(super) dumpable: u8,
+    pub(super) timer_armed: bool,
+}
+
+/// The threads of one process and what is known of each.
+#[derive(Debug, Default)]
+pub(super) struct Threads {
+    caches: HashMap<i32, ThreadCache>,
+    batch: Batch,
+}
+
+/// Puts a call that our stop lets fail with EINTR back to its start, in a thread that has just
+/// been stopped, so that the program never sees our stops. A call that a signal interrupts keeps
+/// its EINTR: programs count on it.
+pub(super) fn settle(tid: i32) -> SysResult<()> {
+    let mut regs = ptrace::regs(tid)?;
+    let call = regs[reg::ORIG_RAX] as i64;
+    if regs[reg::RAX] as i64 != EINTR || !EINTR_AT_STOP.contains(&call) {
+        return Ok(());
+    }
+    let blocked = ptrace::blocked(tid)?;
+    for of_process in [false, true] {
+        for info in ptrace::pending(tid, of_process)? {
+            let signal = i32::from_ne_bytes(info[..4].try_into().expect("four bytes"));
+            if (1..=64).contains(&signal) && blocked & (1 << (signal - 1)) == 0 {
+                return Ok(());
+            }
+        }
+    }
+    rewind(&mut regs);
+    ptrace::set_regs(tid, &regs)
+}
+
+impl Threads {
+    /// Captures all threads of a process, leader first, and what the leader says of the process.
+    pub(super) fn capture(&mut self, tids: &[i32]) -> Result<(Vec<Thread>, Inner), CaptureError> {
+        let mut all = Vec::with_capacity(tids.len());
+        let mut inner = Inner::default();
+        for (i, &tid) in tids.iter().enumerate() {
+            let live = ptrace::regs(tid)?;
+            let rseq = ptrace::rseq(tid)?;
+            let cache = self.caches.entry(tid).or_default();
+            if i == 0 || cache.regs != Some(live) {
+                // The kernel forgets a critical section of rseq when it sees our code run in the
+                // thread, so its mark is put back afterwards (rseq(2), rseq_cs is at offset 8).
+                let mut section = [0u8; 8];
+                if let Some(r) = rseq {
+                    memory::read(tid, r.address + 8, &mut section)?;
+                }
+                ask_thread(&mut self.batch);
+                if i == 0 {
+                    ask_process(&mut self.batch);
+                }
+                let results = self.batch.run(tid)?;
+                let brk = results.get(2).copied().unwrap_or(0);
+                let dumpable = results.get(3).copied().unwrap_or(1);
+                if section != [0; 8]
+                    && let Some(r) = rseq
+                {
+                    memory::write(tid, r.address + 8, &section)?;
+                }
+                read_thread(tid, cache)?;
+                if i == 0 {
+                    inner = read_process(tid, brk as u64, dumpable as u8)?;
+                }
+            }
+            cache.regs = Some(live);
+            if cache.tid == 0 {
+                cache.tid = inner_tid(tid)?;
+            }
+            cache.comm = comm(tid, &cache.comm);
+            all.push(Self::thread(tid, live, rseq, cache)?);
+        }
+        self.caches.retain(|tid, _| tids.contains(tid));
+        Ok((all, inner))
+    }
+
+    fn thread(
+        tid: i32,
+        live: Regs,
+        rseq: Option<crate::image::Rseq>,
+        cache: &ThreadCache,
+    ) -> SysResult<Thread> {
+        let mut regs = live;
+        if regs[reg::ORIG_RAX] as i64 >= 0 && RESTARTS.contains(&(regs[reg::RAX] as i64)) {
+            rewind(&mut regs);
+        }
+        regs[reg::ORIG_RAX] = u64::MAX;
+        let mut xstate = Vec::new();
+        ptrace::xstate(tid, &mut xstate)?;
+        Ok(Thread {
+            tid: cache.tid,
+            regs,
+            xstate,
+            blocked: ptrace::blocked(tid)?,
+            pending: ptrace::pending(tid, false)?,
+            robust_list: ptrace::robust_list(tid)?,
+            tid_address: cache.tid_address,
+            rseq,
+            altstack: cache.altstack,
+            comm: cache.comm.clone(),
+        })
+    }
+}
+
+/// Back to the `syscall` instruction (two bytes), with the number of the call in rax.
+fn rewind(regs: &mut Regs) {
+    regs[reg::RIP] -= 2;
+    regs[reg::RAX] = regs[reg::ORIG_RAX];
+    regs[reg::ORIG_RAX] = u64::MAX;
+}
+
+fn ask_thread(batch: &mut Batch) {
+    batch.push(Call::new(libc::SYS_sigaltstack, &[0, ALTSTACK_AT]));
+    // PR_GET_TID_ADDRESS
+    batch.push(Call::new(libc::SYS_prctl, &[40, TID_ADDRESS_AT]));
+}
+
+fn ask_process(batch: &mut Batch) {
+    batch.push(Call::new(libc::SYS_brk, &[0]));
+    batch.push(Call::new(libc::SYS_prctl, &[libc::PR_GET_DUMPABLE as u64]));
+    for signal in 1..=SIGNALS {
+        let at = ACTIONS_AT + u64::from(signal - 1) * ACTION_LEN as u64;
+        batch.push(Call::new(libc::SYS_rt_sigaction, &[u64::from(signal), 0, at, 8]));
+    }
+    for which in 0..3 {
+        batch.push(Call::new(libc::SYS_getitimer, &[which, TIMERS_AT + which * 32]));
+    }
+}
+
+fn word(bytes: &[u8], at: usize) -> u64 {
+    u64::from_ne_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
+}
+
+fn read_thread(tid: i32, cache: &mut ThreadCache) -> SysResult<()> {
+    let mut bytes = [0u8; 0x108];
+    memory::read(tid, ALTSTACK_AT, &mut bytes)?;
+    let flags = word(&bytes, 8) & 0xffff_ffff;
+    cache.altstack = (word(&bytes, 0), flags, word(&bytes, 16));
+    cache.tid_address = word(&bytes, (TID_ADDRESS_AT - ALTSTACK_AT) as usize);
+    Ok(())
+}
+
+fn read_process(tid: i32, brk: u64, dumpable: u8) -> SysResult<Inner> {
+    let mut bytes = [0u8; SIGNALS as usize * ACTION_LEN];
+    memory::read(tid, ACTIONS_AT, &mut bytes)?;
+    let mut actions = Vec::new();
+    for signal in 1..=SIGNALS {
+        if i32::from(signal) == libc::SIGKILL || i32::from(signal) == libc::SIGSTOP {
+            continue;
+        }
+        let at = usize::from(signal - 1) * ACTION_LEN;
+        let action = SignalAction {
+            signal,
+            handler: word(&bytes, at),
+            flags: word(&bytes, at + 8),
+            restorer: word(&bytes, at + 16),
+            mask: word(&bytes, at + 24),
+        };
+        if action.handler != 0 || action.flags != 0 || action.mask != 0 {
+            actions.push(action);
+        }
+    }
+    let mut timers = [0u8; 96];
+    memory::read(tid, TIMERS_AT, &mut timers)?;
+    let timer_armed = (0..3).any(|i| word(&timers, i * 32 + 16) | word(&timers, i * 32 + 24) != 0);
+    Ok(Inner { actions, brk, dumpable, timer_armed })
+}
+
+/// The tid in the innermost pid namespace.
+fn inner_tid(tid: i32) -> Result<i32, CaptureError> {
+    let path = format!("/proc/{tid}/status");
+    let text = fs::read_to_string(&path).map_err(|e| CaptureError::proc(&path, e))?;
+    text.lines()
+        .find_map(|l| l.strip_prefix("NSpid:"))
+        .and_then(|l| l.split_whitespace().last())
+        .and_then(|v| v.parse().ok())
+        .ok_or_else(|| CaptureError::proc(&path, std::io::ErrorKind::InvalidData.into()))
+}
+
+fn comm(tid: i32, known: &str) -> String {
+    if !known.is_empty() {
+        return known.to_owned();
+    }
+    fs::read_to_string(format!("/proc/{tid}/comm")).unwrap_or_default().trim_end().to_owned()
+}

@@ -1,0 +1,320 @@
+//! The threads of a container under ptrace: seized once, stopped and let go at every epoch.
+//!
+//! Everything here happens on one OS thread, the *stop thread*, because ptrace binds tracees to
+//! the thread that seized them. New threads and processes are seized by the kernel as they
+//! appear (PTRACE_O_TRACECLONE and its kin); signals pass through on their way.
+
+use super::CaptureError;
+use crate::sys::ptrace::{self, Status};
+use crate::sys::{SysError, SysResult};
+use std::collections::BTreeMap;
+use std::fs;
+
+/// The container dies with the agent that traces it, so that a crashed agent leaves no
+/// unprotected container behind.
+const OPTIONS: i32 = libc::PTRACE_O_TRACECLONE
+    | libc::PTRACE_O_TRACEFORK
+    | libc::PTRACE_O_TRACEVFORK
+    | libc::PTRACE_O_TRACEVFORKDONE
+    | libc::PTRACE_O_TRACEEXEC
+    | libc::PTRACE_O_EXITKILL;
+
+#[derive(Debug)]
+struct Traced {
+    process: i32,
+    stopped: bool,
+    in_vfork: bool,
+}
+
+/// What [`Tracer::pump`] and [`Tracer::freeze`] found out about the tree of processes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Change {
+    /// A process appeared.
+    Started(i32),
+    /// A process replaced its program: its address space is new.
+    Executed(i32),
+    /// A process is gone.
+    Ended(i32, Status),
+}
+
+/// The seized threads of one container, by host tid.
+#[derive(Debug, Default)]
+pub(super) struct Tracer {
+    threads: BTreeMap<i32, Traced>,
+    changes: Vec<Change>,
+}
+
+impl Tracer {
+    /// A tracer of no thread.
+    pub(super) fn new() -> Self {
+        Self::default()
+    }
+
+    /// Seizes all threads of a process that runs. Repeats until no unseized thread is left.
+    pub(super) fn seize(&mut self, pid: i32) -> SysResult<()> {
+        loop {
+            let mut found = false;
+            for tid in tids(pid)? {
+                if self.threads.contains_key(&tid) {
+                    continue;
+                }
+                match ptrace::seize(tid, OPTIONS) {
+                    Ok(()) => found = true,
+                    Err(e) if e.is_gone() => continue,
+                    Err(e) => return Err(e),
+                }
+                self.insert(tid, pid);
+            }
+            if !found {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Takes over threads that the calling thread has seized already and that run.
+    pub(super) fn adopt_running(&mut self, pid: i32, tids: &[i32]) {
+        for &tid in tids {
+            self.insert(tid, pid);
+        }
+    }
+
+    fn insert(&mut self, tid: i32, process: i32) {
+        self.threads.insert(tid, Traced { process, stopped: false, in_vfork: false });
+        if tid == process {
+            self.changes.push(Change::Started(process));
+        }
+    }
+
+    /// Host tids of a process, leader first.
+    pub(super) fn threads_of(&self, pid: i32) -> Vec<i32> {
+        let others = self.threads.iter().filter(|(t, i)| i.process == pid && **t != pid);
+        let leader = self.threads.contains_key(&pid).then_some(pid);
+        leader.into_iter().chain(others.map(|(t, _)| *t)).collect()
+    }
+
+    /// Host pids of all processes.
+    pub(super) fn processes(&self) -> Vec<i32> {
+        let mut all: Vec<i32> = self.threads.values().map(|t| t.process).collect();
+        all.sort_unstable();
+        all.dedup();
+        all
+    }
+
+    /// Host tids of all threads.
+    pub(super) fn all(&self) -> Vec<i32> {
+        self.threads.keys().copied().collect()
+    }
+
+    /// Number of threads in all.
+    pub(super) fn len(&self) -> usize {
+        self.threads.len()
+    }
+
+    /// Whether none is left.
+    pub(super) fn is_empty(&self) -> bool {
+        self.threads.is_empty()
+    }
+
+    /// What changed since the last call.
+    pub(super) fn take_changes(&mut self) -> Vec<Change> {
+        std::mem::take(&mut self.changes)
+    }
+
+    /// Handles all events that wait, without waiting for more. Call it at each SIGCHLD while
+    /// the container runs: its signals, clones and forks wait for it.
+    pub(super) fn pump(&mut self) -> SysResult<()> {
+        while let Some((tid, status)) = ptrace::next_event()? {
+            ignore_gone(self.running_event(tid, status))?;
+        }
+        Ok(())
+    }
+
+    fn running_event(&mut self, tid: i32, status: Status) -> SysResult<()> {
+        match status {
+            Status::Stopped { signal, event } => {
+                self.learn(tid)?;
+                match event {
+                    0 => return ptrace::cont(tid, signal),
+                    libc::PTRACE_EVENT_STOP if is_stop_signal(signal) => {
+                        return ptrace::listen(tid);
+                    }
+                    _ => self.note_event(tid, event)?,
+                }
+                ptrace::cont(tid, 0)
+            }
+            end => {
+                self.forget(tid, end);
+                Ok(())
+            }
+        }
+    }
+
+    /// Registers a thread that the kernel seized for us.
+    fn learn(&mut self, tid: i32) -> SysResult<()> {
+        if !self.threads.contains_key(&tid) {
+            let process = process_of(tid)?;
+            self.insert(tid, process);
+        }
+        Ok(())
+    }
+
+    fn note_event(&mut self, tid: i32, event: i32) -> SysResult<()> {
+        if matches!(
+            event,
+            libc::PTRACE_EVENT_CLONE | libc::PTRACE_EVENT_FORK | libc::PTRACE_EVENT_VFORK
+        ) {
+            // Known from now on, though its own first stop may be yet to come: a freeze must
+            // not miss it.
+            let new = ptrace::event_message(tid)? as i32;
+            ignore_gone(self.learn(new))?;
+        }
+        match event {
+            libc::PTRACE_EVENT_VFORK => {
+                self.threads.entry(tid).and_modify(|t| t.in_vfork = true);
+            }
+            libc::PTRACE_EVENT_VFORK_DONE => {
+                self.threads.entry(tid).and_modify(|t| t.in_vfork = false);
+            }
+            libc::PTRACE_EVENT_EXEC => {
+                let former = ptrace::event_message(tid)? as i32;
+                if former != tid {
+                    self.threads.remove(&former);
+                }
+                self.threads.retain(|t, i| i.process != tid || *t == tid);
+                self.changes.push(Change::Executed(tid));
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn forget(&mut self, tid: i32, status: Status) {
+        if self.threads.remove(&tid).is_some_and(|t| t.process == tid) {
+            self.changes.push(Change::Ended(tid, status));
+        }
+    }
+
+    /// Stops every thread. On a transient error the threads that stopped already are let go.
+    pub(super) fn freeze(&mut self) -> Result<(), CaptureError> {
+        let result = self.try_freeze();
+        if result.is_err() {
+            self.thaw()?;
+        }
+        result
+    }
+
+    fn try_freeze(&mut self) -> Result<(), CaptureError> {
+        if self.threads.values().any(|t| t.in_vfork) {
+            return Err(CaptureError::Transient("a thread waits in vfork"));
+        }
+        for (&tid, thread) in &self.threads {
+            if !thread.stopped {
+                ignore_gone(ptrace::interrupt(tid))?;
+            }
+        }
+        // A thread made meanwhile appears in the table while its maker is waited for.
+        while let Some(tid) = self.threads.iter().find(|(_, t)| !t.stopped).map(|(t, _)| *t) {
+            self.wait_stopped(tid)?;
+        }
+        if self.threads.is_empty() {
+            return Err(CaptureError::Ended);
+        }
+        Ok(())
+    }
+
+    fn wait_stopped(&mut self, tid: i32) -> Result<(), CaptureError> {
+        loop {
+            let status = match ptrace::wait(tid) {
+                Err(e) if e.code() == libc::ECHILD => Status::Exited(0),
+                other => other?,
+            };
+            match status {
+                Status::Stopped { event: libc::PTRACE_EVENT_STOP, .. } => {
+                    if let Some(t) = self.threads.get_mut(&tid) {
+                        t.stopped = true;
+                    }
+                    return Ok(());
+                }
+                Status::Stopped { signal, event: 0 } => {
+                    // Any other stop swallows the interrupt: ask again.
+                    ignore_gone(ptrace::interrupt(tid))?;
+                    ignore_gone(ptrace::cont(tid, signal))?;
+                }
+                Status::Stopped { event, .. } => {
+                    ignore_gone(ptrace::interrupt(tid))?;
+                    self.note_event(tid, event)?;
+                    if event == libc::PTRACE_EVENT_VFORK {
+                        ignore_gone(ptrace::cont(tid, 0))?;
+                        return Err(CaptureError::Transient("a thread has just called vfork"));
+                    }
+                    ignore_gone(ptrace::cont(tid, 0))?;
+                }
+                end => {
+                    self.forget(tid, end);
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    /// Lets every stopped thread go on.
+    pub(super) fn thaw(&mut self) -> SysResult<()> {
+        for (&tid, thread) in &mut self.threads {
+            if std::mem::take(&mut thread.stopped) {
+                ignore_gone(ptrace::cont(tid, 0))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets the container go for good: it runs on without a tracer.
+    pub(super) fn detach(&mut self) -> SysResult<()> {
+        for (&tid, thread) in &self.threads {
+            if !thread.stopped {
+                ignore_gone(ptrace::interrupt(tid))?;
+                ignore_gone(ptrace::wait(tid).map(drop))?;
+            }
+            ignore_gone(ptrace::detach(tid))?;
+        }
+        self.threads.clear();
+        Ok(())
+    }
+}
+
+fn is_stop_signal(signal: i32) -> bool {
+    matches!(signal, libc::SIGSTOP | libc::SIGTSTP | libc::SIGTTIN | libc::SIGTTOU)
+}
+
+/// A thread that is gone is noticed when its end is waited for.
+fn ignore_gone(r: SysResult<()>) -> SysResult<()> {
+    match r {
+        Err(e) if e.is_gone() || e.code() == libc::ENOENT => Ok(()),
+        other => other,
+    }
+}
+
+/// Tids of a process, from /proc/PID/task.
+pub(super) fn tids(pid: i32) -> SysResult<Vec<i32>> {
+    let path = format!("/proc/{pid}/task");
+    let failed = |source| SysError { call: "read", object: path.clone(), source };
+    let mut all = Vec::new();
+    for entry in fs::read_dir(&path).map_err(failed)? {
+        let name = entry.map_err(failed)?.file_name();
+        all.extend(name.to_str().and_then(|n| n.parse::<i32>().ok()));
+    }
+    Ok(all)
+}
+
+/// The process (thread group) of a thread.
+fn process_of(tid: i32) -> SysResult<i32> {
+    let path = format!("/proc/{tid}/status");
+    let text = fs::read_to_string(&path).map_err(|source| SysError {
+        call: "read",
+        object: path.clone(),
+        source,
+    })?;
+    text.lines()
+        .find_map(|l| l.strip_prefix("Tgid:"))
+        .and_then(|v| v.trim().parse().ok())
+        .ok_or_else(|| SysError::errno("read", path, libc::EINVAL))
+}

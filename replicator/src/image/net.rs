@@ -1,0 +1,100 @@
+//! Internet sockets in a checkpoint.
+
+use serde::{Deserialize, Serialize};
+use std::net::SocketAddr;
+
+/// Options that most sockets share; read with getsockopt(2), set again at restore.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "named after the SO_ and TCP_ constants")]
+pub struct SocketOptions {
+    pub reuse_addr: bool,
+    pub reuse_port: bool,
+    pub keep_alive: bool,
+    /// Seconds before the first probe, between probes, and the number of probes.
+    pub keep_alive_timing: [i32; 3],
+    /// Send and receive buffer as getsockopt gives them (twice what was set), and whether the
+    /// program set them (SOCK_SNDBUF_LOCK 1 | SOCK_RCVBUF_LOCK 2, from SO_BUF_LOCK).
+    pub buffers: [i32; 2],
+    pub buffer_lock: i32,
+    /// struct linger: on, seconds.
+    pub linger: (i32, i32),
+    pub no_delay: bool,
+    pub cork: bool,
+    pub user_timeout: u32,
+    pub defer_accept: i32,
+    pub quick_ack: bool,
+    pub v6_only: bool,
+    pub congestion: String,
+    pub mark: u32,
+    pub priority: i32,
+}
+
+/// A listening TCP socket.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TcpListener {
+    /// Bound address.
+    pub local: SocketAddr,
+    /// Length of the accept queue that listen(2) was called with.
+    pub backlog: u32,
+    /// Its options.
+    pub options: SocketOptions,
+}
+
+/// State names as in the kernel's tcp_states.h.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TcpState {
+    /// Open both ways.
+    Established,
+    /// The peer has closed its side; the program has not.
+    CloseWait,
+    /// Nothing is left of the connection but the descriptor.
+    Closed,
+}
+
+/// A TCP connection, captured in repair mode (tcp(7), TCP_REPAIR).
+///
+/// Sequence numbers are absolute. `send_queue` ends at `write_seq`; its first byte is the first
+/// that the peer has not acknowledged. `receive_queue` ends at `rcv_nxt`; its first byte is the
+/// first that the program has not read.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TcpConnection {
+    /// This side.
+    pub local: SocketAddr,
+    /// The other side.
+    pub remote: SocketAddr,
+    /// State at the stop.
+    pub state: TcpState,
+    /// Sequence number after the last byte that the program has written.
+    pub write_seq: u32,
+    /// Sequence number expected next from the peer. In `CloseWait` the peer's FIN is counted.
+    pub rcv_nxt: u32,
+    /// Written but not acknowledged.
+    pub send_queue: Vec<u8>,
+    /// Received but not read.
+    pub receive_queue: Vec<u8>,
+    /// TCP_REPAIR_WINDOW: snd_wl1, snd_wnd, max_window, rcv_wnd, rcv_wup.
+    pub window: [u32; 5],
+    /// Maximum segment size that the peer takes (mss_clamp).
+    pub mss: u32,
+    /// Selective acknowledgement was agreed on.
+    pub sack: bool,
+    /// Window scales (ours to shift what the peer announces, ours that we announce), if agreed.
+    pub window_scale: Option<(u8, u8)>,
+    /// Timestamps were agreed on, and this is our clock (TCP_TIMESTAMP) at the stop.
+    pub timestamp: Option<u32>,
+    /// Its options.
+    pub options: SocketOptions,
+}
+
+/// A socket that is neither connected nor listening.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InetIdle {
+    /// AF_INET6 instead of AF_INET.
+    pub v6: bool,
+    /// SOCK_STREAM or SOCK_DGRAM.
+    pub kind: i32,
+    /// Bound address, if any.
+    pub local: Option<SocketAddr>,
+    /// Its options.
+    pub options: SocketOptions,
+}

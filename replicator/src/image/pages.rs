@@ -1,0 +1,50 @@
+//! The pages of a checkpoint.
+
+/// Size of a page in bytes.
+pub const PAGE: usize = 4096;
+
+/// What happened to a run of pages since the checkpoint before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// New contents, at this byte offset of [`PageSet::bytes`].
+    Data(usize),
+    /// The pages were given back (madvise(2) MADV_DONTNEED): a private anonymous page reads as
+    /// zero, a private file page as the file.
+    Dropped,
+}
+
+/// Adjacent pages of one process with one kind of content.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// Index of the process in [`super::State::processes`].
+    pub process: u32,
+    /// Address of the first page.
+    pub start: u64,
+    /// Number of pages.
+    pub count: u32,
+    /// What they hold.
+    pub content: Content,
+}
+
+/// Pages of one checkpoint. Runs stand in the order in which they were taken; where two cover
+/// the same page, the later holds. The buffers are kept and used again.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PageSet {
+    /// The runs.
+    pub runs: Vec<Run>,
+    /// Contents of all data runs.
+    pub bytes: Vec<u8>,
+}
+
+impl PageSet {
+    /// Empties the set and keeps its memory.
+    pub fn clear(&mut self) {
+        self.runs.clear();
+        self.bytes.clear();
+    }
+
+    /// Number of pages with contents.
+    pub fn pages(&self) -> usize {
+        self.bytes.len() / PAGE
+    }
+}

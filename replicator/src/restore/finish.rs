@@ -1,0 +1,402 @@
+//! Failover: a spare that is up to date becomes a running container, in phases.
+
+use super::error::{Doing, RestoreError};
+use super::objects::{self, Place};
+use super::script::Script;
+use super::space::Special;
+use super::spare::{Spare, Stub};
+use super::tcp::{self, Connected, Peer, Segment};
+use super::{install, process, space};
+use crate::image::net::{TcpConnection, TcpState};
+use crate::image::{Kind, Mapping, Process, Source, Thread, VdsoPart};
+use crate::sys::ptrace::{self, reg};
+use crate::sys::remote::{self, Call, SCRATCH, SCRATCH_LEN};
+use crate::sys::{SysError, SysResult};
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+/// How long the phases of a failover took.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FinishTimes {
+    /// Making the open file descriptions.
+    pub objects: Duration,
+    /// Memory fields, signal dispositions, groups, working directories.
+    pub attributes: Duration,
+    /// Handing over the descriptors, filling interest lists.
+    pub descriptors: Duration,
+    /// Creating the threads; limits.
+    pub threads: Duration,
+    /// Connecting the TCP connections.
+    pub connect: Duration,
+    /// Writing what their peers have not got.
+    pub unsent: Duration,
+    /// Credentials, registers, signals, the end of the scratch area.
+    pub complete: Duration,
+}
+
+impl FinishTimes {
+    /// All phases together.
+    pub fn total(&self) -> Duration {
+        self.objects
+            + self.attributes
+            + self.descriptors
+            + self.threads
+            + self.connect
+            + self.unsent
+            + self.complete
+    }
+}
+
+/// What the gateway must do for connections that could not be restored by themselves.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Resumption {
+    /// Connections whose peer had closed its side: send the container this FIN.
+    pub fins: Vec<Segment>,
+    /// Connections that were over, or that the peer knows nothing of: send the container this RST.
+    pub resets: Vec<Segment>,
+}
+
+/// A restored process, all of whose threads are stopped and traced by the calling thread.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Restored {
+    /// Pid in the container.
+    pub pid: i32,
+    /// Pid as the host sees it.
+    pub host: i32,
+    /// Its threads' ids as the host sees them, the leader first.
+    pub tids: Vec<i32>,
+}
+
+/// What the phases hand on to each other.
+#[derive(Debug, Default)]
+pub(super) struct Finishing {
+    /// TCP sockets to connect: index of the description, socket.
+    sockets: Vec<(usize, OwnedFd)>,
+    /// Sockets with bytes to write.
+    unsent: Vec<(OwnedFd, Vec<u8>)>,
+    restored: Vec<Restored>,
+    /// Where each thread of `restored` goes on.
+    addresses: Vec<Vec<u64>>,
+    times: FinishTimes,
+    stage: Stage,
+}
+
+/// Phases done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+enum Stage {
+    #[default]
+    Following,
+    Prepared,
+    Connected,
+    Complete,
+}
+
+/// Keeps the calling thread on the processor that the spare's processes use: a remote call is
+/// several times cheaper without a message between processors.
+struct Together(Option<CpuSet>);
+
+impl Together {
+    fn with(host: i32) -> Self {
+        let own = Pid::from_raw(0);
+        let before = sched_getaffinity(own).ok();
+        // A hint for speed: without it all is right, but slower.
+        if let Ok(theirs) = sched_getaffinity(Pid::from_raw(host)) {
+            let _ = sched_setaffinity(own, &theirs);
+        }
+        Self(before)
+    }
+}
+
+impl Drop for Together {
+    fn drop(&mut self) {
+        if let Some(before) = &self.0 {
+            let _ = sched_setaffinity(Pid::from_raw(0), before);
+        }
+    }
+}
+
+impl Spare {
+    /// Phase a: everything that does not depend on what the peers have: attributes, descriptors,
+    /// threads. After it the spare can no longer follow checkpoints.
+    pub fn prepare(&mut self) -> Result<(), RestoreError> {
+        self.expect(Stage::Following)?;
+        let _together = Together::with(self.pid());
+        self.attempt(Self::prepare_all)?;
+        self.finishing.stage = Stage::Prepared;
+        Ok(())
+    }
+
+    fn expect(&self, stage: Stage) -> Result<(), RestoreError> {
+        if self.finishing.stage == stage && !self.state.processes.is_empty() {
+            return Ok(());
+        }
+        Err(RestoreError::Refused {
+            pid: 1,
+            object: "the failover".into(),
+            reason: format!("its phases are out of order (it is {:?})", self.finishing.stage),
+        })
+    }
+
+    /// How far the container's clock is past the checkpoint.
+    fn elapsed(&self) -> Duration {
+        let now = self.launched.clock_offsets().now().monotonic;
+        Duration::from_nanos(now.saturating_sub(self.state.clocks.monotonic))
+    }
+
+    fn prepare_all(&mut self) -> Result<(), RestoreError> {
+        let start = Instant::now();
+        let place = Place { init: self.pid(), elapsed: self.elapsed() };
+        let made = objects::create_all(&self.state, &place).map_err(|(index, source)| {
+            let holds = |p: &&Process| p.fds.iter().any(|f| f.description as usize == index);
+            let pid = self.state.processes.iter().find(holds).map_or(1, |p| p.pid);
+            RestoreError::Kernel { pid, doing: "make an open file", source }
+        })?;
+        let objects = Instant::now();
+        let Self { state, stubs, script, .. } = self;
+        for p in &state.processes {
+            let stub = find(stubs, p.pid)?;
+            process::attributes(script, stub, p)?;
+            process::actions(script, stub, p)?;
+        }
+        process::groups(script, stubs, &state.processes)?;
+        let attributes = Instant::now();
+        for p in &state.processes {
+            let stub = find(stubs, p.pid)?;
+            install::install(script, self.launched.control(), stub, &p.fds, &made)?;
+        }
+        let host_of = |pid| stubs.iter().find(|s| s.pid == pid).map(|s| s.host);
+        install::fill_epolls(script, state, host_of)?;
+        let descriptors = Instant::now();
+        for p in &state.processes {
+            let stub = find(stubs, p.pid)?;
+            let addresses = p.threads.iter().map(|t| process::resume_address(stub.host, t));
+            let addresses: SysResult<Vec<u64>> = addresses.collect();
+            let addresses = addresses.doing(p.pid, "read the restartable sequences")?;
+            let tids = process::threads(script, stub, p)?;
+            process::limits(script, stub, p)?;
+            self.finishing.addresses.push(addresses);
+            self.finishing.restored.push(Restored { pid: p.pid, host: stub.host, tids });
+        }
+        let is_tcp = |i: &usize| matches!(state.descriptions[*i].kind, Kind::Tcp(_));
+        let sockets = made.into_iter().enumerate().filter(|(i, _)| is_tcp(i));
+        self.finishing.sockets = sockets.collect();
+        let times = &mut self.finishing.times;
+        times.objects = objects - start;
+        times.attributes = attributes - objects;
+        times.descriptors = descriptors - attributes;
+        times.threads = descriptors.elapsed();
+        Ok(())
+    }
+
+    /// Phase b: connects the TCP connections. `answers` tells what each one's peer expects. The
+    /// network must have its addresses and routes, and be unplugged.
+    pub fn connect(
+        &mut self,
+        answers: impl Fn(&TcpConnection) -> Peer,
+    ) -> Result<Resumption, RestoreError> {
+        self.expect(Stage::Prepared)?;
+        let start = Instant::now();
+        let elapsed = self.elapsed();
+        let resumption = self.attempt(|spare| {
+            let mut resumption = Resumption::default();
+            for (index, fd) in std::mem::take(&mut spare.finishing.sockets) {
+                let Kind::Tcp(c) = &spare.state.descriptions[index].kind else { continue };
+                // A closed socket that does not know its peer any more is but a new one.
+                if c.remote.port() == 0 {
+                    continue;
+                }
+                let peer = if c.state == TcpState::Closed { Peer::Gone } else { answers(c) };
+                let done =
+                    tcp::restore(&fd, c, peer, elapsed).doing(1, "restore a TCP connection")?;
+                resumption.add(c, peer, &done);
+                if !done.unsent.is_empty() {
+                    spare.finishing.unsent.push((fd, done.unsent));
+                }
+            }
+            Ok(resumption)
+        })?;
+        self.finishing.times.connect = start.elapsed();
+        self.finishing.stage = Stage::Connected;
+        Ok(resumption)
+    }
+
+    /// Phase c, when the network is plugged in: writes what the peers have not got.
+    pub fn push_unsent(&mut self) -> Result<(), RestoreError> {
+        let start = Instant::now();
+        self.attempt(|spare| {
+            for (fd, bytes) in std::mem::take(&mut spare.finishing.unsent) {
+                tcp::push(&fd, &bytes).doing(1, "send what a peer has not got")?;
+            }
+            Ok(())
+        })?;
+        self.finishing.times.unsent = start.elapsed();
+        Ok(())
+    }
+
+    /// Phase d: credentials, registers and signals; the scratch area goes. Nothing runs yet.
+    pub fn complete(&mut self) -> Result<Vec<Restored>, RestoreError> {
+        self.expect(Stage::Connected)?;
+        let start = Instant::now();
+        let together = Together::with(self.pid());
+        self.attempt(Self::complete_all)?;
+        drop(together);
+        for tid in self.finishing.restored.iter().flat_map(|r| &r.tids) {
+            sched_setaffinity(Pid::from_raw(*tid), &self.affinity)
+                .map_err(|e| SysError::errno("sched_setaffinity", format!("tid {tid}"), e as i32))
+                .doing(1, "let a thread run anywhere")?;
+        }
+        self.finishing.times.complete = start.elapsed();
+        self.finishing.stage = Stage::Complete;
+        Ok(self.finishing.restored.clone())
+    }
+
+    fn complete_all(&mut self) -> Result<(), RestoreError> {
+        let Self { state, script, specials, finishing, launched, .. } = self;
+        let now = process::credentials_now(launched.pid).doing(1, "read the credentials")?;
+        for ((p, restored), addresses) in
+            state.processes.iter().zip(&finishing.restored).zip(&finishing.addresses)
+        {
+            for (thread, &tid) in p.threads.iter().zip(&restored.tids).rev() {
+                signals(script, p, thread);
+                if p.creds != now {
+                    process::credentials(script, &p.creds, &now);
+                }
+                if tid != restored.host && !script.is_empty() {
+                    script.run_ok(tid).doing(p.pid, "set signals and credentials")?;
+                }
+            }
+            // What is left in the script is the leader's, which goes on to the last calls.
+            let dumpable = u64::from(p.dumpable & 1);
+            let args = [libc::PR_SET_DUMPABLE as u64, dumpable];
+            script.call("prctl(PR_SET_DUMPABLE)", libc::SYS_prctl, &args);
+            let gadget = send_home(script, specials, restored.host, p)?;
+            let munmap = Call::new(libc::SYS_munmap, &[SCRATCH, SCRATCH_LEN]);
+            let result = remote::call_at(restored.host, gadget, munmap)
+                .doing(p.pid, "take the scratch area away")?;
+            if result != 0 {
+                let source = SysError::errno("munmap", "the scratch area", -result as i32);
+                return Err(RestoreError::Kernel { pid: p.pid, doing: "complete", source });
+            }
+            for ((thread, &tid), &rip) in p.threads.iter().zip(&restored.tids).zip(addresses) {
+                registers(tid, thread, rip).doing(p.pid, "set the registers")?;
+            }
+        }
+        Ok(())
+    }
+
+    /// How long the phases took.
+    pub fn times(&self) -> FinishTimes {
+        self.finishing.times
+    }
+
+    /// Lets all threads run, still traced by the calling thread.
+    pub fn resume_all(&mut self) -> Result<(), RestoreError> {
+        self.each_thread(|tid| ptrace::cont(tid, 0))
+    }
+
+    /// Lets all threads run, and traces them no longer.
+    pub fn detach_all(&mut self) -> Result<(), RestoreError> {
+        self.each_thread(ptrace::detach)
+    }
+
+    fn each_thread(&mut self, f: impl Fn(i32) -> SysResult<()>) -> Result<(), RestoreError> {
+        self.expect(Stage::Complete)?;
+        for restored in &self.finishing.restored {
+            for &tid in restored.tids.iter().rev() {
+                f(tid).doing(restored.pid, "let a thread run")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Resumption {
+    fn add(&mut self, c: &TcpConnection, peer: Peer, done: &Connected) {
+        let segment =
+            Segment { local: c.local, remote: c.remote, seq: done.rcv_nxt, ack: done.una };
+        if peer == Peer::Gone {
+            self.resets.push(segment);
+        } else if c.state == TcpState::CloseWait {
+            self.fins.push(segment);
+        }
+    }
+}
+
+/// Queues a thread's pending signals, the leader's with those of the whole process: only a
+/// thread itself may send itself just any siginfo.
+fn signals(script: &mut Script, p: &Process, thread: &Thread) {
+    let number = |info: &[u8]| info.first_chunk().map_or(0, |n| i32::from_ne_bytes(*n)) as u64;
+    for info in &thread.pending {
+        let at = script.data(info);
+        let args = [p.pid as u64, thread.tid as u64, number(info), at];
+        script.call("rt_tgsigqueueinfo", libc::SYS_rt_tgsigqueueinfo, &args);
+    }
+    if thread.tid == p.pid {
+        for info in &p.pending {
+            let at = script.data(info);
+            let args = [p.pid as u64, number(info), at];
+            script.call("rt_sigqueueinfo", libc::SYS_rt_sigqueueinfo, &args);
+        }
+    }
+}
+
+/// Moves the kernel's mappings to where the program expects them, with everything else that
+/// waits in the script. Gives the address of a `syscall` instruction that stays.
+fn send_home(
+    script: &mut Script,
+    specials: &[Special],
+    host: i32,
+    p: &Process,
+) -> Result<u64, RestoreError> {
+    const DOING: &str = "move the vdso home";
+    let mut gadget = None;
+    let mut homes = Vec::new();
+    let mut moved = Vec::new();
+    for special in specials {
+        let here = |m: &&Mapping| m.source == Source::Vdso(special.part);
+        let Some(home) = p.mappings.iter().find(here) else { continue };
+        if home.end - home.start != special.len {
+            return Err(RestoreError::Impossible {
+                pid: p.pid,
+                object: format!("{:?} of {} bytes", special.part, home.end - home.start),
+                reason: format!("this kernel's has {}; run the same kernel on both", special.len),
+            });
+        }
+        if special.part == VdsoPart::Vdso {
+            let end = special.start + special.len;
+            let found = remote::find_gadget(host, special.start, end).doing(p.pid, DOING)?;
+            gadget = Some(home.start + (found - special.start));
+        }
+        homes.push(home.start);
+        moved.push(*special);
+    }
+    space::move_specials(script, &moved, &homes);
+    script.run_ok(host).doing(p.pid, DOING)?;
+    gadget.ok_or_else(|| RestoreError::Impossible {
+        pid: p.pid,
+        object: "the vdso".into(),
+        reason: "the checkpoint has none; a program that unmapped it cannot be restored".into(),
+    })
+}
+
+fn registers(tid: i32, thread: &Thread, rip: u64) -> SysResult<()> {
+    let mut regs = thread.regs;
+    regs[reg::RIP] = rip;
+    // Not in a system call: nothing is to be restarted.
+    regs[reg::ORIG_RAX] = u64::MAX;
+    if !thread.xstate.is_empty() {
+        ptrace::set_xstate(tid, &thread.xstate)?;
+    }
+    ptrace::set_regs(tid, &regs)?;
+    ptrace::set_blocked(tid, thread.blocked)
+}
+
+fn find(stubs: &[Stub], pid: i32) -> Result<&Stub, RestoreError> {
+    stubs.iter().find(|s| s.pid == pid).ok_or_else(|| RestoreError::Impossible {
+        pid,
+        object: "the process".into(),
+        reason: "the spare does not have it".into(),
+    })
+}

@@ -1,0 +1,379 @@
+//! Open file descriptions, made in our own process: files, pipes, eventfds, timerfds, unix socket
+//! pairs, epoll instances, sockets. They are handed to the container's processes afterwards, so
+//! that a description which several of them share is one.
+
+use super::error::sys;
+use super::sockets;
+use crate::image::{Description, Kind, Pipe, State, TimerFd, UnixPair};
+use crate::sys::{SysError, SysResult, descriptors, sockopt};
+use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
+use nix::sched::{CloneFlags, setns};
+use nix::sys::epoll::{Epoll, EpollCreateFlags};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, send, socketpair};
+use nix::sys::stat::Mode;
+use nix::sys::time::TimeSpec;
+use nix::sys::timerfd::{ClockId, Expiration, TimerFd as NixTimer, TimerFlags, TimerSetTimeFlags};
+use nix::unistd::{Whence, lseek, pipe2, write};
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::time::Duration;
+
+/// A description that could not be made: its index, and why.
+pub(super) type Failed = (usize, SysError);
+
+/// Where descriptions are made.
+pub(super) struct Place {
+    /// Pid of the container's init as the host sees it.
+    pub(super) init: i32,
+    /// How far the container's clock is past the checkpoint.
+    pub(super) elapsed: Duration,
+}
+
+/// Makes all descriptions of a checkpoint, in order. TCP connections are sockets without
+/// addresses yet.
+pub(super) fn create_all(state: &State, place: &Place) -> Result<Vec<OwnedFd>, Failed> {
+    let mut pipes = Pipes::new(state);
+    let mut pairs: Vec<Option<[Option<OwnedFd>; 2]>> =
+        state.unix_pairs.iter().map(|_| None).collect();
+    let mut made: Vec<Option<OwnedFd>> = state.descriptions.iter().map(|_| None).collect();
+    for (i, d) in state.descriptions.iter().enumerate() {
+        let fd = match &d.kind {
+            Kind::File { path, offset } => file(place.init, d.flags, path, *offset),
+            Kind::Pipe(index) => pipes.end(*index, d.flags),
+            Kind::EventFd { count, semaphore } => event_fd(*count, *semaphore),
+            Kind::TimerFd(timer) => timer_fd(timer, place.elapsed),
+            Kind::Epoll(_) => {
+                sys(Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC), "epoll_create1", text).map(|e| e.0)
+            }
+            Kind::UnixPair { pair, side } => unix_end(state, &mut pairs, *pair, *side),
+            Kind::TcpListener(_) | Kind::Tcp(_) | Kind::InetIdle(_) => continue,
+        };
+        made[i] = Some(fd.and_then(|fd| with_flags(fd, d)).map_err(|e| (i, e))?);
+    }
+    in_network_of(place.init, || {
+        for (i, d) in state.descriptions.iter().enumerate() {
+            let fd = match &d.kind {
+                Kind::TcpListener(l) => sockets::listener(l),
+                Kind::InetIdle(s) => sockets::idle(s),
+                Kind::Tcp(c) => sockets::unconnected(&c.local),
+                _ => continue,
+            };
+            made[i] = Some(fd.and_then(|fd| with_flags(fd, d)).map_err(|e| (i, e))?);
+        }
+        Ok(())
+    })
+    .unwrap_or_else(|e| Err((0, e)))?;
+    Ok(made.into_iter().flatten().collect())
+}
+
+fn text() -> String {
+    "a new descriptor".into()
+}
+
+/// Runs something while the calling thread is in the network namespace of a process.
+fn in_network_of<T>(pid: i32, f: impl FnOnce() -> T) -> SysResult<T> {
+    let open = |path: String| {
+        File::open(&path).map_err(|source| SysError { call: "open", object: path, source })
+    };
+    let ours = open("/proc/thread-self/ns/net".into())?;
+    let theirs = open(format!("/proc/{pid}/ns/net"))?;
+    let enter = |ns: &File| sys(setns(ns, CloneFlags::CLONE_NEWNET), "setns", || "network".into());
+    enter(&theirs)?;
+    let result = f();
+    enter(&ours)?;
+    Ok(result)
+}
+
+/// Sets the status flags that a description was not made with.
+fn with_flags(fd: OwnedFd, d: &Description) -> SysResult<OwnedFd> {
+    const CAN_CHANGE: i32 = libc::O_APPEND | libc::O_ASYNC | libc::O_DIRECT | libc::O_NONBLOCK;
+    let wanted = d.flags & CAN_CHANGE;
+    if matches!(d.kind, Kind::File { .. }) || wanted == 0 {
+        return Ok(fd);
+    }
+    let arg = FcntlArg::F_SETFL(OFlag::from_bits_retain(wanted));
+    sys(fcntl(&fd, arg), "F_SETFL", || format!("flags {wanted:#o}"))?;
+    Ok(fd)
+}
+
+/// A file by its path in the container: through the root directory of its init, so that the
+/// container's mounts count.
+fn file(init: i32, flags: i32, path: &str, offset: u64) -> SysResult<OwnedFd> {
+    let past = libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC;
+    let flags = OFlag::from_bits_retain((flags & !past) | libc::O_CLOEXEC | libc::O_NOCTTY);
+    let outside = format!("/proc/{init}/root{path}");
+    let fd = sys(open(outside.as_str(), flags, Mode::empty()), "open", || path.to_string())?;
+    if offset != 0 {
+        sys(lseek(&fd, offset as i64, Whence::SeekSet), "lseek", || path.to_string())?;
+    }
+    Ok(fd)
+}
+
+/// Pipes, made when their first end is wanted, and both ends kept until all are made.
+struct Pipes<'a> {
+    state: &'a State,
+    made: Vec<Option<Ends>>,
+}
+
+struct Ends {
+    /// Reading and writing end.
+    fds: [OwnedFd; 2],
+    /// Whether a description has become this end already.
+    given: [bool; 2],
+}
+
+impl<'a> Pipes<'a> {
+    fn new(state: &'a State) -> Self {
+        Self { state, made: state.pipes.iter().map(|_| None).collect() }
+    }
+
+    fn end(&mut self, index: u32, flags: i32) -> SysResult<OwnedFd> {
+        let object = || format!("pipe {index}");
+        let image = self.state.pipes.get(index as usize);
+        let image = image.ok_or_else(|| SysError::errno("search", object(), libc::ENOENT))?;
+        let ends = match &mut self.made[index as usize] {
+            Some(ends) => ends,
+            slot => slot.insert(new_pipe(image)?),
+        };
+        let mode = flags & libc::O_ACCMODE;
+        let side = usize::from(mode != libc::O_RDONLY);
+        if mode != libc::O_RDWR && !std::mem::replace(&mut ends.given[side], true) {
+            let copy = ends.fds[side].try_clone();
+            return copy.map_err(|source| SysError { call: "dup", object: object(), source });
+        }
+        // One more description of the same pipe: only open(2) makes it.
+        let path = format!("/proc/thread-self/fd/{}", ends.fds[side].as_raw_fd());
+        let flags = OFlag::from_bits_retain(mode | libc::O_CLOEXEC);
+        sys(open(path.as_str(), flags, Mode::empty()), "open", object)
+    }
+}
+
+fn new_pipe(image: &Pipe) -> SysResult<Ends> {
+    let (read, write_end) = sys(pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK), "pipe2", text)?;
+    let capacity = image.capacity as i32;
+    if capacity != 0 {
+        let object = || format!("{capacity} bytes");
+        sys(fcntl(&write_end, FcntlArg::F_SETPIPE_SZ(capacity)), "F_SETPIPE_SZ", object)?;
+    }
+    let mut rest = image.contents.as_slice();
+    while !rest.is_empty() {
+        let n =
+            sys(write(&write_end, rest), "write", || format!("{} bytes to a pipe", rest.len()))?;
+        rest = &rest[n..];
+    }
+    for end in [&read, &write_end] {
+        sys(fcntl(end, FcntlArg::F_SETFL(OFlag::empty())), "F_SETFL", text)?;
+    }
+    Ok(Ends { fds: [read, write_end], given: [false; 2] })
+}
+
+fn event_fd(count: u64, semaphore: bool) -> SysResult<OwnedFd> {
+    let mut flags = EfdFlags::EFD_CLOEXEC;
+    flags.set(EfdFlags::EFD_SEMAPHORE, semaphore);
+    let start = count.min(u64::from(u32::MAX));
+    let event = sys(EventFd::from_value_and_flags(start as u32, flags), "eventfd", text)?;
+    if count > start {
+        sys(event.write(count - start), "write", || "an eventfd".into())?;
+    }
+    Ok(OwnedFd::from(event))
+}
+
+fn timer_fd(image: &TimerFd, elapsed: Duration) -> SysResult<OwnedFd> {
+    let clock = match image.clock {
+        libc::CLOCK_REALTIME => ClockId::CLOCK_REALTIME,
+        libc::CLOCK_BOOTTIME => ClockId::CLOCK_BOOTTIME,
+        libc::CLOCK_REALTIME_ALARM => ClockId::CLOCK_REALTIME_ALARM,
+        libc::CLOCK_BOOTTIME_ALARM => ClockId::CLOCK_BOOTTIME_ALARM,
+        _ => ClockId::CLOCK_MONOTONIC,
+    };
+    let object = || format!("clock {}", image.clock);
+    let timer = sys(NixTimer::new(clock, TimerFlags::TFD_CLOEXEC), "timerfd_create", object)?;
+    // A periodic timer that has expired is armed again only when it is read: it shows no time left.
+    let rests = image.value == 0 && image.ticks != 0;
+    let value = if rests { image.interval } else { image.value };
+    if value != 0 {
+        let left = Duration::from_nanos(value).saturating_sub(elapsed);
+        let left = TimeSpec::from_duration(left.max(Duration::from_nanos(1)));
+        let when = match image.interval {
+            0 => Expiration::OneShot(left),
+            n => {
+                Expiration::IntervalDelayed(left, TimeSpec::from_duration(Duration::from_nanos(n)))
+            }
+        };
+        sys(timer.set(when, TimerSetTimeFlags::empty()), "timerfd_settime", object)?;
+    }
+    if image.ticks != 0 {
+        descriptors::set_timer_ticks(timer.as_fd(), image.ticks)?;
+    }
+    Ok(OwnedFd::from(timer))
+}
+
+fn unix_end(
+    state: &State,
+    made: &mut [Option<[Option<OwnedFd>; 2]>],
+    pair: u32,
+    side: u8,
+) -> SysResult<OwnedFd> {
+    let missing = || SysError::errno("search", format!("unix pair {pair}"), libc::ENOENT);
+    let image = state.unix_pairs.get(pair as usize).ok_or_else(missing)?;
+    let ends = match &mut made[pair as usize] {
+        Some(ends) => ends,
+        slot => slot.insert(new_pair(image)?),
+    };
+    ends.get_mut(side as usize).and_then(Option::take).ok_or_else(missing)
+}
+
+fn new_pair(image: &UnixPair) -> SysResult<[Option<OwnedFd>; 2]> {
+    let kind = match image.kind {
+        libc::SOCK_DGRAM => SockType::Datagram,
+        libc::SOCK_SEQPACKET => SockType::SeqPacket,
+        _ => SockType::Stream,
+    };
+    let pair = socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC);
+    let (a, b) = sys(pair, "socketpair", text)?;
+    for (reader, writer) in [(0, &b), (1, &a)] {
+        if image.closed[reader] {
+            continue;
+        }
+        let queue = &image.queues[reader];
+        let before = sockopt::get_i32(writer.as_fd(), libc::SOL_SOCKET, libc::SO_SNDBUF)?;
+        // Every message is charged with more than its bytes.
+        let need: usize = queue.iter().map(|m| 2 * m.len() + 4096).sum();
+        if need > before as usize {
+            set_send_buffer(writer, need as i32)?;
+        }
+        for message in queue {
+            let mut rest = message.as_slice();
+            loop {
+                let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+                let object = || format!("unix socket pair: {} bytes", rest.len());
+                let n = sys(send(writer.as_raw_fd(), rest, flags), "send", object)?;
+                rest = &rest[n..];
+                if rest.is_empty() {
+                    break;
+                }
+            }
+        }
+        if need > before as usize {
+            set_send_buffer(writer, before / 2)?;
+        }
+    }
+    // An end that nobody holds any more is dropped with the table of ends.
+    Ok([Some(a), Some(b)])
+}
+
+fn set_send_buffer(socket: &OwnedFd, half: i32) -> SysResult<()> {
+    sockopt::set_i32(socket.as_fd(), libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, half)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::State;
+
+    fn read(fd: &OwnedFd) -> Vec<u8> {
+        let mut buf = vec![0; 256 << 10];
+        let n = nix::unistd::read(fd, &mut buf).expect("read");
+        buf.truncate(n);
+        buf
+    }
+
+    fn make(state: &State, elapsed: Duration) -> Vec<OwnedFd> {
+        let place = Place { init: std::process::id() as i32, elapsed };
+        create_all(state, &place).expect("made")
+    }
+
+    fn described(flags: i32, kind: Kind) -> Description {
+        Description { flags, kind }
+    }
+
+    #[test]
+    fn pipes_have_their_contents_and_each_end_its_descriptions() {
+        let contents: Vec<u8> = (0..200_000u32).map(|i| i as u8).collect();
+        let state = State {
+            pipes: vec![
+                Pipe { capacity: 256 << 10, contents: contents.clone() },
+                Pipe { capacity: 65536, contents: b"last words".to_vec() },
+            ],
+            descriptions: vec![
+                described(libc::O_RDONLY, Kind::Pipe(0)),
+                described(libc::O_WRONLY | libc::O_NONBLOCK, Kind::Pipe(0)),
+                described(libc::O_RDONLY | libc::O_NONBLOCK, Kind::Pipe(0)),
+                described(libc::O_RDONLY, Kind::Pipe(1)),
+            ],
+            ..State::default()
+        };
+        let made = make(&state, Duration::ZERO);
+        assert_eq!(read(&made[0]), contents);
+        write(&made[1], b"x").expect("written");
+        assert_eq!(read(&made[2]), b"x", "another description of the same end");
+        for (fd, d) in made.iter().zip(&state.descriptions) {
+            let flags = fcntl(fd, FcntlArg::F_GETFL).expect("flags");
+            let known = libc::O_ACCMODE | libc::O_NONBLOCK;
+            assert_eq!(flags & known, d.flags & known);
+        }
+        assert_eq!(read(&made[3]), b"last words");
+        assert_eq!(read(&made[3]), b"", "nobody can write any more");
+    }
+
+    #[test]
+    fn unix_pairs_have_their_queues() {
+        let long = vec![7; 300_000];
+        let state = State {
+            unix_pairs: vec![
+                UnixPair {
+                    kind: libc::SOCK_STREAM,
+                    queues: [vec![b"to a".to_vec()], vec![long.clone()]],
+                    closed: [false; 2],
+                },
+                UnixPair {
+                    kind: libc::SOCK_SEQPACKET,
+                    queues: [vec![b"one".to_vec(), b"three".to_vec()], vec![]],
+                    closed: [false, true],
+                },
+            ],
+            descriptions: [(0, 0), (0, 1), (1, 0)]
+                .map(|(pair, side)| described(libc::O_RDWR, Kind::UnixPair { pair, side }))
+                .to_vec(),
+            ..State::default()
+        };
+        let made = make(&state, Duration::ZERO);
+        assert_eq!(read(&made[0]), b"to a");
+        let mut got = Vec::new();
+        while got.len() < long.len() {
+            got.extend(read(&made[1]));
+        }
+        assert!(got == long);
+        assert_eq!(read(&made[2]), b"one");
+        assert_eq!(read(&made[2]), b"three");
+        assert_eq!(read(&made[2]), b"", "the other side was closed");
+    }
+
+    #[test]
+    fn counters_and_timers_go_on() {
+        let hour = 3_600_000_000_000;
+        let timer = |value, interval, ticks| {
+            let clock = libc::CLOCK_MONOTONIC;
+            Kind::TimerFd(TimerFd { clock, ticks, set_flags: 0, value, interval })
+        };
+        let state = State {
+            descriptions: vec![
+                described(libc::O_RDWR, Kind::EventFd { count: 1 << 40, semaphore: false }),
+                described(libc::O_RDWR, timer(hour, hour, 5)),
+                described(libc::O_RDWR, timer(hour, 0, 0)),
+                described(libc::O_RDWR | libc::O_NONBLOCK, timer(0, 0, 0)),
+                described(libc::O_RDWR, timer(0, 1_000_000, 2)),
+            ],
+            ..State::default()
+        };
+        let made = make(&state, Duration::from_secs(3600));
+        let number = |fd| u64::from_ne_bytes(read(fd).try_into().expect("eight bytes"));
+        assert_eq!(number(&made[0]), 1 << 40);
+        assert_eq!(number(&made[1]), 5, "expired before");
+        assert_eq!(number(&made[2]), 1, "due by now");
+        assert!(nix::unistd::read(&made[3], &mut [0; 8]).is_err(), "not armed");
+        assert!(number(&made[4]) >= 2, "expired, and to be armed by this read");
+        assert!(number(&made[4]) >= 1, "periodic");
+    }
+}

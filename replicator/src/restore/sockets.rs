@@ -1,0 +1,131 @@
+//! Internet sockets that are not connected, and the options of all.
+
+use super::error::sys;
+use crate::image::net::{InetIdle, SocketOptions, TcpListener};
+use crate::sys::{SysResult, sockopt};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, bind, listen, socket,
+};
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+const SOL_SOCKET: i32 = libc::SOL_SOCKET;
+const TCP: i32 = libc::IPPROTO_TCP;
+/// SO_BUF_LOCK of socket(7).
+const SO_BUF_LOCK: i32 = 72;
+/// The kernel's defaults for TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_KEEPCNT.
+const KEEP_ALIVE_DEFAULT: [i32; 3] = [7200, 75, 9];
+
+/// A new socket in the network namespace of the calling thread.
+fn new(v6: bool, kind: SockType) -> SysResult<OwnedFd> {
+    let family = if v6 { AddressFamily::Inet6 } else { AddressFamily::Inet };
+    sys(socket(family, kind, SockFlag::SOCK_CLOEXEC, None), "socket", || format!("{family:?}"))
+}
+
+/// A TCP socket for a connection from this address; it is connected later.
+pub(super) fn unconnected(local: &SocketAddr) -> SysResult<OwnedFd> {
+    new(local.is_ipv6(), SockType::Stream)
+}
+
+/// A listening socket.
+pub(super) fn listener(image: &TcpListener) -> SysResult<OwnedFd> {
+    let fd = new(image.local.is_ipv6(), SockType::Stream)?;
+    before_bind(fd.as_fd(), &image.options, image.local.is_ipv6())?;
+    // Its own connections, restored beside it, must not be in its way.
+    sockopt::set_i32(fd.as_fd(), SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
+    bind_to(&fd, image.local)?;
+    set_options(fd.as_fd(), &image.options, true)?;
+    let backlog = Backlog::new(image.backlog.min(i32::MAX as u32) as i32);
+    let backlog = backlog.unwrap_or(Backlog::MAXCONN);
+    sys(listen(&fd, backlog), "listen", || image.local.to_string())?;
+    Ok(fd)
+}
+
+/// A socket that is neither connected nor listening.
+pub(super) fn idle(image: &InetIdle) -> SysResult<OwnedFd> {
+    let stream = image.kind == libc::SOCK_STREAM;
+    let fd = new(image.v6, if stream { SockType::Stream } else { SockType::Datagram })?;
+    before_bind(fd.as_fd(), &image.options, image.v6)?;
+    if let Some(local) = image.local {
+        bind_to(&fd, local)?;
+    }
+    set_options(fd.as_fd(), &image.options, stream)?;
+    Ok(fd)
+}
+
+/// Binds to an address.
+pub(super) fn bind_to(fd: &OwnedFd, local: SocketAddr) -> SysResult<()> {
+    let object = || format!("{local} (is the address there?)");
+    sys(bind(fd.as_raw_fd(), &SockaddrStorage::from(local)), "bind", object)
+}
+
+/// What decides whether bind(2) succeeds.
+pub(super) fn before_bind(fd: BorrowedFd<'_>, o: &SocketOptions, v6: bool) -> SysResult<()> {
+    if v6 {
+        let v6_only = i32::from(o.v6_only);
+        sockopt::set_i32(fd, libc::IPPROTO_IPV6, libc::IPV6_V6ONLY, v6_only)?;
+    }
+    if o.reuse_port {
+        sockopt::set_i32(fd, SOL_SOCKET, libc::SO_REUSEPORT, 1)?;
+    }
+    Ok(())
+}
+
+/// Buffer sizes; before data is put into the queues.
+pub(super) fn set_buffers(fd: BorrowedFd<'_>, o: &SocketOptions) -> SysResult<()> {
+    for (name, force, size) in [
+        (libc::SO_SNDBUF, libc::SO_SNDBUFFORCE, o.buffers[0]),
+        (libc::SO_RCVBUF, libc::SO_RCVBUFFORCE, o.buffers[1]),
+    ] {
+        // What getsockopt gives is twice what setsockopt takes.
+        if size > 0 && sockopt::get_i32(fd, SOL_SOCKET, name)? != size {
+            sockopt::set_i32(fd, SOL_SOCKET, force, size / 2)?;
+        }
+    }
+    // Setting a size has locked it: whether the kernel may grow it is what it was.
+    sockopt::set_i32(fd, SOL_SOCKET, SO_BUF_LOCK, o.buffer_lock & 3)
+}
+
+/// All options that a fresh socket does not have already. After bind(2).
+pub(super) fn set_options(fd: BorrowedFd<'_>, o: &SocketOptions, tcp: bool) -> SysResult<()> {
+    let set = |level, name, value: i32, default: i32| match value == default {
+        true => Ok(()),
+        false => sockopt::set_i32(fd, level, name, value),
+    };
+    sockopt::set_i32(fd, SOL_SOCKET, libc::SO_REUSEADDR, i32::from(o.reuse_addr))?;
+    set_buffers(fd, o)?;
+    set(SOL_SOCKET, libc::SO_KEEPALIVE, i32::from(o.keep_alive), 0)?;
+    set(SOL_SOCKET, libc::SO_MARK, o.mark as i32, 0)?;
+    set(SOL_SOCKET, libc::SO_PRIORITY, o.priority, 0)?;
+    if o.linger.0 != 0 {
+        let linger: Vec<u8> =
+            [o.linger.0, o.linger.1].iter().flat_map(|v| v.to_ne_bytes()).collect();
+        sockopt::set(fd, SOL_SOCKET, libc::SO_LINGER, &linger)?;
+    }
+    if !tcp {
+        return Ok(());
+    }
+    let names = [libc::TCP_KEEPIDLE, libc::TCP_KEEPINTVL, libc::TCP_KEEPCNT];
+    for ((name, value), default) in
+        names.into_iter().zip(o.keep_alive_timing).zip(KEEP_ALIVE_DEFAULT)
+    {
+        if value > 0 {
+            set(TCP, name, value, default)?;
+        }
+    }
+    set(TCP, libc::TCP_NODELAY, i32::from(o.no_delay), 0)?;
+    set(TCP, libc::TCP_CORK, i32::from(o.cork), 0)?;
+    set(TCP, libc::TCP_USER_TIMEOUT, o.user_timeout as i32, 0)?;
+    set(TCP, libc::TCP_DEFER_ACCEPT, o.defer_accept, 0)?;
+    set_congestion(fd, &o.congestion)
+}
+
+fn set_congestion(fd: BorrowedFd<'_>, name: &str) -> SysResult<()> {
+    let mut buf = [0; 16];
+    let len = sockopt::get(fd, TCP, libc::TCP_CONGESTION, &mut buf)?;
+    let now = buf[..len].split(|b| *b == 0).next().unwrap_or_default();
+    if name.is_empty() || now == name.as_bytes() {
+        return Ok(());
+    }
+    sockopt::set(fd, TCP, libc::TCP_CONGESTION, name.as_bytes())
+}

@@ -1,0 +1,241 @@
+//! One process's address space: emptied for a start, then changed step by step.
+//!
+//! Below the first address of any program lie, at the same place in every process of a spare, the
+//! scratch area and behind it the kernel's own mappings (vdso, vvar), moved aside until the end.
+
+use super::error::{Doing, RestoreError};
+use super::pages::{Way, Write, arrange};
+use super::plan::{Step, plan};
+use super::script::Script;
+use crate::image::pages::{PAGE, Run};
+use crate::image::{Mapping, Source, VdsoPart};
+use crate::sys::memory::{self, ForcedMemory};
+use crate::sys::remote::{SCRATCH, SCRATCH_LEN};
+use crate::sys::{SysError, SysResult};
+
+/// Where the kernel's mappings lie meanwhile.
+pub(super) const ASIDE: u64 = SCRATCH + SCRATCH_LEN;
+/// One past the last address that a spare needs for itself.
+pub(super) const RESERVED_END: u64 = ASIDE + 0x1_0000;
+/// One past the last address that a process can map.
+const TASK_END: u64 = 0x7fff_ffff_f000;
+/// Private mappings from this size on are taken not to be meant to be used in full.
+const NO_RESERVE: u64 = 1 << 30;
+
+const PROT_WRITE: u8 = libc::PROT_WRITE as u8;
+
+/// One of the kernel's mappings as it lies in a process.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Special {
+    pub(super) part: VdsoPart,
+    pub(super) start: u64,
+    pub(super) len: u64,
+}
+
+/// The kernel's mappings of a process, by /proc/PID/maps.
+pub(super) fn specials(pid: i32) -> SysResult<Vec<Special>> {
+    let path = format!("/proc/{pid}/maps");
+    let maps = std::fs::read_to_string(&path).map_err(|source| SysError {
+        call: "read",
+        object: path.clone(),
+        source,
+    })?;
+    let mut all = Vec::new();
+    for line in maps.lines() {
+        let part = match line.rsplit(' ').next() {
+            Some("[vdso]") => VdsoPart::Vdso,
+            Some("[vvar]") => VdsoPart::Vvar,
+            Some("[vvar_vclock]") => VdsoPart::VvarVclock,
+            _ => continue,
+        };
+        let number = |s: &str| u64::from_str_radix(s, 16).ok();
+        let range = line.split(' ').next().and_then(|r| r.split_once('-'));
+        let range = range.and_then(|(a, b)| Some((number(a)?, number(b)?)));
+        let (start, end) =
+            range.ok_or_else(|| SysError::errno("parse", path.clone(), libc::EINVAL))?;
+        all.push(Special { part, start, len: end - start });
+    }
+    Ok(all)
+}
+
+/// Moves the kernel's mappings to other places, given one for each.
+pub(super) fn move_specials(script: &mut Script, specials: &[Special], to: &[u64]) {
+    for (special, to) in specials.iter().zip(to) {
+        let flags = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
+        script.call_on(
+            "mremap",
+            format!("{:?} to {to:#x}", special.part),
+            libc::SYS_mremap,
+            &[special.start, special.len, special.len, flags, *to],
+        );
+    }
+}
+
+/// Unmaps everything but what a spare needs for itself.
+pub(super) fn wipe(script: &mut Script) {
+    script.call("munmap", libc::SYS_munmap, &[0, SCRATCH]);
+    script.call("munmap", libc::SYS_munmap, &[RESERVED_END, TASK_END - RESERVED_END]);
+}
+
+/// Refuses mappings that lie where the spare keeps its own things.
+pub(super) fn check_reserved(pid: i32, mappings: &[Mapping]) -> Result<(), RestoreError> {
+    match mappings.first() {
+        Some(m) if m.start < RESERVED_END => Err(RestoreError::Refused {
+            pid,
+            object: format!("mapping {:#x}-{:#x}", m.start, m.end),
+            reason: format!(
+                "addresses below {RESERVED_END:#x} are needed to restore it; such a program (linked \
+                 to very low addresses) cannot be protected"
+            ),
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// The process whose memory is changed.
+pub(super) struct Target<'a> {
+    pub(super) pid: i32,
+    pub(super) host: i32,
+    pub(super) forced: &'a ForcedMemory,
+}
+
+/// Brings the mappings from `old` to `new`.
+pub(super) fn remap(
+    target: &Target<'_>,
+    script: &mut Script,
+    old: &[Mapping],
+    new: &[Mapping],
+) -> Result<(), RestoreError> {
+    const DOING: &str = "change the memory mappings";
+    for step in plan(old, new) {
+        if !script.has_room(libc::PATH_MAX as usize, 3) {
+            script.run_ok(target.host).doing(target.pid, DOING)?;
+        }
+        push_step(script, &step);
+    }
+    if script.is_empty() {
+        return Ok(());
+    }
+    script.run_ok(target.host).doing(target.pid, DOING).map(drop)
+}
+
+fn push_step(script: &mut Script, step: &Step) {
+    match step {
+        Step::Unmap { start, end } => {
+            script.call("munmap", libc::SYS_munmap, &[*start, end - start]);
+        }
+        Step::Protect { start, end, prot } => {
+            script.call("mprotect", libc::SYS_mprotect, &[*start, end - start, u64::from(*prot)]);
+        }
+        Step::Map(m) => push_map(script, m),
+    }
+}
+
+fn push_map(script: &mut Script, m: &Mapping) {
+    let (len, prot) = (m.end - m.start, u64::from(m.prot));
+    let object = || format!("{:#x}-{:#x}", m.start, m.end);
+    let mut flags = libc::MAP_FIXED;
+    match &m.source {
+        Source::Anonymous => {
+            flags |= libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+            if m.grows_down {
+                flags |= libc::MAP_GROWSDOWN;
+            }
+            if len >= NO_RESERVE {
+                flags |= libc::MAP_NORESERVE;
+            }
+            let args = [m.start, len, prot, flags as u64, u64::MAX, 0];
+            script.call_on("mmap", object(), libc::SYS_mmap, &args);
+        }
+        Source::SharedAnonymous => {
+            flags |= libc::MAP_SHARED | libc::MAP_ANONYMOUS;
+            let args = [m.start, len, prot, flags as u64, u64::MAX, 0];
+            script.call_on("mmap", object(), libc::SYS_mmap, &args);
+        }
+        Source::File { path, offset, shared } => {
+            let writes = *shared && m.prot & PROT_WRITE != 0;
+            let mode = if writes { libc::O_RDWR } else { libc::O_RDONLY };
+            flags |= if *shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
+            let name = script.text(path);
+            let open = [name, (mode | libc::O_CLOEXEC) as u64, 0];
+            script.call_on("open", path.clone(), libc::SYS_open, &open);
+            // A process of a spare has no descriptor but its high channel: the file became 0.
+            let args = [m.start, len, prot, flags as u64, 0, *offset];
+            script.call_on("mmap", format!("{path} at {}", object()), libc::SYS_mmap, &args);
+            script.call("close", libc::SYS_close, &[0]);
+        }
+        Source::Vdso(_) => {}
+    }
+}
+
+/// Brings a checkpoint's pages of this process in.
+pub(super) fn fill(
+    target: &Target<'_>,
+    script: &mut Script,
+    mappings: &[Mapping],
+    runs: &[Run],
+    bytes: &[u8],
+) -> Result<(), RestoreError> {
+    const DOING: &str = "write the pages";
+    let (drops, writes) = arrange(runs, mappings);
+    for (start, end) in drops {
+        if !script.has_room(0, 1) {
+            script.run_ok(target.host).doing(target.pid, DOING)?;
+        }
+        let args = [start, end - start, libc::MADV_DONTNEED as u64];
+        script.call("madvise(MADV_DONTNEED)", libc::SYS_madvise, &args);
+    }
+    for w in &writes {
+        if let Way::Unprotected(_) = w.way {
+            protect(target, script, w, PROT_WRITE | libc::PROT_READ as u8)?;
+        }
+    }
+    if !script.is_empty() {
+        script.run_ok(target.host).doing(target.pid, DOING)?;
+    }
+    let mut pieces: Vec<(u64, &[u8])> = Vec::new();
+    for w in &writes {
+        let end = w.offset + w.len as usize;
+        let piece = bytes.get(w.offset..end).ok_or_else(|| RestoreError::Impossible {
+            pid: target.pid,
+            object: format!("page {:#x}", w.start),
+            reason: format!("its contents lie beyond the {} that came", bytes.len() / PAGE),
+        })?;
+        match (w.way, pieces.last_mut()) {
+            (Way::Forced, _) => {
+                target.forced.write(w.start, piece).doing(target.pid, DOING)?;
+            }
+            // Neighbours in both memories become one piece.
+            (_, Some((at, last)))
+                if *at + last.len() as u64 == w.start
+                    && last.as_ptr_range().end == piece.as_ptr() =>
+            {
+                *last = &bytes[w.offset - last.len()..end];
+            }
+            _ => pieces.push((w.start, piece)),
+        }
+    }
+    memory::write_scattered(target.host, &pieces).doing(target.pid, DOING)?;
+    for w in &writes {
+        if let Way::Unprotected(prot) = w.way {
+            protect(target, script, w, prot)?;
+        }
+    }
+    if !script.is_empty() {
+        script.run_ok(target.host).doing(target.pid, DOING)?;
+    }
+    Ok(())
+}
+
+fn protect(
+    target: &Target<'_>,
+    script: &mut Script,
+    w: &Write,
+    prot: u8,
+) -> Result<(), RestoreError> {
+    if !script.has_room(0, 1) {
+        script.run_ok(target.host).doing(target.pid, "protect pages")?;
+    }
+    script.call("mprotect", libc::SYS_mprotect, &[w.start, w.len, u64::from(prot)]);
+    Ok(())
+}

@@ -1,0 +1,22 @@
+//! The kernel, one facility a file. This is the only module of the project with `unsafe` code;
+//! each block says why it is sound, and each function wraps one system call or request.
+#![allow(unsafe_code)]
+
+pub mod descriptors;
+pub mod error;
+pub mod local_time;
+pub mod loopback;
+pub mod memory;
+pub mod pagemap;
+pub mod pidfd;
+pub mod probe;
+pub mod procmap;
+pub mod ptrace;
+pub mod remote;
+pub mod sched;
+pub mod sockopt;
+pub mod tap;
+pub mod uffd;
+pub mod unix_diag;
+
+pub use error::{SysError, SysResult};

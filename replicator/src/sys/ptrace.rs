@@ -1,0 +1,286 @@
+//! ptrace(2) and waitpid(2) for seized threads. All calls on a tracee must come from the thread
+//! that seized it.
+
+use super::error::{SysError, SysResult, check};
+use crate::image::{Regs, Rseq};
+use libc::{c_long, c_uint, c_void, iovec};
+
+const NT_PRSTATUS: usize = 1;
+const NT_X86_XSTATE: usize = 0x202;
+const PTRACE_GETSIGMASK: c_uint = 0x420a;
+const PTRACE_SETSIGMASK: c_uint = 0x420b;
+const PTRACE_PEEKSIGINFO: c_uint = 0x4209;
+const PTRACE_GET_RSEQ_CONFIGURATION: c_uint = 0x420f;
+/// More than any processor's extended state (AVX-512 with AMX is 11 KiB).
+const XSTATE_MAX: usize = 16 << 10;
+
+/// Indices into [`Regs`].
+#[allow(missing_docs, reason = "named after struct user_regs_struct")]
+pub mod reg {
+    pub const R15: usize = 0;
+    pub const R14: usize = 1;
+    pub const R13: usize = 2;
+    pub const R12: usize = 3;
+    pub const RBP: usize = 4;
+    pub const RBX: usize = 5;
+    pub const R11: usize = 6;
+    pub const R10: usize = 7;
+    pub const R9: usize = 8;
+    pub const R8: usize = 9;
+    pub const RAX: usize = 10;
+    pub const RCX: usize = 11;
+    pub const RDX: usize = 12;
+    pub const RSI: usize = 13;
+    pub const RDI: usize = 14;
+    pub const ORIG_RAX: usize = 15;
+    pub const RIP: usize = 16;
+    pub const CS: usize = 17;
+    pub const EFLAGS: usize = 18;
+    pub const RSP: usize = 19;
+    pub const SS: usize = 20;
+    pub const FS_BASE: usize = 21;
+    pub const GS_BASE: usize = 22;
+}
+
+const _: () = assert!(size_of::<libc::user_regs_struct>() == size_of::<Regs>());
+
+/// What a waited-for tracee did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    /// It stopped with a signal, of a ptrace event if `event` is not 0 (PTRACE_EVENT_).
+    Stopped {
+        /// The signal that it stopped with.
+        signal: i32,
+        /// PTRACE_EVENT_ number or 0.
+        event: i32,
+    },
+    /// It exited with this code.
+    Exited(i32),
+    /// It was killed by this signal.
+    Killed(i32),
+}
+
+impl Status {
+    fn from_raw(raw: i32) -> Status {
+        if libc::WIFSTOPPED(raw) {
+            Status::Stopped { signal: libc::WSTOPSIG(raw), event: raw >> 16 }
+        } else if libc::WIFSIGNALED(raw) {
+            Status::Killed(libc::WTERMSIG(raw))
+        } else {
+            Status::Exited(libc::WEXITSTATUS(raw))
+        }
+    }
+
+    /// Whether it is the stop that [`interrupt`] asks for (or a group stop).
+    pub fn is_event_stop(self) -> bool {
+        matches!(self, Status::Stopped { event: libc::PTRACE_EVENT_STOP, .. })
+    }
+
+    /// Whether the tracee is gone.
+    pub fn is_end(self) -> bool {
+        !matches!(self, Status::Stopped { .. })
+    }
+}
+
+fn request(req: c_uint, name: &'static str, tid: i32, addr: usize, data: usize) -> SysResult<i64> {
+    // SAFETY: callers pass addresses of live buffers of the size that the request reads or
+    // writes; the kernel checks the tid.
+    let r: c_long = unsafe { libc::ptrace(req, tid, addr as *mut c_void, data as *mut c_void) };
+    check(r, name, || format!("tid {tid}"))
+}
+
+/// Attaches without stopping. `options` are PTRACE_O_ bits.
+pub fn seize(tid: i32, options: i32) -> SysResult<()> {
+    request(libc::PTRACE_SEIZE, "PTRACE_SEIZE", tid, 0, options as usize).map(drop)
+}
+
+/// Asks a seized tracee to stop; wait for it with [`wait`].
+pub fn interrupt(tid: i32) -> SysResult<()> {
+    request(libc::PTRACE_INTERRUPT, "PTRACE_INTERRUPT", tid, 0, 0).map(drop)
+}
+
+/// Lets a stopped tracee run, with a signal to deliver or 0.
+pub fn cont(tid: i32, signal: i32) -> SysResult<()> {
+    request(libc::PTRACE_CONT, "PTRACE_CONT", tid, 0, signal as usize).map(drop)
+}
+
+/// Lets a tracee in a group stop stay in it, listening for events.
+pub fn listen(tid: i32) -> SysResult<()> {
+    request(libc::PTRACE_LISTEN, "PTRACE_LISTEN", tid, 0, 0).map(drop)
+}
+
+/// Executes one instruction of a stopped tracee.
+pub fn step(tid: i32) -> SysResult<()> {
+    request(libc::PTRACE_SINGLESTEP, "PTRACE_SINGLESTEP", tid, 0, 0).map(drop)
+}
+
+/// Lets a stopped tracee go for good.
+pub fn detach(tid: i32) -> SysResult<()> {
+    request(libc::PTRACE_DETACH, "PTRACE_DETACH", tid, 0, 0).map(drop)
+}
+
+/// The message of the last event (PTRACE_GETEVENTMSG): the new tid of a clone, for example.
+pub fn event_message(tid: i32) -> SysResult<u64> {
+    let mut message = 0u64;
+    let data = (&raw mut message) as usize;
+    request(libc::PTRACE_GETEVENTMSG, "PTRACE_GETEVENTMSG", tid, 0, data)?;
+    Ok(message)
+}
+
+/// Waits for a tracee (waitpid(2) with __WALL).
+pub fn wait(tid: i32) -> SysResult<Status> {
+    loop {
+        let mut raw = 0;
+        // SAFETY: `raw` is ours and live.
+        let r = unsafe { libc::waitpid(tid, &mut raw, libc::__WALL) };
+        if r == tid {
+            return Ok(Status::from_raw(raw));
+        }
+        if std::io::Error::last_os_error().raw_os_error() != Some(libc::EINTR) {
+            return Err(SysError::last("waitpid", format!("tid {tid}")));
+        }
+    }
+}
+
+/// The next event of one tracee (`tid`) or any child of this thread's process (-1), without
+/// waiting.
+pub fn poll_wait(tid: i32) -> SysResult<Option<(i32, Status)>> {
+    let mut raw = 0;
+    // SAFETY: `raw` is ours and live.
+    let r = unsafe { libc::waitpid(tid, &mut raw, libc::__WALL | libc::WNOHANG) };
+    match r {
+        0 => Ok(None),
+        r if r > 0 => Ok(Some((r, Status::from_raw(raw)))),
+        _ => match std::io::Error::last_os_error().raw_os_error() {
+            Some(libc::ECHILD | libc::EINTR) => Ok(None),
+            _ => Err(SysError::last("waitpid", format!("tid {tid}"))),
+        },
+    }
+}
+
+/// The next event of any tracee of the calling thread, without waiting. Children of other
+/// threads of this process are left alone (__WNOTHREAD).
+pub fn next_event() -> SysResult<Option<(i32, Status)>> {
+    let mut raw = 0;
+    let flags = libc::__WALL | libc::WNOHANG | libc::__WNOTHREAD;
+    // SAFETY: `raw` is ours and live.
+    let r = unsafe { libc::waitpid(-1, &mut raw, flags) };
+    match r {
+        0 => Ok(None),
+        r if r > 0 => Ok(Some((r, Status::from_raw(raw)))),
+        _ => match std::io::Error::last_os_error().raw_os_error() {
+            Some(libc::ECHILD | libc::EINTR) => Ok(None),
+            _ => Err(SysError::last("waitpid", "any tracee")),
+        },
+    }
+}
+
+/// General registers of a stopped tracee.
+pub fn regs(tid: i32) -> SysResult<Regs> {
+    let mut regs: Regs = [0; 27];
+    let mut iov = iovec { iov_base: regs.as_mut_ptr().cast(), iov_len: size_of::<Regs>() };
+    let data = (&raw mut iov) as usize;
+    request(libc::PTRACE_GETREGSET, "PTRACE_GETREGSET", tid, NT_PRSTATUS, data)?;
+    Ok(regs)
+}
+
+/// Sets the general registers of a stopped tracee.
+pub fn set_regs(tid: i32, regs: &Regs) -> SysResult<()> {
+    let iov = iovec { iov_base: regs.as_ptr() as *mut c_void, iov_len: size_of::<Regs>() };
+    let data = (&raw const iov) as usize;
+    request(libc::PTRACE_SETREGSET, "PTRACE_SETREGSET", tid, NT_PRSTATUS, data).map(drop)
+}
+
+/// Extended state of a stopped tracee, into a buffer that is used again.
+pub fn xstate(tid: i32, out: &mut Vec<u8>) -> SysResult<()> {
+    out.resize(XSTATE_MAX, 0);
+    let mut iov = iovec { iov_base: out.as_mut_ptr().cast(), iov_len: out.len() };
+    let data = (&raw mut iov) as usize;
+    request(libc::PTRACE_GETREGSET, "PTRACE_GETREGSET", tid, NT_X86_XSTATE, data)?;
+    out.truncate(iov.iov_len);
+    Ok(())
+}
+
+/// Sets the extended state of a stopped tracee.
+pub fn set_xstate(tid: i32, state: &[u8]) -> SysResult<()> {
+    let iov = iovec { iov_base: state.as_ptr() as *mut c_void, iov_len: state.len() };
+    let data = (&raw const iov) as usize;
+    request(libc::PTRACE_SETREGSET, "PTRACE_SETREGSET", tid, NT_X86_XSTATE, data).map(drop)
+}
+
+/// Blocked signals of a stopped tracee.
+pub fn blocked(tid: i32) -> SysResult<u64> {
+    let mut mask = 0u64;
+    let data = (&raw mut mask) as usize;
+    request(PTRACE_GETSIGMASK, "PTRACE_GETSIGMASK", tid, 8, data)?;
+    Ok(mask)
+}
+
+/// Sets the blocked signals of a stopped tracee.
+pub fn set_blocked(tid: i32, mask: u64) -> SysResult<()> {
+    let data = (&raw const mask) as usize;
+    request(PTRACE_SETSIGMASK, "PTRACE_SETSIGMASK", tid, 8, data).map(drop)
+}
+
+#[repr(C)]
+struct PeekArgs {
+    offset: u64,
+    flags: u32,
+    count: i32,
+}
+
+/// Pending signals of a stopped tracee, its own or those of its whole process, as raw
+/// siginfo_t of 128 bytes each.
+pub fn pending(tid: i32, of_process: bool) -> SysResult<Vec<Vec<u8>>> {
+    const BATCH: usize = 8;
+    let mut all = Vec::new();
+    loop {
+        let args =
+            PeekArgs { offset: all.len() as u64, flags: of_process as u32, count: BATCH as i32 };
+        let mut infos = [[0u8; 128]; BATCH];
+        let n = request(
+            PTRACE_PEEKSIGINFO,
+            "PTRACE_PEEKSIGINFO",
+            tid,
+            (&raw const args) as usize,
+            infos.as_mut_ptr() as usize,
+        )? as usize;
+        all.extend(infos[..n].iter().map(|i| i.to_vec()));
+        if n < BATCH {
+            return Ok(all);
+        }
+    }
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct RseqConfiguration {
+    address: u64,
+    len: u32,
+    signature: u32,
+    flags: u32,
+    pad: u32,
+}
+
+/// The restartable sequences area that a stopped tracee has registered.
+pub fn rseq(tid: i32) -> SysResult<Option<Rseq>> {
+    let mut c = RseqConfiguration::default();
+    let data = (&raw mut c) as usize;
+    request(
+        PTRACE_GET_RSEQ_CONFIGURATION,
+        "PTRACE_GET_RSEQ_CONFIGURATION",
+        tid,
+        size_of::<RseqConfiguration>(),
+        data,
+    )?;
+    Ok((c.address != 0).then_some(Rseq { address: c.address, len: c.len, signature: c.signature }))
+}
+
+/// Head and length of a thread's robust futex list, see get_robust_list(2).
+pub fn robust_list(tid: i32) -> SysResult<(u64, u64)> {
+    let (mut head, mut len) = (0u64, 0u64);
+    // SAFETY: both words are ours and live.
+    let r = unsafe { libc::syscall(libc::SYS_get_robust_list, tid, &mut head, &mut len) };
+    check(r, "get_robust_list", || format!("tid {tid}"))?;
+    Ok((head, len))
+}

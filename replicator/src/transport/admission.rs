@@ -1,0 +1,217 @@
+//! Where the backup's connections meet its core.
+
+use crate::protocol::LinkId;
+use crate::protocol::backup::{Action, Backup, Input, State};
+use crate::wire::Receipt;
+use crate::wire::message::{Bye, Heartbeat, Hello, Refuse, RefuseCode, Welcome};
+use crate::{Epoch, Generation};
+use bytes::Bytes;
+use std::net::SocketAddr;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::link::LinkError;
+
+/// Something that a backup hears, apart from checkpoints.
+#[derive(Debug)]
+pub enum Event {
+    /// A sign of life; with its contents if it was a heartbeat.
+    Heard(Option<(Generation, Epoch, Heartbeat)>),
+    /// A record of the input log.
+    Input {
+        /// Generation of the primary.
+        generation: Generation,
+        /// The epoch that was open.
+        epoch: Epoch,
+        /// The record.
+        bytes: Bytes,
+    },
+    /// The primary leaves.
+    Bye {
+        /// Why.
+        bye: Bye,
+        /// The last epoch, for a switchover.
+        last: Epoch,
+    },
+    /// The connection is over.
+    Lost(LinkError),
+}
+
+/// Decides about connections and checkpoints. Called from the connections' tasks; must not
+/// block for long.
+pub trait Admission: Send + Sync + 'static {
+    /// A primary presents itself: welcome, or the reason and the newest generation known.
+    fn hello(
+        &self,
+        link: LinkId,
+        generation: Generation,
+        hello: &Hello,
+    ) -> Result<Welcome, (Refuse, Generation)>;
+
+    /// A checkpoint is complete and checked. To take it, call `deliver`, which hands it to the
+    /// applier, and say true, which acknowledges it. Both or none: whoever stops acknowledging
+    /// for good must afterwards find in the applier's channel all that was acknowledged.
+    fn complete(&self, link: LinkId, receipt: Receipt, deliver: &mut dyn FnMut()) -> bool;
+
+    /// Anything else on an admitted connection.
+    fn event(&self, link: LinkId, event: Event);
+
+    /// A connection failed before it was admitted.
+    fn turned_away(&self, peer: SocketAddr, error: LinkError);
+}
+
+/// What the owner of a [`SharedBackup`] is told.
+#[derive(Debug)]
+pub enum Notice {
+    /// What the core wants done, acknowledgements and answers to hello excepted.
+    Action(Action),
+    /// A primary was admitted.
+    Admitted(LinkId, Generation, Hello),
+    /// Something was heard.
+    Event(LinkId, Event),
+    /// A connection failed before it was admitted.
+    TurnedAway(SocketAddr, LinkError),
+}
+
+/// The backup core behind a lock, shared by connections, timers and operators.
+pub struct SharedBackup {
+    core: Mutex<Backup>,
+    origin: Instant,
+    container: String,
+    host: String,
+    depth: u32,
+    notices: Box<dyn Fn(Notice) + Send + Sync>,
+}
+
+impl SharedBackup {
+    /// Shares `core`, whose time counts from `origin`. `depth` is the capacity of the applier's
+    /// channel. `notices` must not block and must not call back into this.
+    pub fn new(
+        core: Backup,
+        origin: Instant,
+        container: &str,
+        host: &str,
+        depth: u32,
+        notices: impl Fn(Notice) + Send + Sync + 'static,
+    ) -> Self {
+        Self {
+            core: Mutex::new(core),
+            origin,
+            container: container.into(),
+            host: host.into(),
+            depth,
+            notices: Box::new(notices),
+        }
+    }
+
+    /// Time on the core's clock.
+    pub fn now(&self) -> Duration {
+        self.origin.elapsed()
+    }
+
+    /// Gives the core an input; its actions go out as notices.
+    pub fn handle(&self, input: Input) {
+        let actions = self.with(|core, now| core.handle(now, input));
+        self.tell(actions);
+    }
+
+    /// Where the core stands.
+    pub fn state(&self) -> State {
+        self.with(|core, _| core.state())
+    }
+
+    /// When to give the core a tick, on its clock.
+    pub fn next_deadline(&self) -> Option<Duration> {
+        self.with(|core, _| core.next_deadline())
+    }
+
+    fn with<T>(&self, f: impl FnOnce(&mut Backup, Duration) -> T) -> T {
+        let mut core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
+        f(&mut core, self.origin.elapsed())
+    }
+
+    fn tell(&self, actions: Vec<Action>) {
+        for action in actions {
+            (self.notices)(Notice::Action(action));
+        }
+    }
+}
+
+impl Admission for SharedBackup {
+    fn hello(
+        &self,
+        link: LinkId,
+        generation: Generation,
+        hello: &Hello,
+    ) -> Result<Welcome, (Refuse, Generation)> {
+        if hello.container != self.container {
+            let text = format!("this is the backup of '{}'", self.container);
+            let newest = self.with(|core, _| core.newest()).min(generation);
+            return Err((Refuse { code: RefuseCode::WrongContainer, text }, newest));
+        }
+        let actions = self.with(|core, now| core.handle(now, Input::Hello { link, generation }));
+        let mut answer = None;
+        let (mine, others): (Vec<_>, Vec<_>) = actions.into_iter().partition(
+            |a| matches!(a, Action::Welcome(l) | Action::Refuse { link: l, .. } if *l == link),
+        );
+        for action in mine {
+            answer = Some(match action {
+                Action::Refuse { code, newest, .. } => {
+                    let text = format!(
+                        "generation {generation} of '{}' is not taken; generation {newest} is known",
+                        self.container
+                    );
+                    Err((Refuse { code, text }, newest))
+                }
+                _ => Ok(Welcome { host: self.host.clone(), depth: self.depth }),
+            });
+        }
+        self.tell(others);
+        let answer = answer.unwrap_or_else(|| {
+            let text = "the backup gave no answer".into();
+            Err((Refuse { code: RefuseCode::Protocol, text }, generation))
+        });
+        if answer.is_ok() {
+            (self.notices)(Notice::Admitted(link, generation, hello.clone()));
+        }
+        answer
+    }
+
+    fn complete(&self, link: LinkId, receipt: Receipt, deliver: &mut dyn FnMut()) -> bool {
+        let mut acknowledge = false;
+        let others: Vec<Action> = self.with(|core, now| {
+            let mut others = core.handle(now, Input::Complete { link, receipt });
+            others.retain(|action| match action {
+                Action::Apply(_) => {
+                    // Under the lock: a promotion that comes next finds it delivered.
+                    deliver();
+                    false
+                }
+                Action::Ack { .. } => {
+                    acknowledge = true;
+                    false
+                }
+                _ => true,
+            });
+            others
+        });
+        self.tell(others);
+        acknowledge
+    }
+
+    fn event(&self, link: LinkId, event: Event) {
+        let input = match &event {
+            Event::Heard(_) | Event::Input { .. } => Input::Heard(link),
+            Event::Bye { bye, last } => Input::Bye { link, bye: *bye, last: *last },
+            Event::Lost(_) => Input::Lost(link),
+        };
+        self.handle(input);
+        if !matches!(event, Event::Heard(None)) {
+            (self.notices)(Notice::Event(link, event));
+        }
+    }
+
+    fn turned_away(&self, peer: SocketAddr, error: LinkError) {
+        (self.notices)(Notice::TurnedAway(peer, error));
+    }
+}

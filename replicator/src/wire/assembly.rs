@@ -1,0 +1,423 @@
+//! From frames to a checkpoint, whole or not at all (CP-2).
+//!
+//! ```text
+//!          Begin                      End, all matches             take
+//!   Idle ---------> Open(parts) ----------------------> Complete ---------> Idle
+//!    ^                 | anything else
+//!    +----- reset -----+  (the error ends the connection)
+//! ```
+//!
+//! Pages are decoded as they arrive, into the checkpoint's own buffer; the shadow is only read
+//! until the checkpoint is complete, so an incomplete one leaves no trace in it.
+
+use super::builder::{RUN_DATA, RUN_DROPPED, RUN_PREFIX};
+use super::codec::{Fault, Frame, WireError};
+use super::delta::{Coding, Page, decode_onto};
+use super::message::{CheckpointEnd, Kind, Message};
+use super::shadow::{PageKey, PageMap, Shadow};
+use super::state::decode_piece;
+use crate::image::State;
+use crate::image::pages::{Content, PAGE, PageSet, Run};
+use crate::{Epoch, Generation};
+use std::sync::Arc;
+use xxhash_rust::xxh3::Xxh3;
+
+/// Memory bounds; both sides use the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Pages in one checkpoint, and pages in the shadow.
+    pub pages: usize,
+    /// Runs of pages in one checkpoint.
+    pub runs: usize,
+    /// Bytes of the encoded state.
+    pub state_bytes: usize,
+}
+
+impl Default for Limits {
+    /// 16 GiB of pages, four million runs, 256 MiB of state.
+    fn default() -> Self {
+        Self { pages: 4 << 20, runs: 4 << 20, state_bytes: 256 << 20 }
+    }
+}
+
+/// A complete checkpoint, every byte of it received and checked.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Checkpoint {
+    /// Its generation.
+    pub generation: Generation,
+    /// Its epoch.
+    pub epoch: Epoch,
+    /// Whether it builds on none before.
+    pub full: bool,
+    /// The state.
+    pub state: State,
+    /// The pages that changed; a page stands in it once.
+    pub pages: PageSet,
+}
+
+/// What an acknowledgement of a complete checkpoint says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Receipt {
+    /// Generation of the checkpoint.
+    pub generation: Generation,
+    /// Its epoch.
+    pub epoch: Epoch,
+    /// The digest that this side computed.
+    pub digest: u64,
+}
+
+/// What a frame led to.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Progress {
+    /// More frames are needed.
+    Partial,
+    /// The checkpoint is complete. Call [`Assembly::fold`] before the next frame, best after the
+    /// acknowledgement has left.
+    Complete(Receipt, Arc<Checkpoint>),
+}
+
+struct Open {
+    generation: Generation,
+    epoch: Epoch,
+    full: bool,
+    digest: Xxh3,
+    sums: CheckpointEnd,
+    state: Vec<u8>,
+    pages: PageSet,
+    /// Where a page of this checkpoint stands in `pages.bytes`; `None`: it was dropped.
+    placed: PageMap<Option<usize>>,
+}
+
+/// Collects the checkpoints of one connection.
+pub struct Assembly {
+    limits: Limits,
+    shadow: Shadow,
+    state: Vec<u8>,
+    last: Option<(Generation, Epoch)>,
+    open: Option<Box<Open>>,
+    complete: Option<Arc<Checkpoint>>,
+}
+
+impl Assembly {
+    /// An assembly for a new connection.
+    pub fn new(limits: Limits) -> Self {
+        Self {
+            limits,
+            // Twice the sender's: at its limit the sender may remember a page that stands in
+            // another order here.
+            shadow: Shadow::new(limits.pages.saturating_mul(2)),
+            state: Vec::new(),
+            last: None,
+            open: None,
+            complete: None,
+        }
+    }
+
+    /// Takes a frame of the checkpoint stream. After an error the incomplete checkpoint is gone
+    /// and the connection must end: what follows has no base.
+    pub fn push(&mut self, frame: &Frame) -> Result<Progress, WireError> {
+        self.fold();
+        let result = match &frame.message {
+            Message::CheckpointBegin { full } => self.begin(frame, *full),
+            Message::StateChunk(payload) => self.chunk(frame, |open, shared| {
+                let cap = shared.limits.state_bytes;
+                decode_piece(shared.state, frame.at + HEADER, payload, cap, &mut open.state)
+            }),
+            Message::PageChunk(payload) => self.chunk(frame, |open, shared| {
+                PageReader { at: frame.at + HEADER, whole: payload.len(), rest: payload }
+                    .read(open, shared)
+            }),
+            Message::CheckpointEnd(end) => self.end(frame, end),
+            other => Err(out_of_place(frame, other.kind(), "it is no part of a checkpoint")),
+        };
+        if result.is_err() {
+            self.open = None;
+        }
+        result
+    }
+
+    /// Whether a checkpoint is on its way.
+    pub fn is_open(&self) -> bool {
+        self.open.is_some()
+    }
+
+    /// Takes the last complete checkpoint into the shadow. This is the costly part of a
+    /// completion (a copy of each page) and not needed for the acknowledgement.
+    pub fn fold(&mut self) {
+        let Some(checkpoint) = self.complete.take() else { return };
+        let Checkpoint { state, pages, .. } = &*checkpoint;
+        for run in &pages.runs {
+            let Some(process) = state.processes.get(run.process as usize) else { continue };
+            match run.content {
+                Content::Dropped => self.shadow.forget(process.pid, run.start, run.count.into()),
+                Content::Data(offset) => {
+                    let bytes = &pages.bytes[offset..][..run.count as usize * PAGE];
+                    for (i, page) in bytes.as_chunks::<PAGE>().0.iter().enumerate() {
+                        let address = run.start.wrapping_add((i * PAGE) as u64);
+                        self.shadow.put(PageKey { pid: process.pid, address }, page);
+                    }
+                }
+            }
+        }
+        self.shadow.follow(state);
+    }
+
+    /// The versions of pages held, for tests.
+    #[cfg(test)]
+    pub(super) fn versions(&mut self) -> Vec<(PageKey, Page)> {
+        self.fold();
+        self.shadow.versions()
+    }
+
+    fn begin(&mut self, frame: &Frame, full: bool) -> Result<Progress, WireError> {
+        let (generation, epoch) = (frame.generation, frame.epoch);
+        let kind = Kind::CheckpointBegin;
+        if self.open.is_some() {
+            return Err(out_of_place(frame, kind, "the one before has not ended"));
+        }
+        match self.last {
+            _ if epoch == Epoch::NONE => {
+                return Err(out_of_place(frame, kind, "epoch 0 is no checkpoint"));
+            }
+            None if !full => {
+                return Err(out_of_place(frame, kind, "the first must be a full copy"));
+            }
+            Some((g, e)) if g != generation || epoch <= e => {
+                return Err(out_of_place(frame, kind, "it does not follow the one before"));
+            }
+            Some((_, e)) if !full && epoch != e.next() => {
+                return Err(out_of_place(
+                    frame,
+                    kind,
+                    "the checkpoint that it builds on is missing",
+                ));
+            }
+            _ => {}
+        }
+        if full {
+            self.shadow.clear();
+            self.state.clear();
+        }
+        let mut digest = Xxh3::new();
+        digest.update(&frame.seal);
+        self.open = Some(Box::new(Open {
+            generation,
+            epoch,
+            full,
+            digest,
+            sums: CheckpointEnd::default(),
+            state: Vec::new(),
+            pages: PageSet::default(),
+            placed: PageMap::default(),
+        }));
+        Ok(Progress::Partial)
+    }
+
+    fn chunk(
+        &mut self,
+        frame: &Frame,
+        decode: impl FnOnce(&mut Open, &Shared<'_>) -> Result<(), WireError>,
+    ) -> Result<Progress, WireError> {
+        let open = expect_open(&mut self.open, frame)?;
+        open.digest.update(&frame.seal);
+        open.sums.chunks += 1;
+        let shared = Shared { shadow: &self.shadow, state: &self.state, limits: self.limits };
+        decode(open, &shared)?;
+        Ok(Progress::Partial)
+    }
+
+    fn end(&mut self, frame: &Frame, end: &CheckpointEnd) -> Result<Progress, WireError> {
+        let open = expect_open(&mut self.open, frame)?;
+        open.sums.digest = open.digest.digest();
+        open.sums.state_bytes = open.state.len() as u64;
+        let at = frame.at + HEADER;
+        if open.sums != *end {
+            let what = format!("announces {end:?}, received {:?}", open.sums);
+            return Err(WireError::payload(at, Kind::CheckpointEnd, what));
+        }
+        let state: State = match postcard::take_from_bytes(&open.state) {
+            Ok((state, [])) => state,
+            Ok((_, rest)) => {
+                let what = format!("{} bytes are left over behind the state", rest.len());
+                return Err(WireError::payload(at, Kind::CheckpointEnd, what));
+            }
+            Err(e) => {
+                let what = format!("the state does not decode: {e}");
+                return Err(WireError::payload(at, Kind::CheckpointEnd, what));
+            }
+        };
+        let Some(open) = self.open.take() else { return Ok(Progress::Partial) };
+        let Open { generation, epoch, full, mut pages, sums, state: bytes, .. } = *open;
+        by_index(&mut pages, &state);
+        self.state = bytes;
+        self.last = Some((generation, epoch));
+        let checkpoint = Arc::new(Checkpoint { generation, epoch, full, state, pages });
+        self.complete = Some(checkpoint.clone());
+        Ok(Progress::Complete(Receipt { generation, epoch, digest: sums.digest }, checkpoint))
+    }
+}
+
+const HEADER: u64 = super::codec::HEADER as u64;
+
+fn out_of_place(frame: &Frame, kind: Kind, why: &'static str) -> WireError {
+    WireError { at: frame.at, fault: Fault::OutOfPlace { kind, why } }
+}
+
+fn expect_open<'a>(
+    open: &'a mut Option<Box<Open>>,
+    frame: &Frame,
+) -> Result<&'a mut Open, WireError> {
+    let kind = frame.message.kind();
+    match open {
+        Some(o) if (o.generation, o.epoch) == (frame.generation, frame.epoch) => Ok(o),
+        Some(_) => Err(out_of_place(frame, kind, "it is of another epoch than its begin")),
+        None => Err(out_of_place(frame, kind, "no checkpoint has begun")),
+    }
+}
+
+/// While a checkpoint arrives, runs name their process by pid; now the order of processes is
+/// known. Pages of processes that ended before the stop fall away.
+fn by_index(pages: &mut PageSet, state: &State) {
+    let mut last = None;
+    pages.runs.retain_mut(|run| {
+        let pid = run.process as i32;
+        let index = match last {
+            Some((p, index)) if p == pid => index,
+            _ => state.processes.iter().position(|p| p.pid == pid),
+        };
+        last = Some((pid, index));
+        run.process = index.unwrap_or(0) as u32;
+        index.is_some()
+    });
+}
+
+/// What decoding reads of the checkpoints before.
+struct Shared<'a> {
+    shadow: &'a Shadow,
+    state: &'a [u8],
+    limits: Limits,
+}
+
+/// Reads the payload of a page chunk.
+struct PageReader<'a> {
+    at: u64,
+    whole: usize,
+    rest: &'a [u8],
+}
+
+impl PageReader<'_> {
+    fn error(&self, what: impl ToString) -> WireError {
+        WireError::payload(self.at + (self.whole - self.rest.len()) as u64, Kind::PageChunk, what)
+    }
+
+    fn take<const N: usize>(&mut self) -> Result<[u8; N], WireError> {
+        let (bytes, rest) =
+            self.rest.split_first_chunk().ok_or_else(|| self.error("ends within a run"))?;
+        self.rest = rest;
+        Ok(*bytes)
+    }
+
+    fn read(mut self, open: &mut Open, shared: &Shared<'_>) -> Result<(), WireError> {
+        while !self.rest.is_empty() {
+            let prefix = self.take::<RUN_PREFIX>()?;
+            let pid = i32::from_le_bytes(std::array::from_fn(|i| prefix[1 + i]));
+            let start = u64::from_le_bytes(std::array::from_fn(|i| prefix[5 + i]));
+            let count = u32::from_le_bytes(std::array::from_fn(|i| prefix[13 + i]));
+            let len = u64::from(count) * PAGE as u64;
+            if count == 0 || start % PAGE as u64 != 0 || start.checked_add(len).is_none() {
+                return Err(self.error(format_args!("no run of {count} pages at {start:#x}")));
+            }
+            open.sums.runs += 1;
+            match prefix[0] {
+                RUN_DROPPED => self.dropped(open, shared, pid, start, count)?,
+                RUN_DATA => {
+                    for i in 0..u64::from(count) {
+                        let key = PageKey { pid, address: start + i * PAGE as u64 };
+                        self.page(open, shared, key)?;
+                    }
+                }
+                tag => return Err(self.error(format_args!("run kind {tag} is unknown"))),
+            }
+            if open.pages.runs.len() > shared.limits.runs {
+                return Err(self.error("more runs than allowed"));
+            }
+        }
+        Ok(())
+    }
+
+    fn dropped(
+        &mut self,
+        open: &mut Open,
+        shared: &Shared<'_>,
+        pid: i32,
+        start: u64,
+        count: u32,
+    ) -> Result<(), WireError> {
+        if open.placed.len() + count as usize > 2 * shared.limits.pages {
+            return Err(self.error("more dropped pages than allowed"));
+        }
+        for i in 0..u64::from(count) {
+            open.placed.insert(PageKey { pid, address: start + i * PAGE as u64 }, None);
+        }
+        let content = Content::Dropped;
+        open.pages.runs.push(Run { process: pid as u32, start, count, content });
+        Ok(())
+    }
+
+    fn page(
+        &mut self,
+        open: &mut Open,
+        shared: &Shared<'_>,
+        key: PageKey,
+    ) -> Result<(), WireError> {
+        let [tag] = self.take::<1>()?;
+        let coding = Coding::try_from(tag).map_err(|e| self.error(e))?;
+        let len = match coding {
+            Coding::Zero | Coding::Same => 0,
+            _ => u16::from_le_bytes(self.take::<2>()?).into(),
+        };
+        let Some((body, rest)) = self.rest.split_at_checked(len) else {
+            return Err(self.error("ends within a page"));
+        };
+        let held = open.placed.get(&key).copied();
+        let (offset, has_previous) = match held {
+            Some(Some(offset)) => (offset, true),
+            _ => {
+                let offset = open.pages.bytes.len();
+                if offset >= shared.limits.pages.saturating_mul(PAGE) {
+                    return Err(self.error("more pages than allowed"));
+                }
+                let previous = if held.is_none() { shared.shadow.get(key) } else { None };
+                match previous {
+                    Some(page) => open.pages.bytes.extend_from_slice(page),
+                    None => open.pages.bytes.resize(offset + PAGE, 0),
+                }
+                place(&mut open.pages.runs, key, offset);
+                open.placed.insert(key, Some(offset));
+                (offset, previous.is_some())
+            }
+        };
+        let page: &mut Page =
+            (&mut open.pages.bytes[offset..offset + PAGE]).try_into().expect("a page long");
+        decode_onto(page, has_previous, coding, body).map_err(|e| self.error(e))?;
+        open.sums.pages += 1;
+        self.rest = rest;
+        Ok(())
+    }
+}
+
+/// Notes that the page stands at `offset`: the last run grows, or a new one starts.
+fn place(runs: &mut Vec<Run>, key: PageKey, offset: usize) {
+    if let Some(last) = runs.last_mut()
+        && let Content::Data(from) = last.content
+        && last.process == key.pid as u32
+        && last.start + u64::from(last.count) * PAGE as u64 == key.address
+        && from + last.count as usize * PAGE == offset
+        && last.count < u32::MAX
+    {
+        last.count += 1;
+        return;
+    }
+    let content = Content::Data(offset);
+    runs.push(Run { process: key.pid as u32, start: key.address, count: 1, content });
+}

@@ -1,0 +1,36 @@
+//! What travels between primary and backup, as bytes.
+//!
+//! ```text
+//! primary                                                   backup
+//!   Hello {container, clocks, network}        ->
+//!                                             <-  Welcome | Refuse {reason}
+//!   CheckpointBegin {full}                    ->
+//!   PageChunk ...  (any number, pre-copy too) ->
+//!   StateChunk ...                            ->
+//!   CheckpointEnd {digest, counts}            ->
+//!                                             <-  Ack {epoch, digest}
+//!   Input {open epoch, bytes}                 ->  (a stream of its own)
+//!   Heartbeat                                <->  (datagrams)
+//!   Bye {reason}                             <->
+//! ```
+//!
+//! [`codec`] frames messages, [`message`] says what they hold, [`delta`] codes single pages,
+//! [`shadow`] remembers the last version of each page on both sides. [`CheckpointBuilder`] turns
+//! a checkpoint into frames, [`Assembly`] turns frames into a checkpoint, whole or not at all
+//! (CP-2). Nothing here touches a socket.
+
+pub mod assembly;
+pub mod builder;
+pub mod codec;
+pub mod delta;
+pub mod message;
+pub mod shadow;
+mod state;
+
+pub use assembly::{Assembly, Checkpoint, Limits, Progress, Receipt};
+pub use builder::{BuildError, CheckpointBuilder, Finished};
+pub use codec::{Decoder, Frame, WireError};
+pub use message::Message;
+
+#[cfg(test)]
+mod tests;

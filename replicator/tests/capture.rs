@@ -1,0 +1,211 @@
+//! Memory rebuilt from deltas equals the real memory, under load, epoch after epoch.
+
+use replicator::Epoch;
+use replicator::capture::{Boundary, CaptureError, Capturer, StopTimes};
+use replicator::image::pages::{Content, PAGE, PageSet};
+use replicator::image::{Kind, Source, State};
+use replicator::sys::unix_diag::UnixDiag;
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::FileExt;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("address").port()
+}
+
+fn redis() -> Option<(Killed, u16)> {
+    let port = free_port();
+    let child = Command::new("redis-server")
+        .args(["--port", &port.to_string(), "--save", "", "--appendonly", "no"])
+        .args(["--bind", "127.0.0.1", "--enable-debug-command", "yes"])
+        .stdout(Stdio::null())
+        .spawn();
+    let Ok(child) = child else {
+        println!("skipped: redis-server is not installed");
+        return None;
+    };
+    let child = Killed(child);
+    let begin = Instant::now();
+    while TcpStream::connect(("127.0.0.1", port)).is_err() {
+        assert!(begin.elapsed() < Duration::from_secs(20), "redis-server does not listen");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Some((child, port))
+}
+
+/// Copies the real memory while the container is frozen.
+struct Snapshot {
+    pid: i32,
+    wanted: bool,
+    memory: Vec<(u64, Vec<u8>)>,
+}
+
+impl Boundary for Snapshot {
+    fn hold_input(&mut self) {}
+    fn release_input(&mut self) {}
+    fn seal(&mut self, _: Epoch) {
+        if !self.wanted {
+            return;
+        }
+        self.memory.clear();
+        let maps = std::fs::read_to_string(format!("/proc/{}/maps", self.pid)).expect("maps");
+        let mem = File::open(format!("/proc/{}/mem", self.pid)).expect("mem");
+        for line in maps.lines() {
+            if line.contains("[v") || line.split_whitespace().nth(1).is_some_and(|p| p == "---p") {
+                continue;
+            }
+            let (start, end) = line.split(' ').next().unwrap().split_once('-').unwrap();
+            let start = u64::from_str_radix(start, 16).unwrap();
+            let end = u64::from_str_radix(end, 16).unwrap();
+            let mut bytes = vec![0; (end - start) as usize];
+            if mem.read_exact_at(&mut bytes, start).is_ok() {
+                self.memory.push((start, bytes));
+            }
+        }
+    }
+}
+
+#[derive(Default)]
+struct Shadow(HashMap<u64, Box<[u8]>>);
+
+impl Shadow {
+    fn apply(&mut self, state: &State, pages: &PageSet) {
+        for m in state.processes[0].mappings.iter().filter(|m| m.fresh) {
+            self.0.retain(|at, _| *at < m.start || *at >= m.end);
+        }
+        for run in &pages.runs {
+            for i in 0..u64::from(run.count) {
+                let address = run.start + i * PAGE as u64;
+                match run.content {
+                    Content::Data(at) => {
+                        let at = at + i as usize * PAGE;
+                        self.0.insert(address, pages.bytes[at..at + PAGE].into());
+                    }
+                    Content::Dropped => {
+                        self.0.remove(&address);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Pages that differ from the real memory.
+    fn wrong(&self, state: &State, real: &[(u64, Vec<u8>)]) -> (usize, usize) {
+        let (mut compared, mut wrong) = (0, 0);
+        for (start, bytes) in real {
+            for (i, page) in bytes.chunks(PAGE).enumerate() {
+                let address = start + (i * PAGE) as u64;
+                let Some(mapping) = state.processes[0]
+                    .mappings
+                    .iter()
+                    .find(|m| (m.start..m.end).contains(&address))
+                else {
+                    continue;
+                };
+                let same = match self.0.get(&address) {
+                    Some(ours) => **ours == *page,
+                    None if mapping.source == Source::Anonymous => page.iter().all(|b| *b == 0),
+                    None => continue,
+                };
+                compared += 1;
+                wrong += usize::from(!same);
+            }
+        }
+        (compared, wrong)
+    }
+}
+
+#[test]
+fn memory_rebuilt_from_deltas_is_the_real_memory() {
+    let Some((server, port)) = redis() else { return };
+    let pid = server.0.id() as i32;
+    let mut admin = TcpStream::connect(("127.0.0.1", port)).expect("connect");
+    admin.write_all(b"DEBUG POPULATE 200000 key 150\r\n").expect("populate");
+    let mut answer = [0u8; 64];
+    let n = admin.read(&mut answer).expect("answer");
+    assert_eq!(&answer[..n], b"+OK\r\n");
+
+    let mut capturer = Capturer::adopt(pid, UnixDiag::open().expect("diag")).expect("adopt redis");
+    capturer.prepare().expect("prepare");
+    let load = Command::new("redis-benchmark")
+        .args(["-p", &port.to_string(), "-t", "set", "-r", "200000", "-d", "150"])
+        .args(["-n", "1000000", "-c", "20", "-q"])
+        .stdout(Stdio::null())
+        .spawn()
+        .expect("redis-benchmark comes with redis-server");
+    let load = Killed(load);
+
+    let (mut state, mut pages) = (State::default(), PageSet::default());
+    let mut shadow = Shadow::default();
+    let mut snapshot = Snapshot { pid, wanted: false, memory: Vec::new() };
+    let mut stops: Vec<StopTimes> = Vec::new();
+    let mut connections = 0;
+    let begin = Instant::now();
+    for epoch in 1..=150 {
+        let wait = Instant::now();
+        while wait.elapsed() < Duration::from_millis(8) {
+            capturer.pump().expect("pump");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        capturer.prepare().expect("prepare");
+        capturer.precopy().expect("pre-copy");
+        snapshot.wanted = epoch % 30 == 0;
+        let times = match capturer.stop(Epoch(epoch), &mut snapshot, &mut state, &mut pages) {
+            Err(CaptureError::Transient(_)) => continue,
+            other => other.expect("stop"),
+        };
+        stops.push(times);
+        shadow.apply(&state, &pages);
+        connections = connections
+            .max(state.descriptions.iter().filter(|d| matches!(d.kind, Kind::Tcp(_))).count());
+        if snapshot.wanted {
+            let (compared, wrong) = shadow.wrong(&state, &snapshot.memory);
+            println!("epoch {epoch}: {compared} pages compared, {wrong} wrong");
+            assert!(compared > 5_000, "only {compared} pages compared");
+            assert_eq!(wrong, 0, "in epoch {epoch}");
+        }
+    }
+    drop(load);
+    assert!(stops.len() > 100, "{} of 150 stops succeeded", stops.len());
+    assert!(connections > 20, "{connections} connections captured");
+    assert_eq!(state.processes.len(), 1);
+    assert!(state.processes[0].threads.len() >= 4, "redis has background threads");
+    report(&stops, begin.elapsed());
+    capturer.detach().expect("detach");
+    admin.write_all(b"PING\r\n").expect("ping");
+    let n = admin.read(&mut answer).expect("answer");
+    assert_eq!(&answer[..n], b"+PONG\r\n", "redis goes on after the last epoch");
+}
+
+fn report(stops: &[StopTimes], took: Duration) {
+    let median = |f: fn(&StopTimes) -> Duration| {
+        let mut all: Vec<u128> = stops.iter().map(|s| f(s).as_micros()).collect();
+        all.sort_unstable();
+        (all[all.len() / 2], all[all.len() * 99 / 100])
+    };
+    println!("{} stops in {took:?}; median and p99 in us:", stops.len());
+    println!(
+        "  total {:?} freeze {:?} memory {:?} threads {:?} files {:?} thaw {:?}",
+        median(|s| s.total),
+        median(|s| s.freeze),
+        median(|s| s.memory),
+        median(|s| s.threads),
+        median(|s| s.files),
+        median(|s| s.thaw)
+    );
+    let pages: usize = stops.iter().map(|s| s.stop_pages).sum();
+    println!("  pages in a stop, mean {}", pages / stops.len());
+}

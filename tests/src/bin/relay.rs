@@ -1,0 +1,67 @@
+//! Holds one TCP connection: standard input goes to it, what comes back to standard output. Ends
+//! when either side does, and with an error if the connection breaks or is silent for too long
+//! while the other side owes an answer.
+//!
+//! `relay ADDRESS SECONDS`, or `relay --listen ADDRESS` to take a port and keep it.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let result = match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["--listen", address] => keep(address),
+        [address, seconds] => relay(address, seconds),
+        _ => Err("usage: relay ADDRESS SECONDS | relay --listen ADDRESS".into()),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("relay: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+type Result = std::result::Result<(), Box<dyn std::error::Error>>;
+
+/// Takes a port until it is killed; what connects gets an answer that no agent would give.
+fn keep(address: &str) -> Result {
+    for connection in TcpListener::bind(address)?.incoming() {
+        connection?.write_all(b"taken\n")?;
+    }
+    Ok(())
+}
+
+fn relay(address: &str, seconds: &str) -> Result {
+    let mut from = TcpStream::connect(address)?;
+    from.set_read_timeout(Some(Duration::from_secs(seconds.parse()?)))?;
+    let mut to = from.try_clone()?;
+    let finished = Arc::new(AtomicBool::new(false));
+    let told = finished.clone();
+    std::thread::spawn(move || {
+        let copied = std::io::copy(&mut std::io::stdin(), &mut to);
+        told.store(true, Ordering::SeqCst);
+        // Where the connection is over, reading tells.
+        let _ = copied.and_then(|_| to.shutdown(Shutdown::Write));
+    });
+    let mut out = std::io::stdout();
+    let mut buffer = vec![0; 1 << 16];
+    loop {
+        match from.read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(count) => {
+                out.write_all(&buffer[..count])?;
+                out.flush()?;
+            }
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            // Nobody waits for an answer any more.
+            Err(_) if finished.load(Ordering::SeqCst) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! A host that was lost comes back: it must neither harm what runs, nor be needed for it.
+
+use nilicon_tests::{Bed, EMBEDDED, Running, Sketch};
+use serde_json::Value;
+
+const RELAY: &str = env!("CARGO_BIN_EXE_relay");
+const STORE: &str = "10.77.0.10:6379";
+
+/// Starts the agent of a host by hand, as an init system does after a restart.
+fn restart_agent(bed: &Bed, host: &str) -> Running {
+    let binary = nilicon_tests::binary();
+    let topology = bed.state().join("topology.json");
+    let (binary, topology) = (binary.to_str().expect("text"), topology.to_str().expect("text"));
+    bed.start_exec(host, &[binary, "agent", topology, "--host", host])
+}
+
+/// While there is no backup no output leaves; when it is back, a full copy brings protection back
+/// too, and the connection goes on.
+#[test]
+fn a_backup_that_comes_back_protects_again() {
+    let bed = Bed::new("backup", &Sketch::of(EMBEDDED));
+    bed.deploy();
+    let mut client = bed.connect(RELAY, "client", STORE);
+    assert_eq!(client.ask("SET a 1"), "+OK");
+    bed.fault("kill-agent:beta");
+    let store = bed.until_store("the loss is noticed", |store| store["protected"] == false);
+    assert_eq!((&store["primary"], &store["backup"]), (&"alpha".into(), &Value::Null));
+    assert!(store["reason"].is_string(), "{store:#}");
+    client.send("SET a 2\r\n");
+    bed.deploy();
+    assert_eq!(client.line(), "+OK");
+    let store = bed.until_store("it is protected", |store| store["protected"] == true);
+    assert_eq!((&store["generation"], &store["backup"]), (&1.into(), &"beta".into()));
+    // The new copy is worth as much as the first.
+    bed.fault("kill-host:alpha");
+    assert_eq!(client.ask("GET a"), "$1");
+    assert_eq!(client.line(), "2");
+    assert_eq!(client.ask("SET a 3"), "+OK");
+    drop(client);
+    bed.destroy();
+}
+
+/// The agent of the old primary knows nothing of the failover. The backup tells it.
+#[test]
+fn an_old_primary_that_comes_back_stays_aside() {
+    let bed = Bed::new("primary", &Sketch::of(EMBEDDED));
+    bed.deploy();
+    let mut client = bed.connect(RELAY, "client", STORE);
+    assert_eq!(client.ask("SET a 1"), "+OK");
+    bed.fault("kill-agent:alpha");
+    bed.until_store("beta takes over", |store| store["primary"] == "beta");
+    let agent = restart_agent(&bed, "alpha");
+    for round in 0..100 {
+        assert_eq!(client.ask(&format!("SET a {round}")), "+OK");
+        let mut other = bed.connect(RELAY, "client", STORE);
+        assert_eq!(other.ask("GET a"), format!("${}", round.to_string().len()));
+        assert_eq!(other.line(), round.to_string());
+    }
+    let store = bed.store().expect("deployed");
+    assert_eq!((&store["primary"], &store["generation"]), (&"beta".into(), &2.into()));
+    drop((client, agent));
+    bed.destroy();
+}
+
+/// The agent of the old primary comes back where it cannot hear of the failover. It must not
+/// answer for the container: that would be a second, empty one.
+#[test]
+fn an_old_primary_that_hears_nothing_says_nothing() {
+    let bed = Bed::new("deaf", &Sketch::of(EMBEDDED));
+    bed.deploy();
+    let mut client = bed.connect(RELAY, "client", STORE);
+    assert_eq!(client.ask("SET a 1"), "+OK");
+    bed.fault("kill-agent:alpha");
+    bed.until_store("beta takes over", |store| store["primary"] == "beta");
+    bed.fault("cut-link:alpha:repl");
+    let mut agent = restart_agent(&bed, "alpha");
+    nilicon_tests::until("alpha to run an agent", || {
+        assert!(!agent.has_ended());
+        let view = bed.inspect();
+        let nodes = view["nodes"].as_array().expect("nodes").clone();
+        let is_alpha = |node: &Value| node["name"] == "alpha" && node["agent_pid"].is_number();
+        nodes.iter().any(is_alpha).then_some(())
+    });
+    // Each of these asks anew who has the address.
+    for _ in 0..20 {
+        bed.exec("client", &["ip", "neigh", "flush", "all"]).expect_success();
+        let mut other = bed.connect(RELAY, "client", STORE);
+        assert_eq!((other.ask("GET a"), other.line()), ("$1".to_owned(), "1".to_owned()));
+    }
+    assert_eq!(client.ask("SET a 2"), "+OK");
+    drop((client, agent));
+    bed.destroy();
+}

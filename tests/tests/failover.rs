@@ -1,0 +1,205 @@
+//! `run` and `drill`: faults under load, and the verdict of verifying clients.
+
+use nilicon_tests::{Bed, Done, EMBEDDED, REDIS, Sketch, is_installed};
+use serde_json::Value;
+
+/// What every run must report, and as what.
+fn expect_whole(report: &Value) {
+    for pointer in [
+        "/duration_s",
+        "/clients/0/requests",
+        "/clients/0/acknowledged_writes",
+        "/clients/0/reads",
+        "/clients/0/lost_writes",
+        "/clients/0/wrong_replies",
+        "/clients/0/broken_connections",
+        "/clients/0/gap_ms",
+        "/clients/0/connection_gap_ms",
+        "/clients/0/latency_us/p50",
+        "/clients/0/latency_us/p99",
+        "/clients/0/latency_us/max",
+        "/clients/0/rate_per_s",
+        "/clients/0/connections",
+        "/epochs/committed",
+        "/epochs/stop_us/p50",
+        "/epochs/stop_us/p99",
+        "/epochs/stop_us/max",
+        "/epochs/stop_us_by_stage/memory",
+        "/epochs/interval_us/p50",
+        "/epochs/dirty_pages/p50",
+        "/epochs/stop_pages/p50",
+        "/epochs/wire_bytes/p50",
+        "/epochs/wire_bytes/total",
+        "/epochs/commit_us/p50",
+    ] {
+        let value = report.pointer(pointer);
+        assert!(value.is_some_and(Value::is_number), "{pointer} is {value:?} in {report:#}");
+    }
+    assert_eq!(report["output_commit"], true);
+    assert!(report["containers"].is_array() && report["faults"].is_array());
+}
+
+fn number(report: &Value, pointer: &str) -> f64 {
+    report
+        .pointer(pointer)
+        .and_then(Value::as_f64)
+        .unwrap_or_else(|| panic!("{pointer}: {report:#}"))
+}
+
+/// Nothing lost, wrong or broken, and there was something to lose.
+fn expect_clean(report: &Value) {
+    assert_eq!(report["recovered"], true, "{report:#}");
+    assert_eq!(report["why"], Value::Null, "{report:#}");
+    for figure in ["lost_writes", "wrong_replies", "broken_connections"] {
+        assert_eq!(number(report, &format!("/clients/0/{figure}")), 0.0, "{figure}: {report:#}");
+    }
+    assert!(number(report, "/clients/0/acknowledged_writes") > 100.0, "{report:#}");
+    assert!(number(report, "/epochs/committed") > 10.0, "{report:#}");
+    let at = |percent| number(report, &format!("/epochs/stop_us/{percent}"));
+    assert!(0.0 < at("p50") && at("p50") <= at("p99") && at("p99") <= at("max"), "{report:#}");
+}
+
+/// The container is on beta, in the second generation, and the figures fit each other.
+fn expect_failover(report: &Value) {
+    let failover = &report["failover"];
+    assert_eq!(failover["host"], "beta", "{report:#}");
+    assert_eq!(failover["generation"], 2, "{report:#}");
+    for phase in ["fence", "apply", "prepare", "probe", "connect", "finish", "plug", "run"] {
+        assert!(failover["phases_ms"][phase].is_number(), "{phase}: {report:#}");
+    }
+    let (total, outage) = (number(failover, "/total_ms"), number(failover, "/outage_ms"));
+    assert!(0.0 < total && total <= outage, "{report:#}");
+    assert!(number(report, "/clients/0/gap_ms") >= outage * 0.5, "{report:#}");
+    assert_eq!(failover["connections"], report["clients"][0]["connections"], "{report:#}");
+    assert_eq!(report["failovers"].as_array().map(Vec::len), Some(1));
+    let store = &report["containers"][0];
+    assert_eq!(
+        (&store["primary"], &store["generation"]),
+        (&"beta".into(), &2.into()),
+        "{report:#}"
+    );
+}
+
+/// Five seconds of load with a fault in the middle.
+fn run(bed: &Bed, fault: &str) -> Value {
+    let fault = format!("{fault}@2s");
+    let done = bed.run("run", &["--duration", "5s", "--fault", &fault, "-o", "json"]);
+    let report = done.expect_success().json();
+    expect_whole(&report);
+    bed.expect_gone();
+    report
+}
+
+#[test]
+fn the_built_in_server_survives_the_loss_of_its_host() {
+    let bed = Bed::new("host", &Sketch::of(EMBEDDED).loaded());
+    let report = run(&bed, "kill-host:alpha");
+    expect_clean(&report);
+    expect_failover(&report);
+    assert_eq!(report["faults"][0]["fault"], "kill-host:alpha");
+    assert!(number(&report, "/faults/0/killed") >= 2.0, "the agent and a container: {report:#}");
+}
+
+#[test]
+fn redis_survives_the_loss_of_its_host() {
+    if !is_installed("redis-server") {
+        return;
+    }
+    let bed = Bed::new("redis", &Sketch::of(REDIS).loaded());
+    let report = run(&bed, "kill-host:alpha");
+    expect_clean(&report);
+    expect_failover(&report);
+}
+
+#[test]
+fn the_container_does_not_go_on_without_its_agent() {
+    let bed = Bed::new("agent", &Sketch::of(EMBEDDED).loaded());
+    let report = run(&bed, "kill-agent:alpha");
+    expect_clean(&report);
+    expect_failover(&report);
+}
+
+/// The old primary lives, sees its clients, and has lost only its backup: the one place where two
+/// could speak with one voice.
+#[test]
+fn a_primary_cut_off_from_its_backup_is_silenced() {
+    let bed = Bed::new("repl", &Sketch::of(EMBEDDED).loaded());
+    let report = run(&bed, "cut-link:alpha:repl");
+    expect_clean(&report);
+    expect_failover(&report);
+}
+
+#[test]
+fn a_primary_cut_off_from_everything_is_replaced() {
+    let bed = Bed::new("alone", &Sketch::of(EMBEDDED).loaded());
+    let report = run(&bed, "cut-link:alpha");
+    expect_clean(&report);
+    expect_failover(&report);
+}
+
+/// The old primary comes back with its link, hears of the newer generation, and ends its copy.
+#[test]
+fn a_primary_that_comes_back_gives_way() {
+    let bed = Bed::new("back", &Sketch::of(EMBEDDED).loaded());
+    let faults = ["--fault", "cut-link:alpha@2s", "--fault", "heal-link:alpha@3500ms"];
+    let line: Vec<&str> = ["--duration", "7s", "-o", "json"].into_iter().chain(faults).collect();
+    let report = bed.run("run", &line).expect_success().json();
+    expect_whole(&report);
+    expect_clean(&report);
+    expect_failover(&report);
+}
+
+#[test]
+fn a_run_without_a_fault_has_no_failover() {
+    let bed = Bed::new("calm", &Sketch::of(EMBEDDED).loaded());
+    let report = bed.run("run", &["--duration", "3s", "-o", "json"]).expect_success().json();
+    expect_whole(&report);
+    expect_clean(&report);
+    assert_eq!(report["failover"], Value::Null);
+    assert_eq!(report["containers"][0]["primary"], "alpha");
+    assert_eq!(report["containers"][0]["protected"], true);
+}
+
+#[test]
+fn the_report_for_people_says_the_same() {
+    let event = "{ at: 2s, fault: kill-host, node: alpha }";
+    let bed = Bed::new("text", &Sketch::of(EMBEDDED).loaded().with_event(event));
+    let done = bed.run("run", &["--duration", "4s"]).expect_success();
+    let first = done.stdout.lines().next().unwrap_or_default();
+    assert_eq!(first, format!("{}: recovered, nothing lost", bed.name), "{done}");
+    for part in ["kill-host:alpha at 2.0", "store is on beta", "committed", "a median stop"] {
+        assert!(done.stdout.contains(part), "{part}: {done}");
+    }
+}
+
+fn drill(bed: &Bed, arguments: &[&str]) -> Done {
+    let mut line = vec!["--fault", "kill-host", "--duration", "3s", "-o", "json"];
+    line.extend(arguments);
+    bed.run("drill", &line)
+}
+
+/// The control: what the clients find without output commit shows that they would find a loss,
+/// and so what it is worth that they find none with it.
+#[test]
+fn without_output_commit_something_is_lost() {
+    let bed = Bed::new("control", &Sketch::of(EMBEDDED).loaded());
+    let report = drill(&bed, &["--runs", "4", "--output-commit", "off"]).expect_success().json();
+    let sum: f64 = ["/lost_writes", "/wrong_replies", "/broken_connections"]
+        .iter()
+        .map(|figure| number(&report, figure))
+        .sum();
+    assert!(sum > 0.0, "{report:#}");
+    assert_eq!(report["output_commit"], false);
+    bed.expect_gone();
+}
+
+#[test]
+fn a_drill_loses_nothing() {
+    let bed = Bed::new("drill", &Sketch::of(EMBEDDED).loaded());
+    let report = drill(&bed, &["--runs", "3", "--seed", "11"]).expect_success().json();
+    assert_eq!((&report["runs"], &report["recovered"]), (&3.into(), &3.into()), "{report:#}");
+    assert_eq!(report["failed"], Value::Array(Vec::new()));
+    assert_eq!(report["seed"], 11);
+    assert!(number(&report, "/failover_ms/p50") > 0.0);
+    bed.expect_gone();
+}
