@@ -1,7 +1,10 @@
 //! A host that was lost comes back: it must neither harm what runs, nor be needed for it.
 
 use nilicon_tests::{Bed, EMBEDDED, Running, Sketch};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
+use std::time::Duration;
 
 const RELAY: &str = env!("CARGO_BIN_EXE_relay");
 const STORE: &str = "10.77.0.10:6379";
@@ -59,6 +62,54 @@ fn an_old_primary_that_comes_back_stays_aside() {
     let store = bed.store().expect("deployed");
     assert_eq!((&store["primary"], &store["generation"]), (&"beta".into(), &2.into()));
     drop((client, agent));
+    bed.destroy();
+}
+
+/// A hypervisor that pauses the whole machine makes every host find every other one silent. That
+/// is nobody's death: nobody takes over, and the connection goes on.
+#[test]
+fn a_pause_of_the_whole_machine_is_no_death() {
+    let bed = Bed::new("pause", &Sketch::of(EMBEDDED));
+    bed.deploy();
+    let mut client = bed.connect(RELAY, "client", STORE);
+    assert_eq!(client.ask("SET a 1"), "+OK");
+    let view = bed.inspect();
+    let nodes = view["nodes"].as_array().expect("nodes").iter();
+    let agents: Vec<Pid> = nodes
+        .filter_map(|node| node["agent_pid"].as_i64())
+        .map(|pid| Pid::from_raw(pid.try_into().expect("a pid")))
+        .collect();
+    assert_eq!(agents.len(), 2, "{view:#}");
+    for round in 0..5 {
+        for signal in [Signal::SIGSTOP, Signal::SIGCONT] {
+            for agent in &agents {
+                kill(*agent, signal).expect("it runs");
+            }
+            if signal == Signal::SIGSTOP {
+                // Longer than the detectors' timeout; how much longer does not matter.
+                std::thread::sleep(Duration::from_millis(400));
+            }
+        }
+        assert_eq!(client.ask(&format!("SET a {round}")), "+OK");
+    }
+    let store = bed.until_store("it is protected", |store| store["protected"] == true);
+    assert_eq!((&store["primary"], &store["generation"]), (&"alpha".into(), &1.into()));
+    drop(client);
+    bed.destroy();
+}
+
+/// A lab that is deployed again after a failover cannot become protected: that is said at once.
+#[test]
+fn deploying_again_after_a_failover_says_that_it_is_not_protected() {
+    let bed = Bed::new("again", &Sketch::of(EMBEDDED));
+    bed.deploy();
+    bed.fault("kill-host:alpha");
+    bed.until_store("beta takes over", |store| store["primary"] == "beta");
+    let moved = ["store moved to beta in a failover", "nilicon destroy"];
+    bed.run("deploy", &[]).expect_complaint(&moved);
+    let mut client = bed.connect(RELAY, "client", STORE);
+    assert_eq!(client.ask("SET a 1"), "+OK");
+    drop(client);
     bed.destroy();
 }
 
