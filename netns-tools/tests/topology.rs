@@ -192,6 +192,25 @@ fn text_that_is_not_yaml() {
 }
 
 #[test]
+fn a_file_without_content_is_called_empty() {
+    for text in ["", "\n\n", "# nothing yet\n---\n"] {
+        let error = Topology::parse("lab.topo.yml", text).unwrap_err();
+        assert!(error.to_string().contains("the file is empty"), "{text:?}: {error}");
+    }
+}
+
+#[test]
+fn a_truncated_file_is_complained_of_at_its_end() {
+    for (text, place) in [
+        ("name: a\nnodes: {alpha: {kind: host\n", "line 2, column 27: unclosed bracket"),
+        ("nodes: {}\nname: \"y", "line 2, column 9: unclosed quote"),
+    ] {
+        let error = Topology::parse("lab.topo.yml", text).unwrap_err();
+        assert!(error.to_string().contains(place), "{text:?}: {error}");
+    }
+}
+
+#[test]
 fn the_examples_load() {
     let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/../topologies");
     let mut found = 0;

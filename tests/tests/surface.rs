@@ -152,7 +152,9 @@ fn exec_is_transparent() {
     bed.until_store("beta runs it", |store| store["primary"] == "beta");
     assert!(inside(&bed).expect_success().stdout.contains("10.77.0.10"));
     bed.exec("nowhere", &["true"]).expect_complaint(&["has no nowhere; it has alpha"]);
-    bed.exec("client", &["no-such-program"]).expect_complaint(&["no-such-program"]);
+    let missing = bed.exec("client", &["no-such-program"]).expect_code(127);
+    assert!(missing.stderr.contains("cannot run no-such-program"), "{missing}");
+    bed.exec("client", &["/etc/hostname"]).expect_code(126);
     bed.destroy();
 }
 

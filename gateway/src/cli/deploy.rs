@@ -112,6 +112,9 @@ impl Standing {
             let view = LabView::ask(lab);
             let waiting = waiting_for(lab.topology(), &view).map_err(|e| e.with_log(lab))?;
             let Some(waiting) = waiting else { return Ok(view) };
+            if let Some(moved) = moved_away(lab.topology(), &view) {
+                return Err(moved.with_log(lab));
+            }
             for host in lab.topology().nodes_of(NodeKind::Host) {
                 if lab.process(&agent_name(host))?.is_none() {
                     bail!("the agent of {host} has ended{}", agent_log(lab, host));
@@ -147,7 +150,8 @@ impl Standing {
 
 impl Drop for Standing {
     fn drop(&mut self) {
-        if !self.keep {
+        // The lab is written down before anything of it is made.
+        if !self.keep && state_dir(&self.name).exists() {
             for problem in Lab::destroy(&self.name).problems {
                 eprintln!("nilicon: the lab {} is not gone: {problem}", self.name);
             }
@@ -208,6 +212,21 @@ fn waiting_for(topology: &Topology, view: &LabView) -> Result<Option<Waiting>, F
         waiting = waiting.or(Some(Waiting { container: name.clone(), for_what }));
     }
     Ok(waiting)
+}
+
+/// What runs, but away from home and without a backup: waiting does not change that.
+fn moved_away(topology: &Topology, view: &LabView) -> Option<Failure> {
+    view.containers.iter().find_map(|container| {
+        let host = container.primary.clone()?;
+        (container.generation > 1 && !container.protected).then(|| Failure {
+            why: format!(
+                "{} moved to {host} in a failover and has no backup there; \
+                 to protect it again, start it anew: nilicon destroy {}, then deploy",
+                container.name, topology.name
+            ),
+            host,
+        })
+    })
 }
 
 fn start_agent(lab: &Lab, host: &str, pki: &Path, output_commit: bool) -> Result<Child> {
@@ -318,9 +337,8 @@ mod tests {
     use super::*;
     use crate::agent::status::{AgentStatus, ContainerStatus, Role};
 
-    fn view(role: Role, phase: Phase, reason: Option<&str>) -> (Topology, LabView) {
-        let topology = Topology::parse("demo", super::super::demo::TOPOLOGY).unwrap();
-        let part = ContainerStatus {
+    fn part(role: Role, phase: Phase) -> ContainerStatus {
+        ContainerStatus {
             name: "store".to_owned(),
             address: "10.77.0.10".to_owned(),
             role,
@@ -329,8 +347,13 @@ mod tests {
             generation: 1,
             epoch: 0,
             pid: None,
-            reason: reason.map(str::to_owned),
-        };
+            reason: None,
+        }
+    }
+
+    fn view(role: Role, phase: Phase, reason: Option<&str>) -> (Topology, LabView) {
+        let topology = Topology::parse("demo", super::super::demo::TOPOLOGY).unwrap();
+        let part = ContainerStatus { reason: reason.map(str::to_owned), ..part(role, phase) };
         let agent = AgentStatus { host: "alpha".to_owned(), pid: 1, containers: vec![part] };
         let view = LabView::of(&topology, vec![agent]);
         (topology, view)
@@ -362,6 +385,16 @@ mod tests {
         let failure = waiting_for(&topology, &view).unwrap_err();
         assert_eq!(failure.why, "store has failed on alpha: io_uring is in use");
         assert_eq!(failure.host, "alpha");
+    }
+
+    #[test]
+    fn what_moved_away_is_not_waited_for() {
+        let (topology, _) = view(Role::Primary, Phase::Unprotected, None);
+        let part = ContainerStatus { generation: 2, ..part(Role::Primary, Phase::Unprotected) };
+        let agent = AgentStatus { host: "beta".to_owned(), pid: 1, containers: vec![part] };
+        let moved = LabView::of(&topology, vec![agent]);
+        let failure = moved_away(&topology, &moved).unwrap();
+        assert!(failure.why.starts_with("store moved to beta in a failover"), "{}", failure.why);
     }
 
     #[test]

@@ -91,12 +91,14 @@ fn checks() -> Vec<Check> {
         Check::of("x86-64", architecture(), "use a machine with an x86-64 processor"),
         Check::of("kernel 6.11", kernel(), KERNEL),
     ];
-    checks.extend(capabilities(&fs::read_to_string("/proc/self/status").unwrap_or_default()));
+    let capabilities = capabilities(&fs::read_to_string("/proc/self/status").unwrap_or_default());
+    let entitled = capabilities.iter().all(|check| check.ok);
+    checks.extend(capabilities);
     let said = |result: Result<(), SysError>| {
         result.map(|()| "works".to_owned()).map_err(|error| error.to_string())
     };
     let config = |option: &str| format!("boot a kernel with {option}");
-    checks.extend([
+    let mut tried = vec![
         Check::of("namespaces", namespaces(), &config("NET_NS, PID_NS, TIME_NS, IPC_NS, UTS_NS")),
         Check::of(
             "userfaultfd",
@@ -114,6 +116,15 @@ fn checks() -> Vec<Check> {
         ),
         Check::of("/dev/net/tun", tun(), "modprobe tun, or make the device available here"),
         Check::of("cgroups", cgroups(), "mount the unified hierarchy at /sys/fs/cgroup, writable"),
+    ];
+    if !entitled {
+        // What was refused may only have been refused to this user.
+        for check in tried.iter_mut().filter(|check| !check.ok) {
+            check.fix = Some("get the capabilities above first, and ask again".to_owned());
+        }
+    }
+    checks.extend(tried);
+    checks.extend([
         Check::of(
             "two processors",
             processors(),

@@ -85,9 +85,16 @@ pub(super) fn exec(args: &ExecArgs) -> Result<ExitCode> {
     let [program, arguments @ ..] = args.command.as_slice() else { bail!("there is no command") };
     // Ctrl-C is for the command, whose end is then ours.
     signals::catch()?;
-    let mut child = namespace
-        .spawn(Command::new(program).args(arguments))
-        .with_context(|| format!("cannot run {program}"))?;
+    let spawned = namespace.enter(|| Command::new(program).args(arguments).spawn())?;
+    let mut child = match spawned {
+        Ok(child) => child,
+        Err(error) => {
+            eprintln!("nilicon: cannot run {program}: {error}");
+            // As shells do (POSIX.1-2024, Shell Command Language, 2.8.2).
+            let missing = error.kind() == std::io::ErrorKind::NotFound;
+            return Ok(ExitCode::from(if missing { 127 } else { 126 }));
+        }
+    };
     let status = child.wait().with_context(|| format!("cannot wait for {program}"))?;
     let code = status.code().or_else(|| Some(128 + status.signal()?));
     Ok(code.and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, ExitCode::from))

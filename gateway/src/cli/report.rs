@@ -8,6 +8,8 @@
 //! A fault that hits a host whose container has moved away before proves nothing, and must not
 //! pass for a success: such a run counts as not recovered.
 
+use std::time::Duration;
+
 use netns_tools::topology::Event;
 use nilicon_clients::load::Report;
 use serde::{Deserialize, Serialize};
@@ -17,6 +19,10 @@ use super::journal::Failover;
 use super::numbers::{Spread, median};
 use super::view::ContainerView;
 use crate::agent::status::{EpochRecord, FailoverPhases, StopStages};
+
+/// A silence of a client that is longer is no pause but an end. Far above any failover, and below
+/// the time after which a request breaks its connection.
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
 /// The report of one run.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -343,12 +349,19 @@ fn not_recovered(evidence: &Evidence) -> Option<String> {
     let runs_again = evidence.failovers.iter().map(|failover| failover.record.running_at_us);
     let mark = runs_again.max().unwrap_or(0).max(last_fault);
     let still_asking = |client: &&ClientOutcome| client.load_over_us.is_none_or(|at| at > mark);
-    let unanswered = evidence
-        .clients
-        .iter()
-        .filter(still_asking)
-        .find(|client| client.last_reply_us.is_none_or(|at| at <= mark))?;
+    let unanswered = evidence.clients.iter().filter(still_asking).find(|client| {
+        client.last_reply_us.is_none_or(|at| at <= mark) || ended_in_silence(client)
+    })?;
     Some(format!("the client {} got no answer any more", unanswered.name))
+}
+
+/// Whether the client's load ended in a silence that was no pause any more. A last reply may come
+/// right after a fault and prove nothing: it was under way.
+fn ended_in_silence(client: &ClientOutcome) -> bool {
+    let (Some(last), Some(over)) = (client.last_reply_us, client.load_over_us) else {
+        return false;
+    };
+    over.saturating_sub(last) >= LONGEST_PAUSE.as_micros() as u64
 }
 
 #[cfg(test)]
@@ -440,6 +453,14 @@ mod tests {
         let report = RunReport::of(silent);
         assert!(!report.recovered && report.is_clean());
         assert_eq!(report.complaint().unwrap(), "the client client got no answer any more");
+    }
+
+    #[test]
+    fn a_load_that_ends_in_silence_is_no_recovery() {
+        let mut silent = client(4_300_000);
+        silent.load_over_us = Some(19_300_000);
+        let report = RunReport::of(Evidence { clients: vec![silent], ..evidence() });
+        assert_eq!(report.why.unwrap(), "the client client got no answer any more");
     }
 
     #[test]

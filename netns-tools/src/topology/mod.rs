@@ -45,6 +45,7 @@ impl Topology {
     pub fn parse(name: &str, text: &str) -> Result<Self, TopologyError> {
         let source = Arc::new(NamedSource::new(name, text.to_owned()).with_language("yaml"));
         let problems = match serde_saphyr::from_str::<Self>(text) {
+            Err(_) if is_empty(text) => vec![empty_problem(&source)],
             Err(error) => vec![syntax_problem(&source, &error)],
             Ok(topology) => {
                 let problems = check::problems(&topology, &source);
@@ -72,15 +73,28 @@ pub fn schema() -> serde_json::Value {
     schemars::schema_for!(Topology).to_value()
 }
 
+/// Whether a YAML text has nothing but blanks, comments and document marks.
+fn is_empty(text: &str) -> bool {
+    text.lines()
+        .map(str::trim)
+        .all(|line| line.is_empty() || line.starts_with('#') || line == "---" || line == "...")
+}
+
+fn empty_problem(source: &Arc<NamedSource<String>>) -> Problem {
+    let help = "a topology has a name and nodes at least; `nilicon schema` describes all keys";
+    let place = spans::Place { offset: 0, len: 0 };
+    Problem::new(source, place, "the file is empty".to_owned(), Some(help.to_owned()))
+}
+
 /// What the YAML reader found, with a suggestion for misspelt words.
 fn syntax_problem(source: &Arc<NamedSource<String>>, error: &serde_saphyr::Error) -> Problem {
     use serde_saphyr::Error;
 
     let error = error.without_snippet();
-    let place = error
+    let mut place = error
         .location()
         .map_or(spans::Place { offset: 0, len: 0 }, |at| spans::Place::of(at, source.inner()));
-    let (message, help) = match error {
+    let (message, mut help) = match error {
         Error::SerdeUnknownField { field, expected, .. } => {
             (format!("there is no key `{field}` here"), suggest(field, expected))
         }
@@ -91,6 +105,11 @@ fn syntax_problem(source: &Arc<NamedSource<String>>, error: &serde_saphyr::Error
         Error::Message { msg, .. } => (msg.clone(), None),
         other => (plain_message(other), None),
     };
+    // The reader notices that at the end, and points at the beginning.
+    if message.starts_with("unclosed") && place.offset == 0 {
+        place = spans::Place { offset: source.inner().trim_end().len(), len: 0 };
+        help = Some("the file ends before it is closed".to_owned());
+    }
     Problem::new(source, place, message, help)
 }
 
