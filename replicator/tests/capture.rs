@@ -1,9 +1,11 @@
-//! Memory rebuilt from deltas equals the real memory, under load, epoch after epoch.
+//! Memory rebuilt from deltas equals the real memory, under load, epoch after epoch; and so do
+//! the mappings, however they change beside a round of pre-copy.
 
 use replicator::Epoch;
 use replicator::capture::{Boundary, CaptureError, Capturer, StopTimes};
 use replicator::image::pages::{Content, PAGE, PageSet};
 use replicator::image::{Kind, Source, State};
+use replicator::sys::ptrace;
 use replicator::sys::unix_diag::UnixDiag;
 use std::collections::HashMap;
 use std::fs::File;
@@ -18,7 +20,13 @@ struct Killed(Child);
 impl Drop for Killed {
     fn drop(&mut self) {
         let _ = self.0.kill();
-        let _ = self.0.wait();
+        // Its threads are zombies until their tracer, this thread, has reaped them, and it is
+        // one until then.
+        while !matches!(self.0.try_wait(), Ok(Some(_)) | Err(_)) {
+            if matches!(ptrace::next_event(), Ok(None)) {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
     }
 }
 
@@ -208,4 +216,104 @@ fn report(stops: &[StopTimes], took: Duration) {
     );
     let pages: usize = stops.iter().map(|s| s.stop_pages).sum();
     println!("  pages in a stop, mean {}", pages / stops.len());
+}
+
+/// Set in the environment of the program whose mappings change.
+const GROWS: &str = "NILICON_TEST_GROWS";
+
+/// No test but the program of the next one: the heap of its second thread, as glibc manages it,
+/// grows by one page of mprotect(2) at a time, with pauses.
+#[test]
+fn the_program_that_grows() {
+    if std::env::var_os(GROWS).is_none() {
+        return;
+    }
+    let grow = || {
+        let mut random = 1u32;
+        loop {
+            let mut kept = Vec::new();
+            for _ in 0..20_000 {
+                kept.push(vec![1u8; 4000]);
+                random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                let pause = Duration::from_micros(u64::from(random >> 24));
+                let begin = Instant::now();
+                while begin.elapsed() < pause {}
+            }
+        }
+    };
+    std::thread::spawn(grow).join().expect("it does not end");
+}
+
+/// What /proc/PID/maps says while the container is frozen.
+struct RealMaps(i32, Vec<(u64, u64, u8)>);
+
+impl Boundary for RealMaps {
+    fn hold_input(&mut self) {}
+    fn release_input(&mut self) {}
+    fn seal(&mut self, _: Epoch) {
+        let text = std::fs::read_to_string(format!("/proc/{}/maps", self.0)).expect("maps");
+        self.1 = merged(text.lines().filter(|l| !l.ends_with("[vsyscall]")).map(|line| {
+            let mut words = line.split(' ');
+            let (start, end) = words.next().unwrap().split_once('-').unwrap();
+            let prot = words.next().unwrap().bytes().take(3).zip([b'r', b'w', b'x']);
+            let prot = prot.enumerate().map(|(bit, (is, set))| u8::from(is == set) << bit).sum();
+            (u64::from_str_radix(start, 16).unwrap(), u64::from_str_radix(end, 16).unwrap(), prot)
+        }));
+    }
+}
+
+/// Neighbours with the same protection as one.
+fn merged(all: impl Iterator<Item = (u64, u64, u8)>) -> Vec<(u64, u64, u8)> {
+    let mut out: Vec<(u64, u64, u8)> = Vec::new();
+    for (start, end, prot) in all {
+        match out.last_mut() {
+            Some(last) if (last.1, last.2) == (start, prot) => last.1 = end,
+            _ => out.push((start, end, prot)),
+        }
+    }
+    out
+}
+
+#[test]
+fn mappings_that_change_beside_a_round_are_captured_as_they_are() {
+    let exe = std::env::current_exe().expect("a path");
+    let child = Command::new(exe)
+        .args(["--exact", "the_program_that_grows", "--test-threads=1"])
+        .env(GROWS, "1")
+        .stdout(Stdio::null())
+        .spawn()
+        .expect("this test starts");
+    let child = Killed(child);
+    let pid = child.0.id() as i32;
+    // Its second thread is the test, its third one grows.
+    let begin = Instant::now();
+    let threads = || std::fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
+    while threads() < 3 {
+        assert!(begin.elapsed() < Duration::from_secs(20), "it does not start");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let mut capturer = Capturer::adopt(pid, UnixDiag::open().expect("diag")).expect("adopt");
+    capturer.prepare().expect("prepare");
+    let (mut state, mut pages) = (State::default(), PageSet::default());
+    let mut changes = 0;
+    let mut before = Vec::new();
+    for epoch in 1..=4_000 {
+        capturer.pump().expect("pump");
+        capturer.precopy().expect("pre-copy");
+        let mut real = RealMaps(pid, Vec::new());
+        match capturer.stop(Epoch(epoch), &mut real, &mut state, &mut pages) {
+            Ok(_) => {}
+            Err(CaptureError::Transient(_)) => continue,
+            Err(error) => panic!("epoch {epoch}: {error}"),
+        }
+        let ours = state.processes[0].mappings.iter().map(|m| (m.start, m.end, m.prot));
+        let ours = merged(ours);
+        // The capture's own scratch area is no part of the image.
+        let real: Vec<_> =
+            real.1.into_iter().filter(|m| ours.contains(m) || m.0 >= 0x6_0000).collect();
+        assert_eq!(ours, real, "epoch {epoch}");
+        changes += usize::from(before != ours);
+        before = ours;
+    }
+    assert!(changes > 500, "{changes} changes are too few to prove anything");
 }

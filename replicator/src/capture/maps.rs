@@ -2,6 +2,7 @@
 
 use super::memory::is_scratch;
 use crate::image::{Mapping, Source, VdsoPart};
+use crate::sys::procmap::Extent;
 use crate::sys::{SysError, SysResult};
 use std::fs;
 
@@ -50,6 +51,25 @@ pub(super) fn read(pid: i32) -> SysResult<Vec<Vma>> {
     text.lines()
         .map(|l| parse(l).ok_or_else(|| SysError::errno("parse", path.clone(), libc::EINVAL)))
         .collect()
+}
+
+/// Whether two ways of asking for the mappings gave the same answer.
+pub(super) fn agree(vmas: &[Vma], extents: &[Extent]) -> bool {
+    // The page of vsyscall is the same everywhere and belongs to no process.
+    let mut vmas = vmas.iter().filter(|v| !v.vsyscall);
+    let mut extents = extents.iter();
+    loop {
+        match (vmas.next(), extents.next()) {
+            (Some(vma), Some(extent)) => {
+                let Mapping { start, end, prot, .. } = vma.mapping;
+                if (start, end, u64::from(prot)) != (extent.start, extent.end, extent.flags & 7) {
+                    return false;
+                }
+            }
+            (None, None) => return true,
+            _ => return false,
+        }
+    }
 }
 
 fn parse(line: &str) -> Option<Vma> {
@@ -119,5 +139,16 @@ mod tests {
         let v = parse("7000-8000 rw-s 00000000 00:01 55   /memfd:x (deleted)").expect("memfd");
         assert!(v.refused.is_some());
         assert!(parse("garbage").is_none());
+    }
+
+    #[test]
+    fn a_mapping_that_grew_between_two_looks_shows() {
+        let text = ["1000-3000 rw-p 00000000 00:00 0", "3000-9000 ---p 00000000 00:00 0"];
+        let vmas: Vec<Vma> = text.iter().filter_map(|line| parse(line)).collect();
+        let extent = |start, end, flags| Extent { start, end, flags, offset: 0, inode: 0 };
+        assert!(agree(&vmas, &[extent(0x1000, 0x3000, 3), extent(0x3000, 0x9000, 0)]));
+        assert!(!agree(&vmas, &[extent(0x1000, 0x4000, 3), extent(0x4000, 0x9000, 0)]));
+        assert!(!agree(&vmas, &[extent(0x1000, 0x3000, 3), extent(0x3000, 0x9000, 1)]));
+        assert!(!agree(&vmas, &[extent(0x1000, 0x3000, 3)]));
     }
 }

@@ -66,6 +66,16 @@ impl AddressSpace {
     /// Takes the pages written since the last round and copies them into `pages`. `stopped` says
     /// that no thread runs: then what cannot be copied is an error.
     pub(super) fn round(&mut self, pages: &mut PageSet, stopped: bool) -> Result<(), CaptureError> {
+        let result = self.try_round(pages, stopped);
+        if result.is_err() {
+            // What was scanned counts as clean from now on, so it must not be forgotten.
+            self.carry.append(&mut self.regions);
+            self.extents.clear();
+        }
+        result
+    }
+
+    fn try_round(&mut self, pages: &mut PageSet, stopped: bool) -> Result<(), CaptureError> {
         self.regions.clear();
         self.regions.append(&mut self.carry);
         self.procmap.list(&mut self.look)?;
@@ -90,6 +100,7 @@ impl AddressSpace {
         self.changed = true;
         self.vmas = maps::read(self.pid)?;
         self.procmap.list(&mut self.extents)?;
+        let agreed = maps::agree(&self.vmas, &self.extents);
         self.spans.clear();
         for at in 0..self.vmas.len() {
             let (start, end) = (self.vmas[at].mapping.start, self.vmas[at].mapping.end);
@@ -121,6 +132,11 @@ impl AddressSpace {
                 Some((_, last)) if *last == start => *last = end,
                 _ => self.spans.push((start, end)),
             }
+        }
+        if !agreed {
+            // A thread changed its mappings between the two looks: the next look must not find
+            // them as they were.
+            self.extents.clear();
         }
         Ok(())
     }
@@ -161,6 +177,17 @@ impl AddressSpace {
 
     fn copy(&mut self, pages: &mut PageSet, stopped: bool) -> Result<(), CaptureError> {
         let regions = std::mem::take(&mut self.regions);
+        let result = self.copy_all(&regions, pages, stopped);
+        self.regions = regions;
+        result
+    }
+
+    fn copy_all(
+        &mut self,
+        regions: &[Region],
+        pages: &mut PageSet,
+        stopped: bool,
+    ) -> Result<(), CaptureError> {
         for chunk in regions.chunks(512) {
             let ranges: Vec<Range> = chunk
                 .iter()
@@ -186,7 +213,6 @@ impl AddressSpace {
                 Err(e) => return Err(e.into()),
             }
         }
-        self.regions = regions;
         Ok(())
     }
 
@@ -229,8 +255,7 @@ impl AddressSpace {
         Ok(())
     }
 
-    /// The mappings for the checkpoint, those new since the last one marked fresh. Forgets what
-    /// was new, unless the checkpoint is taken back by [`AddressSpace::untake`].
+    /// The mappings for the checkpoint, those new since the last one marked fresh.
     pub(super) fn mappings(&self) -> Vec<Mapping> {
         let mut out = Vec::with_capacity(self.vmas.len() + self.fresh.len());
         for vma in &self.vmas {
