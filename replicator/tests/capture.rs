@@ -1,8 +1,9 @@
 //! Memory rebuilt from deltas equals the real memory, under load, epoch after epoch; and so do
-//! the mappings, however they change beside a round of pre-copy.
+//! the mappings, however they change beside a round of pre-copy. And no wait of the program notices.
 
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent};
 use replicator::Epoch;
-use replicator::capture::{Boundary, CaptureError, Capturer, StopTimes};
+use replicator::capture::{Boundary, CaptureError, Capturer, NoBoundary, StopTimes};
 use replicator::image::pages::{Content, PAGE, PageSet};
 use replicator::image::{Kind, Source, State};
 use replicator::sys::ptrace;
@@ -316,4 +317,64 @@ fn mappings_that_change_beside_a_round_are_captured_as_they_are() {
         before = ours;
     }
     assert!(changes > 500, "{changes} changes are too few to prove anything");
+}
+
+/// Set in the environment of the program that waits, to the file where it counts its time-outs.
+const WAITS: &str = "NILICON_TEST_WAITS";
+const PATIENCE_MS: u64 = 200;
+
+/// No test but the program of the next one: it waits with epoll_wait(2) for nothing, again and
+/// again.
+#[test]
+fn the_program_that_waits() {
+    let Some(path) = std::env::var_os(WAITS) else { return };
+    let epoll = Epoll::new(EpollCreateFlags::empty()).expect("epoll");
+    let mut events = [EpollEvent::empty()];
+    let begin = Instant::now();
+    for count in 1u64.. {
+        let found = epoll.wait(&mut events, PATIENCE_MS as u16).expect("no error is shown to it");
+        assert_eq!(found, 0);
+        let early = count * PATIENCE_MS > begin.elapsed().as_millis() as u64 + 1;
+        std::fs::write(&path, if early { "early".to_owned() } else { count.to_string() })
+            .expect("written");
+    }
+}
+
+#[test]
+fn a_wait_of_epoll_ends_in_time_however_often_it_is_stopped() {
+    let path = std::env::temp_dir().join(format!("nilicon-waits-{}", std::process::id()));
+    let exe = std::env::current_exe().expect("a path");
+    let child = Command::new(exe)
+        .args(["--exact", "the_program_that_waits", "--test-threads=1"])
+        .env(WAITS, &path)
+        .stdout(Stdio::null())
+        .spawn()
+        .expect("this test starts");
+    let child = Killed(child);
+    let count = || std::fs::read_to_string(&path).unwrap_or_default();
+    let begin = Instant::now();
+    let patience = Duration::from_secs(20);
+    while count().is_empty() {
+        assert!(begin.elapsed() < patience, "it does not start");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let pid = child.0.id() as i32;
+    let mut capturer = Capturer::adopt(pid, UnixDiag::open().expect("diag")).expect("adopt");
+    capturer.prepare().expect("prepare");
+    let (mut state, mut pages) = (State::default(), PageSet::default());
+    let before: u64 = count().parse().expect("not early");
+    let (begin, mut epoch) = (Instant::now(), 0);
+    while count().parse::<u64>().expect("not early") < before + 3 {
+        assert!(begin.elapsed() < patience, "it waits for ever");
+        epoch += 1;
+        capturer.pump().expect("pump");
+        match capturer.stop(Epoch(epoch), &mut NoBoundary, &mut state, &mut pages) {
+            Ok(_) | Err(CaptureError::Transient(_)) => {}
+            Err(error) => panic!("epoch {epoch}: {error}"),
+        }
+        // Far more often than it waits for.
+        std::thread::sleep(Duration::from_millis(PATIENCE_MS / 10));
+    }
+    drop(child);
+    let _ = std::fs::remove_file(&path);
 }

@@ -3,6 +3,7 @@
 mod common;
 
 use common::{CONTAINER, Lan, Original, Scratch, numbers, wait_until};
+use replicator::capture::CaptureError;
 use replicator::image::net::TcpConnection;
 use replicator::image::{Kind, State};
 use replicator::restore::Peer;
@@ -276,4 +277,22 @@ fn processes_come_and_go_with_their_sessions_and_users() {
     let text = std::fs::read_to_string(&console).expect("console");
     let line = text.lines().find(|l| l.starts_with("b ")).expect("a line");
     assert!(line.ends_with(" 1 65534 65534"), "{text}");
+}
+
+/// No test but the program of the next one: as the first process of a container it crashes.
+#[test]
+fn crasher() {
+    if std::process::id() == 1 {
+        std::process::abort();
+    }
+}
+
+#[test]
+fn a_first_process_that_crashes_ends_although_it_is_traced() {
+    let dir = Scratch::new("restore-crash");
+    let exe = std::env::current_exe().expect("a path");
+    let exe = exe.to_str().expect("a path");
+    let command = [exe, "crasher", "--exact", "--nocapture", "--test-threads=1"];
+    let mut original = Original::start(&dir, &command);
+    wait_until("it ends", || matches!(original.capturer.pump(), Err(CaptureError::Ended)));
 }

@@ -95,13 +95,17 @@ impl Files {
         what: impl Fn() -> String,
     ) -> Result<Option<(Info, Kind)>, CaptureError> {
         let Some(seen) = self.seen.get_mut(&number) else { return Ok(None) };
-        let Some((flags, ahead)) = seen.ahead.take() else { return Ok(None) };
+        let Some((before, ahead)) = seen.ahead.take() else { return Ok(None) };
         let dup = pidfd::get_fd(handle, number)?;
         let stat =
             nix::sys::stat::fstat(&dup).map_err(|e| SysError::errno("fstat", what(), e as i32))?;
         if stat.st_ino != seen.inode {
             return Ok(None);
         }
+        // Whether it blocks is often changed right after it was accepted.
+        let flags = nix::fcntl::fcntl(&dup, nix::fcntl::FcntlArg::F_GETFL)
+            .map_err(|e| SysError::errno("F_GETFL", what(), e as i32))?;
+        let flags = flags | before & libc::O_CLOEXEC;
         let kind = tcp::tcp(dup.as_fd(), &what(), Some(&ahead))?;
         Ok(Some((Info { flags, inode: seen.inode, ..Info::default() }, kind)))
     }

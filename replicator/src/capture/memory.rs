@@ -111,6 +111,14 @@ impl AddressSpace {
             let mut scan =
                 self.pagemap.take_written(start, end, pagemap::WRITTEN, &mut self.regions)?;
             if scan != Scan::Complete {
+                // Memory that is watched and memory that is not never share a mapping. If this is
+                // none any more, a part of it may have been watched and just counted as clean:
+                // what was found is kept, and the next look starts anew.
+                let now = self.procmap.next(start)?;
+                if now.is_none_or(|e| (e.start, e.end) != (start, end)) {
+                    self.extents.clear();
+                    continue;
+                }
                 self.regions.truncate(before);
                 match uffd::register(self.uffd.as_fd(), start, end) {
                     Ok(()) => {}
@@ -145,7 +153,7 @@ impl AddressSpace {
     fn take_fresh(&mut self, at: usize, pages: &mut PageSet) -> Result<Scan, CaptureError> {
         let Mapping { start, end, .. } = self.vmas[at].mapping;
         self.fresh.push((start, end));
-        self.regions.retain(|r| r.end <= start || r.start >= end);
+        cut_out(&mut self.regions, start, end);
         if !pages.runs.is_empty() {
             // What an earlier round took at this place belonged to another mapping.
             let count = ((end - start) / PAGE as u64) as u32;
@@ -287,6 +295,21 @@ impl AddressSpace {
     }
 }
 
+/// Removes what lies in `start..end` from the regions.
+fn cut_out(regions: &mut Vec<Region>, start: u64, end: u64) {
+    let mut behind = Vec::new();
+    regions.retain_mut(|r| {
+        if r.start < end && r.end > end {
+            behind.push(Region { start: end.max(r.start), ..*r });
+        }
+        if r.end > start && r.start < end {
+            r.end = start;
+        }
+        r.start < r.end
+    });
+    regions.append(&mut behind);
+}
+
 /// Cuts a mapping at the borders of the fresh ranges within it. A mapping of ours that grew is
 /// old in one part and fresh in the other, although the kernel shows one.
 fn split_fresh(mapping: &Mapping, fresh: &[(u64, u64)], out: &mut Vec<Mapping>) {
@@ -375,6 +398,22 @@ mod tests {
         out.clear();
         split_fresh(&anonymous(0x1000, 0x2000, false), &[(0x1000, 0x2000)], &mut out);
         assert_eq!(out, [anonymous(0x1000, 0x2000, true)]);
+    }
+
+    #[test]
+    fn regions_keep_what_lies_beside_a_cut() {
+        let region = |start, end| Region { start, end, categories: 2 };
+        let mut regions = vec![
+            region(0, 2),
+            region(1, 5),
+            region(3, 4),
+            region(2, 9),
+            region(5, 7),
+            region(7, 8),
+        ];
+        cut_out(&mut regions, 3, 6);
+        let kept = [(0, 2), (1, 3), (2, 3), (7, 8), (6, 9), (6, 7)];
+        assert_eq!(regions, kept.map(|(start, end)| region(start, end)));
     }
 
     #[test]

@@ -149,6 +149,7 @@ pub struct Capturer {
     diag: UnixDiag,
     pages: PageSet,
     batch: Batch,
+    interrupted: threads::Interrupted,
 }
 
 impl Capturer {
@@ -182,6 +183,7 @@ impl Capturer {
             diag,
             pages: PageSet::default(),
             batch: Batch::new(),
+            interrupted: threads::Interrupted::default(),
         })
     }
 
@@ -273,8 +275,9 @@ impl Capturer {
     }
 
     fn settle(&mut self) -> Result<(), CaptureError> {
+        self.interrupted.retain(|tid| self.tracer.has(tid));
         for tid in self.tracer.all() {
-            threads::settle(tid)?;
+            self.interrupted.settle(tid)?;
         }
         Ok(())
     }
@@ -399,7 +402,7 @@ impl Capturer {
                 let why = "its main thread has ended while others run".into();
                 return Err(CaptureError::unsupported(format!("pid {pid}"), why));
             }
-            let (threads, inner) = tracked.threads.capture(&tids)?;
+            let (threads, inner) = tracked.threads.capture(&tids, &self.interrupted)?;
             times.threads += lap.next();
             if inner.timer_armed {
                 let why = "it has an interval timer (setitimer, alarm); not protected yet".into();

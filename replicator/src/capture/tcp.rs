@@ -90,7 +90,14 @@ pub(super) fn tcp(
             // A socket that was never connected, or whose connection ended: the kernel keeps
             // no peer of either.
             Ok(remote) => Ok(Kind::Tcp(Box::new(closed(fd, Some(remote))?))),
-            Err(_) => idle(fd, libc::SOCK_STREAM),
+            Err(_) => match idle(fd, libc::SOCK_STREAM)? {
+                // What is left of an accepted connection shows its listener's address, which is
+                // not its own: bound to it, it would be in the listener's way.
+                Kind::InetIdle(socket) if has_ended(fd)? => {
+                    Ok(Kind::InetIdle(InetIdle { local: None, ..socket }))
+                }
+                kind => Ok(kind),
+            },
         },
         // SYN_SENT, FIN_WAIT and the like pass by themselves; the stop is tried again.
         _ => Err(CaptureError::Transient("a TCP connection is opening or closing")),
@@ -106,6 +113,14 @@ pub(super) fn udp(fd: BorrowedFd<'_>, what: &str) -> Result<Kind, CaptureError> 
         return Err(CaptureError::Transient("a UDP socket has data queued"));
     }
     idle(fd, libc::SOCK_DGRAM)
+}
+
+/// Whether a socket without a peer had one: it has received segments (tcpi_segs_in).
+fn has_ended(fd: BorrowedFd<'_>) -> SysResult<bool> {
+    const SEGMENTS_IN: usize = 140;
+    let mut info = [0u8; SEGMENTS_IN + 4];
+    get(fd, libc::IPPROTO_TCP, libc::TCP_INFO, &mut info)?;
+    Ok(info[SEGMENTS_IN..] != [0; 4])
 }
 
 fn idle(fd: BorrowedFd<'_>, kind: i32) -> Result<Kind, CaptureError> {

@@ -7,6 +7,7 @@ use crate::sys::remote::{Batch, Call, DATA};
 use crate::sys::{SysResult, memory};
 use std::collections::HashMap;
 use std::fs;
+use std::time::{Duration, Instant};
 
 /// System calls that return EINTR at every stop instead of being restarted by the kernel
 /// (signal(7), "Interruption of system calls and library functions by stop signals").
@@ -19,6 +20,25 @@ const EINTR_AT_STOP: [i64; 6] = [
     libc::SYS_io_getevents,
 ];
 
+/// Registers that tell one wait from another; a call leaves them as they are.
+const UNCHANGED: [usize; 12] = [
+    reg::RIP,
+    reg::RSP,
+    reg::RBP,
+    reg::RBX,
+    reg::RDI,
+    reg::RSI,
+    reg::RDX,
+    reg::R8,
+    reg::R12,
+    reg::R13,
+    reg::R14,
+    reg::R15,
+];
+/// Milliseconds above which a time-out is left alone.
+const LONGEST_WAIT: i32 = i32::MAX / 2;
+/// ERESTART_RESTARTBLOCK of the kernel's linux/errno.h.
+const RESTART_BLOCK: i64 = -516;
 const EINTR: i64 = -(libc::EINTR as i64);
 /// ERESTARTSYS to ERESTART_RESTARTBLOCK of the kernel's linux/errno.h.
 const RESTARTS: std::ops::RangeInclusive<i64> = -516..=-512;
@@ -56,31 +76,98 @@ pub(super) struct Threads {
     batch: Batch,
 }
 
-/// Puts a call that our stop lets fail with EINTR back to its start, in a thread that has just
-/// been stopped, so that the program never sees our stops. A call that a signal interrupts keeps
-/// its EINTR: programs count on it.
-pub(super) fn settle(tid: i32) -> SysResult<()> {
-    let mut regs = ptrace::regs(tid)?;
-    let call = regs[reg::ORIG_RAX] as i64;
-    if regs[reg::RAX] as i64 != EINTR || !EINTR_AT_STOP.contains(&call) {
-        return Ok(());
-    }
-    let blocked = ptrace::blocked(tid)?;
-    for of_process in [false, true] {
-        for info in ptrace::pending(tid, of_process)? {
-            let signal = i32::from_ne_bytes(info[..4].try_into().expect("four bytes"));
-            if (1..=64).contains(&signal) && blocked & (1 << (signal - 1)) == 0 {
-                return Ok(());
+/// What is remembered of calls that our stops interrupt, by host tid.
+#[derive(Debug, Default)]
+pub(super) struct Interrupted {
+    waits: HashMap<i32, Wait>,
+    /// Numbers of calls that the kernel goes on with as restart_syscall(2).
+    restarted: HashMap<i32, i64>,
+}
+
+/// A wait of epoll_wait(2) that goes on over several stops.
+#[derive(Debug)]
+struct Wait {
+    /// Registers that a call does not change.
+    place: [u64; 12],
+    /// The time-out that we wrote, in milliseconds: it tells this wait from the next one.
+    written: i32,
+    until: Instant,
+}
+
+impl Interrupted {
+    /// Puts a call that our stop lets fail with EINTR back to its start, in a thread that has
+    /// just been stopped, so that the program never sees our stops. A call that a signal
+    /// interrupts keeps its EINTR: programs count on it. So does one whose time-out is in the
+    /// program's memory, where it would begin anew at each stop and never be over.
+    pub(super) fn settle(&mut self, tid: i32) -> SysResult<()> {
+        let mut regs = ptrace::regs(tid)?;
+        let call = regs[reg::ORIG_RAX] as i64;
+        if regs[reg::RAX] as i64 == RESTART_BLOCK && call >= 0 && call != libc::SYS_restart_syscall
+        {
+            self.restarted.insert(tid, call);
+        }
+        if regs[reg::RAX] as i64 != EINTR || !EINTR_AT_STOP.contains(&call) {
+            return Ok(());
+        }
+        let timeout_in_memory = match call {
+            libc::SYS_epoll_pwait2 | libc::SYS_semtimedop => regs[reg::R10] != 0,
+            libc::SYS_io_getevents => regs[reg::R8] != 0,
+            _ => false,
+        };
+        if timeout_in_memory {
+            return Ok(());
+        }
+        let blocked = ptrace::blocked(tid)?;
+        for of_process in [false, true] {
+            for info in ptrace::pending(tid, of_process)? {
+                let signal = i32::from_ne_bytes(info[..4].try_into().expect("four bytes"));
+                if (1..=64).contains(&signal) && blocked & (1 << (signal - 1)) == 0 {
+                    return Ok(());
+                }
             }
         }
+        if matches!(call, libc::SYS_epoll_wait | libc::SYS_epoll_pwait) {
+            self.shorten(tid, &mut regs);
+        }
+        rewind(&mut regs);
+        ptrace::set_regs(tid, &regs)
     }
-    rewind(&mut regs);
-    ptrace::set_regs(tid, &regs)
+
+    /// Leaves a wait that goes on only the time that it has left. It may last up to an epoch
+    /// longer than without us, because its beginning is not known, and never shorter.
+    fn shorten(&mut self, tid: i32, regs: &mut Regs) {
+        let given = regs[reg::R10] as i32;
+        // 0 does not wait, below 0 is for ever, and so is a month.
+        if given <= 0 || given > LONGEST_WAIT {
+            // A wait that we have let run out gives 0, which is no new one.
+            return;
+        }
+        let place = UNCHANGED.map(|at| regs[at]);
+        let now = Instant::now();
+        let until = match self.waits.get(&tid) {
+            Some(wait) if wait.place == place && wait.written == given => wait.until,
+            // One more than was given, so that it can be told from the next call.
+            _ => now + Duration::from_millis(given as u64 + 1),
+        };
+        let left = until.saturating_duration_since(now).as_micros().div_ceil(1000) as i32;
+        regs[reg::R10] = left as u64;
+        self.waits.insert(tid, Wait { place, written: left, until });
+    }
+
+    /// Forgets threads that are gone.
+    pub(super) fn retain(&mut self, is_there: impl Fn(i32) -> bool) {
+        self.waits.retain(|tid, _| is_there(*tid));
+        self.restarted.retain(|tid, _| is_there(*tid));
+    }
 }
 
 impl Threads {
     /// Captures all threads of a process, leader first, and what the leader says of the process.
-    pub(super) fn capture(&mut self, tids: &[i32]) -> Result<(Vec<Thread>, Inner), CaptureError> {
+    pub(super) fn capture(
+        &mut self,
+        tids: &[i32],
+        interrupted: &Interrupted,
+    ) -> Result<(Vec<Thread>, Inner), CaptureError> {
         let mut all = Vec::with_capacity(tids.len());
         let mut inner = Inner::default();
         for (i, &tid) in tids.iter().enumerate() {
@@ -116,7 +203,8 @@ impl Threads {
                 cache.tid = inner_tid(tid)?;
             }
             cache.comm = comm(tid, &cache.comm);
-            all.push(Self::thread(tid, live, rseq, cache)?);
+            let call = interrupted.restarted.get(&tid).copied();
+            all.push(Self::thread(tid, live, call, rseq, cache)?);
         }
         self.caches.retain(|tid, _| tids.contains(tid));
         Ok((all, inner))
@@ -125,12 +213,22 @@ impl Threads {
     fn thread(
         tid: i32,
         live: Regs,
+        restarted: Option<i64>,
         rseq: Option<crate::image::Rseq>,
         cache: &ThreadCache,
     ) -> SysResult<Thread> {
         let mut regs = live;
         if regs[reg::ORIG_RAX] as i64 >= 0 && RESTARTS.contains(&(regs[reg::RAX] as i64)) {
-            rewind(&mut regs);
+            // What restart_syscall(2) goes on with stays behind in this kernel: elsewhere the
+            // call itself is made again.
+            match (regs[reg::ORIG_RAX] as i64, restarted) {
+                (libc::SYS_restart_syscall, Some(call)) => {
+                    regs[reg::ORIG_RAX] = call as u64;
+                    rewind(&mut regs);
+                }
+                (libc::SYS_restart_syscall, None) => regs[reg::RAX] = EINTR as u64,
+                _ => rewind(&mut regs),
+            }
         }
         regs[reg::ORIG_RAX] = u64::MAX;
         let mut xstate = Vec::new();

@@ -19,6 +19,10 @@ const OPTIONS: i32 = libc::PTRACE_O_TRACECLONE
     | libc::PTRACE_O_TRACEEXEC
     | libc::PTRACE_O_EXITKILL;
 
+/// Signals that the kernel sends a thread for what it has just done itself.
+const FAULTS: [i32; 6] =
+    [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP, libc::SIGSYS];
+
 #[derive(Debug)]
 struct Traced {
     process: i32,
@@ -105,6 +109,11 @@ impl Tracer {
         self.threads.keys().copied().collect()
     }
 
+    /// Whether this thread is one of them.
+    pub(super) fn has(&self, tid: i32) -> bool {
+        self.threads.contains_key(&tid)
+    }
+
     /// Number of threads in all.
     pub(super) fn len(&self) -> usize {
         self.threads.len()
@@ -134,7 +143,7 @@ impl Tracer {
             Status::Stopped { signal, event } => {
                 self.learn(tid)?;
                 match event {
-                    0 => return ptrace::cont(tid, signal),
+                    0 => return self.deliver(tid, signal),
                     libc::PTRACE_EVENT_STOP if is_stop_signal(signal) => {
                         return ptrace::listen(tid);
                     }
@@ -147,6 +156,28 @@ impl Tracer {
                 Ok(())
             }
         }
+    }
+
+    /// Lets a signal reach its thread. The kernel spares the first process of a pid namespace
+    /// from dying by a fault of its own as long as it is traced, and lets it fault again for ever
+    /// (force_sig_info_to_task of kernel/signal.c); without us it would die, so it dies.
+    fn deliver(&self, tid: i32, signal: i32) -> SysResult<()> {
+        if FAULTS.contains(&signal)
+            && let Some(process) = self.threads.get(&tid).map(|t| t.process)
+            && ptrace::signal_code(tid)? > 0
+            && is_fatal_for_init(tid, signal)?
+        {
+            tracing::error!(
+                pid = process,
+                tid,
+                signal,
+                "the container's first process has crashed"
+            );
+            let pid = nix::unistd::Pid::from_raw(process);
+            return nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL)
+                .map_err(|e| SysError::errno("kill", format!("pid {process}"), e as i32));
+        }
+        ptrace::cont(tid, signal)
     }
 
     /// Registers a thread that the kernel seized for us.
@@ -238,7 +269,7 @@ impl Tracer {
                 Status::Stopped { signal, event: 0 } => {
                     // Any other stop swallows the interrupt: ask again.
                     ignore_gone(ptrace::interrupt(tid))?;
-                    ignore_gone(ptrace::cont(tid, signal))?;
+                    ignore_gone(self.deliver(tid, signal))?;
                 }
                 Status::Stopped { event, .. } => {
                     ignore_gone(ptrace::interrupt(tid))?;
@@ -307,14 +338,28 @@ pub(super) fn tids(pid: i32) -> SysResult<Vec<i32>> {
 
 /// The process (thread group) of a thread.
 fn process_of(tid: i32) -> SysResult<i32> {
+    let text = status_of(tid)?;
+    field(&text, "Tgid:")
+        .and_then(|v| v.parse().ok())
+        .ok_or_else(|| SysError::errno("read", format!("/proc/{tid}/status"), libc::EINVAL))
+}
+
+/// Whether a fault ends the process of this thread, and that is the first of a pid namespace
+/// other than ours.
+fn is_fatal_for_init(tid: i32, signal: i32) -> SysResult<bool> {
+    let text = status_of(tid)?;
+    let group: Vec<&str> = field(&text, "NStgid:").unwrap_or("").split_whitespace().collect();
+    let caught = field(&text, "SigCgt:").and_then(|v| u64::from_str_radix(v, 16).ok());
+    let caught = caught.unwrap_or(0) & (1 << (signal - 1)) != 0;
+    Ok(!caught && group.len() > 1 && group.last() == Some(&"1"))
+}
+
+/// /proc/TID/status, see proc_pid_status(5).
+fn status_of(tid: i32) -> SysResult<String> {
     let path = format!("/proc/{tid}/status");
-    let text = fs::read_to_string(&path).map_err(|source| SysError {
-        call: "read",
-        object: path.clone(),
-        source,
-    })?;
-    text.lines()
-        .find_map(|l| l.strip_prefix("Tgid:"))
-        .and_then(|v| v.trim().parse().ok())
-        .ok_or_else(|| SysError::errno("read", path, libc::EINVAL))
+    fs::read_to_string(&path).map_err(|source| SysError { call: "read", object: path, source })
+}
+
+fn field<'a>(status: &'a str, name: &str) -> Option<&'a str> {
+    status.lines().find_map(|line| line.strip_prefix(name)).map(str::trim)
 }

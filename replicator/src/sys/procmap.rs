@@ -65,26 +65,32 @@ impl ProcMap {
     pub fn list(&self, out: &mut Vec<Extent>) -> SysResult<()> {
         out.clear();
         let mut from = 0;
-        loop {
-            let mut q = Query {
-                size: size_of::<Query>() as u64,
-                query_flags: COVERING_OR_NEXT,
-                query_addr: from,
-                ..Query::default()
-            };
-            // SAFETY: the request reads and writes one struct procmap_query.
-            if unsafe { libc::ioctl(self.file.as_raw_fd(), PROCMAP_QUERY, &mut q) } < 0 {
-                let error = SysError::last("PROCMAP_QUERY", format!("pid {}", self.pid));
-                return if error.code() == libc::ENOENT { Ok(()) } else { Err(error) };
-            }
-            out.push(Extent {
-                start: q.vma_start,
-                end: q.vma_end,
-                flags: q.vma_flags & 15,
-                offset: q.vma_offset,
-                inode: q.inode,
-            });
-            from = q.vma_end;
+        while let Some(extent) = self.next(from)? {
+            out.push(extent);
+            from = extent.end;
         }
+        Ok(())
+    }
+
+    /// The mapping that covers an address, or the first one behind it.
+    pub fn next(&self, address: u64) -> SysResult<Option<Extent>> {
+        let mut q = Query {
+            size: size_of::<Query>() as u64,
+            query_flags: COVERING_OR_NEXT,
+            query_addr: address,
+            ..Query::default()
+        };
+        // SAFETY: the request reads and writes one struct procmap_query.
+        if unsafe { libc::ioctl(self.file.as_raw_fd(), PROCMAP_QUERY, &mut q) } < 0 {
+            let error = SysError::last("PROCMAP_QUERY", format!("pid {}", self.pid));
+            return if error.code() == libc::ENOENT { Ok(None) } else { Err(error) };
+        }
+        Ok(Some(Extent {
+            start: q.vma_start,
+            end: q.vma_end,
+            flags: q.vma_flags & 15,
+            offset: q.vma_offset,
+            inode: q.inode,
+        }))
     }
 }

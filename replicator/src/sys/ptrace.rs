@@ -127,6 +127,15 @@ pub fn event_message(tid: i32) -> SysResult<u64> {
     Ok(message)
 }
 
+/// Why the signal was sent that a tracee has stopped with: si_code of sigaction(2). Above 0 the
+/// kernel sent it, for a fault of the thread or a timer; else somebody did.
+pub fn signal_code(tid: i32) -> SysResult<i32> {
+    let mut info = [0i32; 32];
+    let data = info.as_mut_ptr() as usize;
+    request(libc::PTRACE_GETSIGINFO, "PTRACE_GETSIGINFO", tid, 0, data)?;
+    Ok(info[2])
+}
+
 /// Waits for a tracee (waitpid(2) with __WALL).
 pub fn wait(tid: i32) -> SysResult<Status> {
     loop {

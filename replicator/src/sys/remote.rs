@@ -190,20 +190,26 @@ impl Batch {
         let saved = ptrace::regs(tid)?;
         let mask = ptrace::blocked(tid)?;
         ptrace::set_blocked(tid, BLOCK_ALL_BUT_TRAP)?;
+        let done = self.run_all_tables(tid, &saved, born);
+        // Also after a failure the thread must be what it was: it runs on.
+        self.table.clear();
+        let put_back = ptrace::set_regs(tid, &saved).and(ptrace::set_blocked(tid, mask));
+        done.and(put_back)?;
+        Ok(&self.results)
+    }
+
+    fn run_all_tables(&mut self, tid: i32, saved: &Regs, born: &mut Vec<i32>) -> SysResult<()> {
         for start in (0..self.table.len()).step_by(MAX_CALLS * ENTRY) {
             let end = self.table.len().min(start + MAX_CALLS * ENTRY);
             let part = &mut self.table[start..end];
             memory::write(tid, TABLE, part)?;
-            run_table(tid, &saved, part.len() / ENTRY, born)?;
+            run_table(tid, saved, part.len() / ENTRY, born)?;
             memory::read(tid, TABLE, part)?;
             self.results.extend(part.chunks_exact(ENTRY).map(|entry| {
                 i64::from_ne_bytes(entry[ENTRY - 8..].try_into().expect("eight bytes"))
             }));
         }
-        ptrace::set_regs(tid, &saved)?;
-        ptrace::set_blocked(tid, mask)?;
-        self.table.clear();
-        Ok(&self.results)
+        Ok(())
     }
 
     /// As [`Batch::run`], but any negative result is an error that names the call's number.
