@@ -181,6 +181,8 @@ fn act(
         Action::Discard => {
             let mut status = lock(&shell.status);
             (status.phase, status.protected) = (Phase::Waiting, false);
+            // The container's next life counts its epochs anew.
+            *lock(&shell.log) = InputLog::new(LOG_BYTES, LOG_FRAMES);
             let _ = orders.send(Order::Discard);
         }
         Action::Lost => {

@@ -76,6 +76,12 @@ pub fn run(options: AgentOptions) -> Result<()> {
         .get(&options.host)
         .with_context(|| format!("the topology has no node '{}'", options.host))?;
     let metrics_at = node.metrics;
+    // A heart that goes on beating without a head would keep the backup from taking over.
+    let tell = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        tell(info);
+        std::process::abort();
+    }));
     let listener = control::claim(&options.topology.name, &options.host)?;
     // Before any other thread: the stop threads learn of their containers by signalfd.
     let mut mask = SigSet::empty();

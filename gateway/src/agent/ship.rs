@@ -44,10 +44,15 @@ pub(super) fn run(
         if let Err(error) = ship(&shell, generation, &mut builder, &taken) {
             tracing::info!(epoch = %taken.epoch, %error, "a checkpoint was dropped");
             builder = None;
+            if matches!(error, ShipError::Build(_)) {
+                // Later ones build on it, so nothing could be acknowledged any more: start anew.
+                shell.handle(Input::Lost(taken.link));
+            }
         }
-        shell.shipped();
-        // The stop thread holds the other end as long as it runs.
+        // The stop thread holds the other end as long as it runs. It is woken when it can have
+        // the buffers.
         let _ = buffers.send(taken);
+        shell.shipped();
     }
 }
 

@@ -262,16 +262,17 @@ impl PrimaryLink {
     }
 
     /// Says goodbye behind everything sent so far, waits (at most one second) until it has
-    /// arrived, and closes.
+    /// arrived, and closes. That nobody confirmed it is an error: the backup may not know.
     pub async fn bye(self, bye: Bye, last: Epoch) -> Result<(), LinkError> {
         let frame = encode(self.generation, last, &Message::Bye(bye))?;
         let (done, arrived) = oneshot::channel();
-        if self.frames.send(Out::Last(frame, done)).await.is_ok() {
-            let _ = tokio::time::timeout(FAREWELL, arrived).await;
-        }
+        let heard = self.frames.send(Out::Last(frame, done)).await.is_ok()
+            && matches!(tokio::time::timeout(FAREWELL, arrived).await, Ok(Ok(())));
+        let unheard = || broken(&self.connection, "the goodbye was not confirmed in time");
+        let result = if heard { Ok(()) } else { Err(unheard()) };
         self.connection.close(CLOSE_DONE, b"goodbye");
         let _ = tokio::time::timeout(FAREWELL, self.endpoint.wait_idle()).await;
-        Ok(())
+        result
     }
 
     /// Smoothed round-trip time.
@@ -374,9 +375,10 @@ async fn write_frames(mut stream: SendStream, mut frames: mpsc::Receiver<Out>) {
             return;
         }
         if let Some(done) = last {
-            let _ = stream.finish();
-            let _ = stream.stopped().await;
-            let _ = done.send(());
+            // Without a code: the peer has all of it.
+            if stream.finish().is_ok() && matches!(stream.stopped().await, Ok(None)) {
+                let _ = done.send(());
+            }
             return;
         }
     }

@@ -227,6 +227,21 @@ fn nobody_there_is_an_error_in_time() {
     });
 }
 
+/// Only a backup that has the goodbye will not take over: one that is gone has confirmed nothing.
+#[test]
+fn a_goodbye_that_nobody_confirms_is_an_error() {
+    let dir = authority();
+    let load = |host| Identity::load(dir.path(), host, HostRole::Host).unwrap();
+    runtime().block_on(async {
+        let beta = Beta::start(load("beta"), Generation(0));
+        let (link, _events) = connect(alpha(&beta, load("alpha"), 1)).await.unwrap();
+        beta.endpoint.shut_down("test");
+        drop(beta);
+        let e = link.bye(Bye::Stop, Epoch(0)).await.expect_err("nobody has heard it");
+        assert!(matches!(e, LinkError::Connection { .. }), "{e}");
+    });
+}
+
 /// A container of one process with one mapping.
 fn state(pages: u64, epoch: u64) -> State {
     let mapping = Mapping {
