@@ -29,6 +29,7 @@ use replicator::wire::message::{Hello, Role as WireRole};
 use replicator::{Epoch, Generation};
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -85,8 +86,9 @@ impl Home {
         let signals = become_stop_thread()?;
         let mut launched = container::launch(&self.spec, container::Role::Start)?;
         let pid = launched.pid;
-        let diag = Namespace::of_process(pid)?.enter(UnixDiag::open)??;
-        let mut capturer = Capturer::adopt(pid, diag)?;
+        // Opened while pid 1 still waits: a command that ends at once takes its /proc entry along.
+        let network = Namespace::of_process(pid)?;
+        let mut capturer = Capturer::adopt(pid, network.enter(UnixDiag::open)??)?;
         let inner = self.place.make_inner(pid)?;
         let outer = self.place.make_outer()?;
         let (writer, reader) = input_log::channel(LOG_BYTES, LOG_FRAMES);
@@ -100,9 +102,9 @@ impl Home {
                 ..GateConfig::default()
             },
         )?);
-        start_command(&mut launched, &mut capturer, &signals)?;
+        self.start_command(&mut launched, &mut capturer, &signals)?;
         lock(&self.status).pid = Some(pid);
-        self.wait_ready(pid, &mut capturer, &signals)?;
+        self.wait_ready(&network, &mut capturer, &signals)?;
         // A protected container answers nobody before its backup has taken it in this start: the
         // backup may run it already, in a newer generation that this host has not heard of (FO-1).
         let plugged = self.protect.is_none();
@@ -173,17 +175,40 @@ impl Home {
         }
     }
 
+    /// Lets the command run. Its exec is an event that the calling thread must handle meanwhile.
+    fn start_command(
+        &self,
+        launched: &mut Launched,
+        capturer: &mut Capturer,
+        signals: &SignalFd,
+    ) -> Result<()> {
+        std::thread::scope(|scope| {
+            let going = scope.spawn(|| launched.go());
+            let pumped = pump_while(|| !going.is_finished(), capturer, signals);
+            match going.join() {
+                Ok(started) => started?,
+                Err(_) => bail!("the launch ended in a panic"),
+            }
+            pumped.with_context(|| format!("see {}", self.spec.console.display()))
+        })
+    }
+
     /// Waits until the container accepts connections, if the topology says so.
-    fn wait_ready(&self, pid: i32, capturer: &mut Capturer, signals: &SignalFd) -> Result<()> {
+    fn wait_ready(
+        &self,
+        network: &Namespace,
+        capturer: &mut Capturer,
+        signals: &SignalFd,
+    ) -> Result<()> {
         let Some(ready) = &self.ready else { return Ok(()) };
-        let namespace = Namespace::of_process(pid)?;
         let address = SocketAddr::new(self.place.ip, ready.tcp);
         let timeout: Duration = *ready.timeout;
         let begin = Instant::now();
+        let over = AtomicBool::new(false);
         std::thread::scope(|scope| {
             let check = scope.spawn(|| {
-                while begin.elapsed() < timeout {
-                    let connected = namespace.enter(|| TcpStream::connect(address))?;
+                while begin.elapsed() < timeout && !over.load(Ordering::Relaxed) {
+                    let connected = network.enter(|| TcpStream::connect(address))?;
                     if connected.is_ok() {
                         return Ok(true);
                     }
@@ -192,6 +217,7 @@ impl Home {
                 anyhow::Ok(false)
             });
             let pumped = pump_while(|| !check.is_finished(), capturer, signals);
+            over.store(true, Ordering::Relaxed);
             let ready = check.join().map_err(|_| anyhow::anyhow!("the check panicked"))??;
             pumped.with_context(|| format!("see {}", self.spec.console.display()))?;
             if !ready {
@@ -260,23 +286,6 @@ impl Home {
         self.runtime.spawn(primary::send_input(shell.clone(), reader));
         Ok(shell)
     }
-}
-
-/// Lets the command run. Its exec is an event that the calling thread must handle meanwhile.
-fn start_command(
-    launched: &mut Launched,
-    capturer: &mut Capturer,
-    signals: &SignalFd,
-) -> Result<()> {
-    std::thread::scope(|scope| {
-        let going = scope.spawn(|| launched.go());
-        let pumped = pump_while(|| !going.is_finished(), capturer, signals);
-        match going.join() {
-            Ok(started) => started?,
-            Err(_) => bail!("the launch ended in a panic"),
-        }
-        pumped
-    })
 }
 
 fn pump_while(busy: impl Fn() -> bool, capturer: &mut Capturer, signals: &SignalFd) -> Result<()> {
