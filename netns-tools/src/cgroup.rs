@@ -8,8 +8,13 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use crate::process::{self, ProcessId, StillThere};
+
+/// How long a group may stay busy after its processes have ended, and how often to look.
+const PATIENCE: Duration = Duration::from_secs(5);
+const PAUSE: Duration = Duration::from_millis(1);
 
 /// What failed on which group.
 #[derive(Debug, thiserror::Error)]
@@ -102,15 +107,27 @@ impl Cgroup {
     /// Removes the group and those below it; the processes in them must have ended. That there is
     /// no such group is no error.
     ///
+    /// A process that counts as dead, its first thread being a zombie, keeps its group busy until
+    /// its last thread has gone: this waits for it.
+    ///
     /// # Errors
     /// A group is in use.
     pub fn remove(&self) -> Result<(), CgroupError> {
+        let deadline = Instant::now() + PATIENCE;
         for path in self.with_descendants() {
-            match fs::remove_dir(&path) {
-                Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                    return Err(CgroupError::Refused { action: "remove", path, source });
+            loop {
+                match fs::remove_dir(&path) {
+                    Ok(()) => break,
+                    Err(e) if e.kind() == io::ErrorKind::NotFound => break,
+                    Err(e)
+                        if e.kind() == io::ErrorKind::ResourceBusy && Instant::now() < deadline =>
+                    {
+                        std::thread::sleep(PAUSE);
+                    }
+                    Err(source) => {
+                        return Err(CgroupError::Refused { action: "remove", path, source });
+                    }
                 }
-                _ => {}
             }
         }
         Ok(())
@@ -156,6 +173,18 @@ mod tests {
             let _ = self.0.kill();
             let _ = self.0.remove();
         }
+    }
+
+    #[test]
+    fn a_group_goes_when_its_last_process_does() {
+        let lab = format!("t-cg-last-{}", std::process::id());
+        let group = Cgroup::create(&lab, "alpha", "redis").unwrap();
+        let whole = Removed(Cgroup::of(&lab, None).unwrap());
+        let mut child = Command::new("sleep").arg("0.2").spawn().unwrap();
+        group.add(child.id() as i32).unwrap();
+        whole.0.remove().unwrap();
+        assert!(!whole.0.path().exists());
+        child.wait().unwrap();
     }
 
     #[test]

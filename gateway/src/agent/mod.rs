@@ -46,6 +46,9 @@ use tokio::sync::{Notify, mpsc};
 /// clients wait for what they carry, and a late heartbeat looks like a dead host.
 const WORKERS: usize = 2;
 const WORKER_PRIORITY: i32 = 5;
+/// Tasks that a busy worker runs before it looks for timers and datagrams again. One task may work
+/// for a millisecond (decoding, encryption): with many of them in a row heartbeats would be late.
+const EVENT_INTERVAL: u32 = 4;
 /// How long the threads of containers may take to end.
 const ENDING: Duration = Duration::from_secs(5);
 
@@ -89,6 +92,7 @@ pub fn run(options: AgentOptions) -> Result<()> {
     pthread_sigmask(SigmaskHow::SIG_BLOCK, Some(&mask), None).context("block SIGCHLD")?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
+        .event_interval(EVENT_INTERVAL)
         .enable_all()
         .on_thread_start(|| {
             if let Err(error) = sched::set_fifo(WORKER_PRIORITY) {

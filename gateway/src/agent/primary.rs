@@ -450,6 +450,7 @@ pub(super) async fn beat(shell: Arc<Shell>, pause: Duration) {
     let mut ticks = tokio::time::interval(pause);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut published = Instant::now();
+    let mut received = (LinkId(0), 0);
     loop {
         ticks.tick().await;
         if published.elapsed() >= PUBLISH
@@ -458,7 +459,13 @@ pub(super) async fn beat(shell: Arc<Shell>, pause: Duration) {
             gate.counters().publish(&shell.name);
             published = Instant::now();
         }
-        if let Some((_, link)) = shell.current_link() {
+        if let Some((id, link)) = shell.current_link() {
+            // What its transport confirms of a large checkpoint is a sign of life as well.
+            let now = (id, link.received());
+            if now != received {
+                received = now;
+                shell.handle(Input::Heard(id));
+            }
             let committed = lock(&shell.core).committed();
             link.heartbeat(committed, shell.progress.load(Ordering::Relaxed));
         }

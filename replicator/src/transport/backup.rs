@@ -3,7 +3,7 @@
 use super::admission::{Admission, Event};
 use super::link::{
     CLOSE_DONE, CLOSE_PROTOCOL, CLOSE_REFUSED, CLOSE_WRONG_PEER, FAREWELL, FrameReader, LinkError,
-    broken, send_beat,
+    broken, frames_received, send_beat,
 };
 use super::pki::{HostRole, Identity, certificate_name};
 use super::quic;
@@ -98,11 +98,7 @@ impl BackupEndpoint {
     /// How much each admitted connection has received so far, in authenticated QUIC frames: it
     /// grows while the peer's transport lives, also in the middle of a large message.
     pub fn received(&self) -> Vec<(LinkId, u64)> {
-        let frames = |c: &Connection| {
-            let f = c.stats().frame_rx;
-            f.acks + f.stream + f.datagram + f.ping
-        };
-        self.links().iter().map(|(link, connection)| (*link, frames(connection))).collect()
+        self.links().iter().map(|(link, c)| (*link, frames_received(c))).collect()
     }
 
     /// Closes a connection.
@@ -243,6 +239,10 @@ impl Session {
                     send.write_chunk(ack).await.map_err(|e| broken(connection, e))?;
                 }
                 assembly.fold();
+            }
+            // Frames that are there already come without a wait: heartbeats are due in between.
+            if matches!(frame.message, Message::PageChunk(_)) {
+                tokio::task::yield_now().await;
             }
         }
         Ok(())

@@ -280,6 +280,12 @@ impl PrimaryLink {
         self.connection.rtt()
     }
 
+    /// How much was received so far, in authenticated QUIC frames: it grows while the backup's
+    /// transport lives, also when all else that it says is held up behind a large checkpoint.
+    pub fn received(&self) -> u64 {
+        frames_received(&self.connection)
+    }
+
     /// Counters of the transport: bytes, datagrams, losses, MTU.
     pub fn stats(&self) -> quinn::ConnectionStats {
         self.connection.stats()
@@ -320,6 +326,12 @@ async fn welcome(connection: &Connection, reader: &mut FrameReader) -> Result<We
         }
         other => Err(LinkError::Unexpected { got: format!("{:?}", other.kind()), expected }),
     }
+}
+
+/// Authenticated QUIC frames of the kinds that only a peer which works sends.
+pub(super) fn frames_received(connection: &Connection) -> u64 {
+    let f = connection.stats().frame_rx;
+    f.acks + f.stream + f.datagram + f.ping
 }
 
 pub(super) fn send_beat(
