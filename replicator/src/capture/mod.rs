@@ -18,10 +18,12 @@ mod memory;
 mod process;
 mod tcp;
 mod threads;
+mod timers;
 mod tracer;
 
 use crate::Epoch;
 use crate::image::pages::PageSet;
+use crate::image::task::Timers;
 use crate::image::{Clocks, Process, State};
 use crate::sys::remote::{self, Batch, Call, SCRATCH};
 use crate::sys::unix_diag::UnixDiag;
@@ -138,6 +140,7 @@ struct Tracked {
     threads: threads::Threads,
     files: files::Files,
     attributes: Attributes,
+    timers: timers::Timers,
 }
 
 /// Takes checkpoints of one container. All of it stays on the thread that made it.
@@ -324,6 +327,7 @@ impl Capturer {
             threads: threads::Threads::default(),
             files: files::Files::default(),
             attributes,
+            timers: timers::Timers::open(pid)?,
         })
     }
 
@@ -404,10 +408,10 @@ impl Capturer {
             }
             let (threads, inner) = tracked.threads.capture(&tids, &self.interrupted)?;
             times.threads += lap.next();
-            if inner.timer_armed {
-                let why = "it has an interval timer (setitimer, alarm); not protected yet".into();
-                return Err(CaptureError::unsupported(format!("pid {pid}"), why));
-            }
+            let timers = Timers {
+                interval: inner.timers,
+                posix: tracked.timers.capture(*pid, &tids, &threads, &mut self.batch)?,
+            };
             tracked.space.round(&mut self.pages, true)?;
             refuse_mappings(*pid, tracked.space.vmas())?;
             let mappings = tracked.space.mappings();
@@ -436,6 +440,7 @@ impl Capturer {
                 limits: a.limits.clone(),
                 creds: a.creds.clone(),
                 dumpable: inner.dumpable,
+                timers,
             });
             times.threads += lap.next();
         }

@@ -1,7 +1,8 @@
 //! Registers and signal state of stopped threads.
 
 use super::CaptureError;
-use crate::image::{Regs, SignalAction, Thread};
+use crate::image::task::IntervalTimer;
+use crate::image::{Regs, Rseq, SignalAction, Thread};
 use crate::sys::ptrace::{self, reg};
 use crate::sys::remote::{Batch, Call, DATA};
 use crate::sys::{SysResult, memory};
@@ -66,7 +67,7 @@ pub(super) struct Inner {
     pub(super) actions: Vec<SignalAction>,
     pub(super) brk: u64,
     pub(super) dumpable: u8,
-    pub(super) timer_armed: bool,
+    pub(super) timers: [IntervalTimer; 3],
 }
 
 /// The threads of one process and what is known of each.
@@ -175,24 +176,13 @@ impl Threads {
             let rseq = ptrace::rseq(tid)?;
             let cache = self.caches.entry(tid).or_default();
             if i == 0 || cache.regs != Some(live) {
-                // The kernel forgets a critical section of rseq when it sees our code run in the
-                // thread, so its mark is put back afterwards (rseq(2), rseq_cs is at offset 8).
-                let mut section = [0u8; 8];
-                if let Some(r) = rseq {
-                    memory::read(tid, r.address + 8, &mut section)?;
-                }
                 ask_thread(&mut self.batch);
                 if i == 0 {
                     ask_process(&mut self.batch);
                 }
-                let results = self.batch.run(tid)?;
+                let results = run_unnoticed(&mut self.batch, tid, rseq)?;
                 let brk = results.get(2).copied().unwrap_or(0);
                 let dumpable = results.get(3).copied().unwrap_or(1);
-                if section != [0; 8]
-                    && let Some(r) = rseq
-                {
-                    memory::write(tid, r.address + 8, &section)?;
-                }
                 read_thread(tid, cache)?;
                 if i == 0 {
                     inner = read_process(tid, brk as u64, dumpable as u8)?;
@@ -214,7 +204,7 @@ impl Threads {
         tid: i32,
         live: Regs,
         restarted: Option<i64>,
-        rseq: Option<crate::image::Rseq>,
+        rseq: Option<Rseq>,
         cache: &ThreadCache,
     ) -> SysResult<Thread> {
         let mut regs = live;
@@ -246,6 +236,27 @@ impl Threads {
             comm: cache.comm.clone(),
         })
     }
+}
+
+/// Makes a batch of calls in a stopped thread. The kernel forgets a critical section of rseq when
+/// it sees our code run in the thread, so its mark is put back afterwards (rseq(2), rseq_cs is at
+/// offset 8).
+pub(super) fn run_unnoticed(
+    batch: &mut Batch,
+    tid: i32,
+    rseq: Option<Rseq>,
+) -> SysResult<Vec<i64>> {
+    let mut section = [0u8; 8];
+    if let Some(r) = rseq {
+        memory::read(tid, r.address + 8, &mut section)?;
+    }
+    let results = batch.run(tid)?.to_vec();
+    if section != [0; 8]
+        && let Some(r) = rseq
+    {
+        memory::write(tid, r.address + 8, &section)?;
+    }
+    Ok(results)
 }
 
 /// Back to the `syscall` instruction (two bytes), with the number of the call in rax.
@@ -308,8 +319,11 @@ fn read_process(tid: i32, brk: u64, dumpable: u8) -> SysResult<Inner> {
     }
     let mut timers = [0u8; 96];
     memory::read(tid, TIMERS_AT, &mut timers)?;
-    let timer_armed = (0..3).any(|i| word(&timers, i * 32 + 16) | word(&timers, i * 32 + 24) != 0);
-    Ok(Inner { actions, brk, dumpable, timer_armed })
+    // struct itimerval: interval, then value, in seconds and microseconds.
+    let time = |at| word(&timers, at) * 1_000_000_000 + word(&timers, at + 8) * 1000;
+    let timers =
+        [0, 32, 64].map(|at| IntervalTimer { interval: time(at), value: time(at + 16) });
+    Ok(Inner { actions, brk, dumpable, timers })
 }
 
 /// The tid in the innermost pid namespace.

@@ -8,6 +8,7 @@
 
 pub mod net;
 pub mod pages;
+pub mod task;
 
 use serde::{Deserialize, Serialize};
 
@@ -72,6 +73,8 @@ pub struct Process {
     pub creds: Credentials,
     /// prctl(2) PR_GET_DUMPABLE: 0, 1 or 2.
     pub dumpable: u8,
+    /// Timers that send it signals.
+    pub timers: task::Timers,
 }
 
 /// Fields for prctl(2) PR_SET_MM_MAP, in the order of struct prctl_mm_map.

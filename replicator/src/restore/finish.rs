@@ -6,7 +6,7 @@ use super::script::Script;
 use super::space::Special;
 use super::spare::{Spare, Stub};
 use super::tcp::{self, Connected, Peer, Segment};
-use super::{install, process, space};
+use super::{install, process, space, timers};
 use crate::image::net::{TcpConnection, TcpState};
 use crate::image::{Kind, Mapping, Process, Source, Thread, VdsoPart};
 use crate::sys::ptrace::{self, reg};
@@ -253,11 +253,13 @@ impl Spare {
     }
 
     fn complete_all(&mut self) -> Result<(), RestoreError> {
+        let elapsed = self.elapsed();
         let Self { state, script, specials, finishing, launched, .. } = self;
         let now = process::credentials_now(launched.pid).doing(1, "read the credentials")?;
         for ((p, restored), addresses) in
             state.processes.iter().zip(&finishing.restored).zip(&finishing.addresses)
         {
+            timers::set(script, restored.host, p, elapsed)?;
             for (thread, &tid) in p.threads.iter().zip(&restored.tids).rev() {
                 signals(script, p, thread);
                 if p.creds != now {

@@ -29,6 +29,7 @@ mod sockets;
 mod space;
 mod spare;
 mod tcp;
+mod timers;
 
 pub use error::RestoreError;
 pub use finish::{FinishTimes, Restored, Resumption};

@@ -1,0 +1,68 @@
+//! What processes and threads have besides memory and descriptors: timers, places in the tree,
+//! settings. Each kind is a program of its own (`subjects/tasks.py`) that looks again after it
+//! was captured, killed and restored. Needs root and Python 3.
+
+mod common;
+
+use common::{Original, Scratch, wait_until};
+use replicator::restore::Peer;
+use std::path::Path;
+use std::process::Command;
+
+const SUBJECT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/subjects/tasks.py");
+
+/// The interpreter, or none if there is none.
+fn python() -> Option<String> {
+    let found = Command::new("python3").args(["-c", "import sys; print(sys.executable)"]).output();
+    found.ok().map(|o| String::from_utf8_lossy(&o.stdout).trim().to_owned())
+}
+
+fn lines(console: &Path, start: &str) -> Vec<String> {
+    let text = std::fs::read_to_string(console).expect("console");
+    assert!(!text.contains("FAILED"), "{text}");
+    text.lines().filter(|l| l.starts_with(start)).map(str::to_owned).collect()
+}
+
+/// Runs kinds (all of them if none is named) through some checkpoints, a kill and a restore.
+/// Gives the number of kinds.
+fn survive(name: &str, kinds: &[&str]) -> usize {
+    let Some(python) = python() else {
+        println!("skipped: python3 is not installed");
+        return 0;
+    };
+    let dir = Scratch::new(name);
+    let text = std::fs::read_to_string(SUBJECT).expect("the subject");
+    let all = if kinds.is_empty() { text.matches("\n@kind\n").count() } else { kinds.len() };
+    let mut command = vec![python.as_str(), SUBJECT];
+    command.extend(kinds);
+    let mut original = Original::start(&dir, &command);
+    let console = original.console();
+    original.pump_until("all kinds are there", || lines(&console, "ready").len() == all);
+    original.checkpoint();
+    let mut spare = original.spare();
+    spare.apply(&original.state, &original.pages).expect("full checkpoint");
+    for _ in 0..3 {
+        original.follow(&mut spare);
+    }
+    original.kill();
+    std::fs::write(&console, "").expect("empty console");
+    spare.prepare().expect("prepare");
+    spare.connect(|_| Peer::Silent).expect("connect");
+    spare.complete().expect("complete");
+    println!("{:?}, total {:?}", spare.times(), spare.times().total());
+    spare.detach_all().expect("let go");
+    std::fs::write(dir.0.join("verify"), "").expect("written");
+    wait_until("all kinds have looked again", || lines(&console, "kind").len() == all);
+    for line in lines(&console, "kind") {
+        println!("{line}");
+    }
+    all
+}
+
+#[test]
+fn every_kind_survives() {
+    // One kind by name: NILICON_TEST_KIND=name.
+    let only = std::env::var("NILICON_TEST_KIND").ok();
+    let only: Vec<&str> = only.iter().map(String::as_str).collect();
+    survive("tasks", &only);
+}
