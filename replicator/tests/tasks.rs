@@ -8,8 +8,12 @@ use common::{Original, Scratch, wait_until};
 use replicator::restore::Peer;
 use std::path::Path;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 const SUBJECT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/subjects/tasks.py");
+
+/// A good part of what the waits last: they would end too late if they began anew.
+const AWHILE: Duration = Duration::from_secs(3);
 
 /// The interpreter, or none if there is none.
 fn python() -> Option<String> {
@@ -32,18 +36,27 @@ fn survive(name: &str, kinds: &[&str]) -> usize {
     };
     let dir = Scratch::new(name);
     let text = std::fs::read_to_string(SUBJECT).expect("the subject");
-    let all = if kinds.is_empty() { text.matches("\n@kind\n").count() } else { kinds.len() };
+    let in_all = text.matches("\n@kind\n").count() + text.matches("\n@waits(").count();
+    let all = if kinds.is_empty() { in_all } else { kinds.len() };
     let mut command = vec![python.as_str(), SUBJECT];
     command.extend(kinds);
     let mut original = Original::start(&dir, &command);
     let console = original.console();
-    original.pump_until("all kinds are there", || lines(&console, "ready").len() == all);
-    original.checkpoint();
+    // Stopped again and again from the beginning, and for a while, so that waits are met in all
+    // their states.
+    wait_until("all kinds are there", || {
+        original.checkpoint();
+        lines(&console, "ready").len() == all
+    });
     let mut spare = original.spare();
-    spare.apply(&original.state, &original.pages).expect("full checkpoint");
-    for _ in 0..3 {
+    original.capturer.begin_full();
+    let begin = Instant::now();
+    let mut stops = 0;
+    while begin.elapsed() < AWHILE {
         original.follow(&mut spare);
+        stops += 1;
     }
+    println!("{stops} stops");
     original.kill();
     std::fs::write(&console, "").expect("empty console");
     spare.prepare().expect("prepare");

@@ -20,6 +20,7 @@ mod tcp;
 mod threads;
 mod timers;
 mod tracer;
+mod waits;
 
 use crate::Epoch;
 use crate::image::pages::PageSet;
@@ -152,7 +153,7 @@ pub struct Capturer {
     diag: UnixDiag,
     pages: PageSet,
     batch: Batch,
-    interrupted: threads::Interrupted,
+    interrupted: waits::Interrupted,
 }
 
 impl Capturer {
@@ -186,7 +187,7 @@ impl Capturer {
             diag,
             pages: PageSet::default(),
             batch: Batch::new(),
-            interrupted: threads::Interrupted::default(),
+            interrupted: waits::Interrupted::default(),
         })
     }
 
@@ -394,6 +395,7 @@ impl Capturer {
 
     fn capture(&mut self, times: &mut StopTimes, lap: &mut Lap) -> Result<State, CaptureError> {
         self.attach_new()?;
+        self.interrupted.clocks_are_read();
         let mut state = State { clocks: self.clocks()?, ..State::default() };
         let order = self.in_order()?;
         let mut builder = files::Builder::default();
@@ -408,10 +410,9 @@ impl Capturer {
             }
             let (threads, inner) = tracked.threads.capture(&tids, &self.interrupted)?;
             times.threads += lap.next();
-            let timers = Timers {
-                interval: inner.timers,
-                posix: tracked.timers.capture(*pid, &tids, &threads, &mut self.batch)?,
-            };
+            let posix = tracked.timers.capture(*pid, &tids, &threads, &mut self.batch)?;
+            let mut timers = Timers { interval: inner.timers, posix };
+            timers.count_from(self.interrupted.since_clocks());
             tracked.space.round(&mut self.pages, true)?;
             refuse_mappings(*pid, tracked.space.vmas())?;
             let mappings = tracked.space.mappings();

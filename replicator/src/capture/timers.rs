@@ -50,9 +50,8 @@ impl Timers {
         }
         let text = String::from_utf8_lossy(&self.text);
         let inner = |host: i32| tids.iter().position(|t| *t == host).map(|i| threads[i].tid);
-        let mut timers = parse(&text, inner).ok_or_else(|| {
-            CaptureError::proc(&path(), std::io::ErrorKind::InvalidData.into())
-        })?;
+        let mut timers = parse(&text, inner)
+            .ok_or_else(|| CaptureError::proc(&path(), std::io::ErrorKind::InvalidData.into()))?;
         if timers.len() > MOST {
             return Err(CaptureError::unsupported(
                 format!("pid {pid}"),
@@ -110,9 +109,9 @@ fn parse(text: &str, inner: impl Fn(i32) -> Option<i32>) -> Option<Vec<PosixTime
                 let (signal, word) = value.split_once('/')?;
                 timer.signal = signal.parse().ok()?;
                 // A null pointer is written as (null) or (____ptrval____) by some kernels.
-                timer.word = u64::from_str_radix(word, 16).ok().or_else(|| {
-                    word.starts_with("(null").then_some(0)
-                })?;
+                timer.word = u64::from_str_radix(word, 16)
+                    .ok()
+                    .or_else(|| word.starts_with("(null").then_some(0))?;
             }
             "notify" => {
                 let (how, whom) = value.split_once('/')?;

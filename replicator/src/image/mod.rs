@@ -180,6 +180,8 @@ pub struct Thread {
     pub altstack: (u64, u64, u64),
     /// Thread name, at most 15 bytes.
     pub comm: String,
+    /// The wait that it is in, if that has a time-out.
+    pub wait: Option<task::Wait>,
 }
 
 /// The 27 words of the kernel's struct user_regs_struct on x86-64, in its order.

@@ -2,6 +2,7 @@
 //! of: timers, places in the tree, peculiar settings.
 
 use serde::{Deserialize, Serialize};
+use std::time::Duration;
 
 /// Timers that send signals.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,4 +39,110 @@ pub struct PosixTimer {
     pub tid: i32,
     /// When.
     pub time: IntervalTimer,
+}
+
+impl Timers {
+    /// Makes the times count from when the clocks were read, `late` nanoseconds before the timers
+    /// were. Never too short, as a timer must not go off early.
+    pub fn count_from(&mut self, late: u64) {
+        let posix = self.posix.iter_mut().filter(|t| !t.counts_work()).map(|t| &mut t.time);
+        let real = &mut self.interval[0];
+        for time in posix.chain([real]).filter(|t| t.value != 0) {
+            time.value += late;
+        }
+    }
+}
+
+impl PosixTimer {
+    /// Whether its clock counts processor time (CLOCK_PROCESS_CPUTIME_ID, CLOCK_THREAD_CPUTIME_ID
+    /// and those of clock_getcpuclockid(3)), so that it stands still with the program.
+    pub fn counts_work(&self) -> bool {
+        self.clock < 0 || matches!(self.clock, 2 | 3)
+    }
+}
+
+/// A wait with a relative time-out that a thread is in: where its call has the time-out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Wait {
+    /// Index of the register in [`Regs`](super::Regs).
+    pub register: u8,
+    /// What the register holds.
+    pub unit: TimeUnit,
+    /// Nanoseconds left at the stop; none if the memory that the register points to says it.
+    pub left: Option<u64>,
+}
+
+/// How a system call is given a time-out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TimeUnit {
+    /// Milliseconds in a register.
+    Milliseconds,
+    /// A pointer to struct timespec.
+    Timespec,
+    /// A pointer to struct timeval.
+    Timeval,
+}
+
+impl TimeUnit {
+    /// Where a structure can be put for a thread with this stack pointer: below its red zone,
+    /// where nothing is kept.
+    pub fn place(rsp: u64) -> u64 {
+        const RED_ZONE: u64 = 128;
+        rsp.wrapping_sub(RED_ZONE + 64) & !15
+    }
+
+    /// The value for the register, and what to write at `place` if it is a pointer. Rounds up.
+    pub fn encode(self, time: Duration, place: u64) -> (u64, Option<[u8; 16]>) {
+        let parts = |seconds: u64, rest: u64| {
+            let mut bytes = [0; 16];
+            bytes[..8].copy_from_slice(&seconds.to_ne_bytes());
+            bytes[8..].copy_from_slice(&rest.to_ne_bytes());
+            (place, Some(bytes))
+        };
+        match self {
+            TimeUnit::Milliseconds => {
+                let ms = time.as_micros().div_ceil(1000);
+                (u64::try_from(ms).map_or(i32::MAX as u64, |ms| ms.min(i32::MAX as u64)), None)
+            }
+            TimeUnit::Timespec => parts(time.as_secs(), time.subsec_nanos().into()),
+            TimeUnit::Timeval => {
+                let us = time.as_nanos().div_ceil(1000);
+                parts((us / 1_000_000) as u64, (us % 1_000_000) as u64)
+            }
+        }
+    }
+
+    /// The time in a structure; none if it is not a valid one, or there is no structure.
+    pub fn decode(self, bytes: &[u8; 16]) -> Option<Duration> {
+        let word =
+            |at: usize| i64::from_ne_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
+        let (seconds, rest) = (u64::try_from(word(0)).ok()?, u64::try_from(word(8)).ok()?);
+        let unit = match self {
+            TimeUnit::Milliseconds => return None,
+            TimeUnit::Timespec => 1,
+            TimeUnit::Timeval => 1000,
+        };
+        let nanoseconds = rest.checked_mul(unit).filter(|n| *n < 1_000_000_000)?;
+        // A time that no clock reaches waits for ever, and must not overflow one either.
+        const LONGEST: u64 = 1 << 32;
+        (seconds < LONGEST).then(|| Duration::new(seconds, nanoseconds as u32))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_come_back_rounded_up() {
+        let time = Duration::new(3, 1_000_001);
+        assert_eq!(TimeUnit::Milliseconds.encode(time, 0), (3002, None));
+        for (unit, wanted) in
+            [(TimeUnit::Timespec, time), (TimeUnit::Timeval, Duration::new(3, 1_001_000))]
+        {
+            let (at, bytes) = unit.encode(time, 0x4000);
+            assert_eq!((at, unit.decode(&bytes.expect("a structure"))), (0x4000, Some(wanted)));
+        }
+        assert_eq!(TimeUnit::Timespec.decode(&[0xff; 16]), None);
+    }
 }

@@ -8,10 +8,11 @@ use super::spare::{Spare, Stub};
 use super::tcp::{self, Connected, Peer, Segment};
 use super::{install, process, space, timers};
 use crate::image::net::{TcpConnection, TcpState};
-use crate::image::{Kind, Mapping, Process, Source, Thread, VdsoPart};
+use crate::image::task::{TimeUnit, Wait};
+use crate::image::{Kind, Mapping, Process, Regs, Source, Thread, VdsoPart};
 use crate::sys::ptrace::{self, reg};
 use crate::sys::remote::{self, Call, SCRATCH, SCRATCH_LEN};
-use crate::sys::{SysError, SysResult};
+use crate::sys::{SysError, SysResult, memory};
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 use std::os::fd::OwnedFd;
@@ -282,7 +283,7 @@ impl Spare {
                 return Err(RestoreError::Kernel { pid: p.pid, doing: "complete", source });
             }
             for ((thread, &tid), &rip) in p.threads.iter().zip(&restored.tids).zip(addresses) {
-                registers(tid, thread, rip).doing(p.pid, "set the registers")?;
+                registers(tid, thread, rip, elapsed).doing(p.pid, "set the registers")?;
             }
         }
         Ok(())
@@ -383,16 +384,36 @@ fn send_home(
     })
 }
 
-fn registers(tid: i32, thread: &Thread, rip: u64) -> SysResult<()> {
+fn registers(tid: i32, thread: &Thread, rip: u64, elapsed: Duration) -> SysResult<()> {
     let mut regs = thread.regs;
     regs[reg::RIP] = rip;
     // Not in a system call: nothing is to be restarted.
     regs[reg::ORIG_RAX] = u64::MAX;
+    if let Some(wait) = thread.wait {
+        shorten(tid, wait, elapsed, &mut regs);
+    }
     if !thread.xstate.is_empty() {
         ptrace::set_xstate(tid, &thread.xstate)?;
     }
     ptrace::set_regs(tid, &regs)?;
     ptrace::set_blocked(tid, thread.blocked)
+}
+
+/// Leaves a call that is made again only the time that its wait has left. If there is no room for
+/// it below the stack, it begins with all of it.
+fn shorten(tid: i32, wait: Wait, elapsed: Duration, regs: &mut Regs) {
+    let Some(register) = regs.get(usize::from(wait.register)).copied() else { return };
+    let left = wait.left.map(Duration::from_nanos).or_else(|| {
+        let mut bytes = [0; 16];
+        memory::read(tid, register, &mut bytes).ok()?;
+        wait.unit.decode(&bytes)
+    });
+    let Some(left) = left else { return };
+    let place = TimeUnit::place(regs[reg::RSP]);
+    let (value, bytes) = wait.unit.encode(left.saturating_sub(elapsed), place);
+    if bytes.is_none_or(|bytes| memory::write(tid, place, &bytes).is_ok()) {
+        regs[usize::from(wait.register)] = value;
+    }
 }
 
 fn find(stubs: &[Stub], pid: i32) -> Result<&Stub, RestoreError> {

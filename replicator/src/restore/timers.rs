@@ -63,10 +63,7 @@ fn posix(
         if timer.time.value == 0 {
             continue;
         }
-        // Clocks of processor time (CLOCK_PROCESS_CPUTIME_ID, CLOCK_THREAD_CPUTIME_ID and those of
-        // clock_getcpuclockid(3)) have stood still.
-        let counts_work = timer.clock < 0 || matches!(timer.clock, 2 | 3);
-        let past = if counts_work { Duration::ZERO } else { elapsed };
+        let past = if timer.counts_work() { Duration::ZERO } else { elapsed };
         let value = script.words(&words(timer.time, past, 1));
         let args = [timer.id as u64, 0, value, 0];
         let object = format!("timer {}", timer.id);
@@ -109,12 +106,7 @@ fn create(script: &mut Script, host: i32, timer: &PosixTimer) -> SysResult<()> {
 fn words(timer: IntervalTimer, past: Duration, unit: u64) -> [u64; 4] {
     const SECOND: u64 = 1_000_000_000;
     let left = timer.value.saturating_sub(past.as_nanos() as u64).max(unit);
-    [
-        timer.interval / SECOND,
-        timer.interval % SECOND / unit,
-        left / SECOND,
-        left % SECOND / unit,
-    ]
+    [timer.interval / SECOND, timer.interval % SECOND / unit, left / SECOND, left % SECOND / unit]
 }
 
 #[cfg(test)]

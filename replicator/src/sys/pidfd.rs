@@ -15,6 +15,17 @@ pub fn open(pid: i32) -> SysResult<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
+/// A handle of a thread, close-on-exec (kernel 6.9).
+pub fn open_thread(tid: i32) -> SysResult<OwnedFd> {
+    /// PIDFD_THREAD of linux/pidfd.h.
+    const THREAD: i32 = libc::O_EXCL;
+    // SAFETY: no pointers.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, tid, THREAD) };
+    let fd = check(fd, "pidfd_open", || format!("tid {tid}"))?;
+    // SAFETY: the kernel just gave us this descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
 /// A duplicate of another process's descriptor. Close it soon: while it lives, closing the
 /// original does not close the object (a TCP socket sends no FIN).
 pub fn get_fd(pidfd: BorrowedFd<'_>, number: i32) -> SysResult<OwnedFd> {

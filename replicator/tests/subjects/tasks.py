@@ -6,6 +6,7 @@ all kinds and prints "ready" when they are set up; each prints "kind NAME ok" in
 """
 
 import ctypes
+import mmap
 import os
 import signal
 import struct
@@ -181,6 +182,182 @@ def posix_timer_for_a_thread():
     go.set()
     thread.join()
     equal(told[1], True, "the thread was told")
+
+
+# Waits: each begins before the first stop is over and lasts longer than the kill and the restore
+# take. If it began anew at the restore, or at each stop, it would end much too late.
+
+WAIT = 6
+
+
+def timespec(seconds):
+    return ctypes.create_string_buffer(struct.pack("qq", int(seconds), round(seconds % 1 * 1e9)), 16)
+
+
+def waiting(begin):
+    """Runs begin() in a thread: it makes one call, which must last WAIT seconds. Waits until it
+    is over; gives the result of the call."""
+    done = []
+
+    def wait():
+        start = time.monotonic()
+        try:
+            result = begin()
+        except OSError as e:
+            result = -e.errno
+        done.append((result, time.monotonic() - start))
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    # Restored while it waits, not before.
+    yield
+    thread.join()
+    result, lasted = done[0]
+    assert WAIT - 0.002 <= lasted <= WAIT + 1.5, f"it lasted {lasted} s instead of {WAIT}"
+    return result
+
+
+def waits(wanted):
+    def decorate(begin):
+        def run():
+            result = yield from waiting(begin)
+            equal(result, wanted, "the result")
+
+        run.__name__ = "wait_of_" + begin.__name__
+        KINDS[run.__name__] = run
+        return begin
+
+    return decorate
+
+
+EAGAIN, ETIMEDOUT = 11, 110
+READ_ONLY = mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+READ_ONLY[:16] = struct.pack("qq", WAIT, 0)
+at = ctypes.addressof(ctypes.c_char.from_buffer(READ_ONLY))
+syscall(10, at, 4096, 1)
+
+
+@waits(0)
+def nanosleep():
+    return syscall(35, timespec(WAIT), 0)
+
+
+@waits(0)
+def nanosleep_with_rest():
+    rest = timespec(WAIT)
+    return syscall(35, rest, rest)
+
+
+@waits(0)
+def clock_nanosleep():
+    return syscall(230, 7, 0, timespec(WAIT), 0)
+
+
+@waits(0)
+def clock_nanosleep_until():
+    return syscall(230, 1, 1, timespec(time.monotonic() + WAIT), 0)
+
+
+@waits(-ETIMEDOUT)
+def futex():
+    return syscall(202, ctypes.create_string_buffer(4), 128, 0, timespec(WAIT), 0, 0)
+
+
+@waits(-ETIMEDOUT)
+def futex_until():
+    until = timespec(time.monotonic() + WAIT)
+    return syscall(202, ctypes.create_string_buffer(4), 128 | 9, 0, until, 0, 0xFFFFFFFF)
+
+
+@waits(0)
+def poll():
+    return syscall(7, 0, 0, WAIT * 1000)
+
+
+@waits(0)
+def ppoll():
+    return syscall(271, 0, 0, timespec(WAIT), 0, 0)
+
+
+@waits(0)
+def ppoll_of_read_only_time():
+    return syscall(271, 0, 0, at, 0, 0)
+
+
+@waits(0)
+def select():
+    return syscall(23, 0, 0, 0, 0, timespec(WAIT))
+
+
+@waits(0)
+def pselect6():
+    return syscall(270, 0, 0, 0, 0, timespec(WAIT), 0)
+
+
+def an_epoll():
+    return syscall(291, 0), ctypes.create_string_buffer(12)
+
+
+@waits(0)
+def epoll_wait():
+    epoll, event = an_epoll()
+    return syscall(232, epoll, event, 1, WAIT * 1000)
+
+
+@waits(0)
+def epoll_pwait():
+    epoll, event = an_epoll()
+    mask = ctypes.create_string_buffer(8)
+    return syscall(281, epoll, event, 1, WAIT * 1000, mask, 8)
+
+
+@waits(0)
+def epoll_pwait2():
+    epoll, event = an_epoll()
+    return syscall(441, epoll, event, 1, timespec(WAIT), 0, 0)
+
+
+def signal_set(number):
+    return ctypes.create_string_buffer(struct.pack("Q", 1 << (number - 1)), 8)
+
+
+@waits(-EAGAIN)
+def rt_sigtimedwait():
+    return syscall(128, signal_set(signal.SIGUSR1), 0, timespec(WAIT), 8)
+
+
+@kind
+def wait_for_a_signal_without_end():
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    got = []
+    # sigwaitinfo(2), which may not see an EINTR.
+    wait = lambda: got.append(syscall(128, signal_set(signal.SIGUSR1), 0, 0, 8))
+    thread = threading.Thread(target=wait)
+    thread.start()
+    yield
+    equal(got, [])
+    signal.pthread_kill(thread.ident, signal.SIGUSR1)
+    thread.join()
+    equal(got, [signal.SIGUSR1])
+
+
+@kind
+def wait_of_read_and_of_a_lock_without_end():
+    ends = os.pipe()
+    lock = threading.Lock()
+    lock.acquire()
+    got = []
+    threads = [threading.Thread(target=lambda: got.append(os.read(ends[0], 10)))]
+    threads.append(threading.Thread(target=lambda: got.append(lock.acquire())))
+    for thread in threads:
+        thread.start()
+    yield
+    equal(got, [])
+    os.write(ends[1], b"now")
+    threads[0].join()
+    lock.release()
+    threads[1].join()
+    equal(got, [b"now", True])
 
 
 # The first process

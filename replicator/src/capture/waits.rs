@@ -1,0 +1,421 @@
+//! Waits that our stops interrupt, and how they go on without the program noticing.
+//!
+//! ```text
+//! the kernel says      calls                                    what happens
+//! -516 (RESTARTBLOCK)  nanosleep, poll, futex with a time-out   the kernel goes on with them itself
+//! -514 (RESTARTNOHAND) select, pselect6, ppoll                  likewise: it has written what is left
+//! -4   (EINTR)         epoll_wait, semop, rt_sigtimedwait, ...  put back to their start by us, with
+//!                                                               the time that is left
+//! ```
+//! A call that we put back carries a mark in the upper half of rax: the kernel looks at the lower
+//! half alone, keeps the whole in orig_rax, and overwrites rax with the result. So the next stop
+//! knows the wait again, and the program never sees the mark.
+//!
+//! When a wait began is not known; it is counted from the first stop that sees it. So it may last
+//! up to an epoch longer than without us, and never shorter.
+
+use crate::image::Regs;
+use crate::image::task::{TimeUnit, Wait};
+use crate::sys::ptrace::{self, reg};
+use crate::sys::{SysResult, memory, pidfd, sockopt};
+use std::collections::HashMap;
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+/// ERESTARTNOHAND and ERESTART_RESTARTBLOCK of the kernel's linux/errno.h.
+const RESTART_NO_HAND: i64 = -514;
+const RESTART_BLOCK: i64 = -516;
+const EINTR: i64 = -(libc::EINTR as i64);
+/// ERESTARTSYS to ERESTART_RESTARTBLOCK.
+const RESTARTS: std::ops::RangeInclusive<i64> = -516..=-512;
+
+/// Calls that end with EINTR at every stop, though no signal came (signal(7), "Interruption of
+/// system calls and library functions by stop signals"); select and ppoll only if they cannot
+/// write what is left.
+const EINTR_AT_STOP: [i64; 10] = [
+    libc::SYS_epoll_wait,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_pwait2,
+    libc::SYS_semop,
+    libc::SYS_semtimedop,
+    libc::SYS_io_getevents,
+    libc::SYS_rt_sigtimedwait,
+    libc::SYS_select,
+    libc::SYS_pselect6,
+    libc::SYS_ppoll,
+];
+/// Calls that end so if their socket has a time-out for receiving (SO_RCVTIMEO).
+const RECEIVING: [i64; 7] = [
+    libc::SYS_read,
+    libc::SYS_readv,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_recvmmsg,
+    libc::SYS_accept,
+    libc::SYS_accept4,
+];
+/// The same for sending (SO_SNDTIMEO).
+const SENDING: [i64; 6] = [
+    libc::SYS_write,
+    libc::SYS_writev,
+    libc::SYS_sendto,
+    libc::SYS_sendmsg,
+    libc::SYS_sendmmsg,
+    libc::SYS_connect,
+];
+
+/// What is remembered of waits between stops, by host tid.
+#[derive(Debug)]
+pub(super) struct Interrupted {
+    waits: HashMap<i32, Ongoing>,
+    last_mark: u32,
+    /// When the clocks of the image were read: what is left counts from there.
+    read_at: Instant,
+}
+
+impl Default for Interrupted {
+    fn default() -> Self {
+        Self { waits: HashMap::new(), last_mark: 0, read_at: Instant::now() }
+    }
+}
+
+#[derive(Debug)]
+struct Ongoing {
+    /// What the call carries; 0 for one that the kernel goes on with.
+    mark: u32,
+    call: i64,
+    until: Option<Instant>,
+    timeout: Option<Timeout>,
+}
+
+/// A relative time-out among the arguments of a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Timeout {
+    register: usize,
+    unit: TimeUnit,
+}
+
+impl Interrupted {
+    /// Sees to a thread that has just been stopped. A call that a signal interrupts keeps its
+    /// EINTR: programs count on it.
+    pub(super) fn settle(&mut self, tid: i32) -> SysResult<()> {
+        let mut regs = ptrace::regs(tid)?;
+        let Some(call) = number(&regs) else { return Ok(()) };
+        match regs[reg::RAX] as i64 {
+            RESTART_BLOCK if call != libc::SYS_restart_syscall => {
+                let timeout = timeout_of(call, &regs);
+                let until = match timeout {
+                    Some(t) => left_of(tid, call, t, &regs)?.map(|left| Instant::now() + left),
+                    None => None,
+                };
+                self.waits.insert(tid, Ongoing { mark: 0, call, until, timeout });
+                Ok(())
+            }
+            EINTR if EINTR_AT_STOP.contains(&call) => {
+                if signal_comes(tid)? {
+                    return Ok(());
+                }
+                let timeout = timeout_of(call, &regs);
+                let known = self.known(tid, &regs);
+                let until = match (known, timeout) {
+                    (Some(until), _) => until,
+                    (None, Some(t)) => given(tid, t, &regs)?.map(|g| Instant::now() + g),
+                    (None, None) => None,
+                };
+                if let (Some(timeout), Some(until)) = (timeout, until)
+                    && !write_left(tid, timeout, left(until), &mut regs)
+                {
+                    // No room below its stack: it sees the EINTR that signal(7) allows.
+                    return Ok(());
+                }
+                self.put_back(tid, call, until, timeout, &mut regs)
+            }
+            EINTR if RECEIVING.contains(&call) || SENDING.contains(&call) => {
+                self.settle_socket(tid, call, &mut regs)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// A call on a socket with a time-out: it is made again until the time is over.
+    fn settle_socket(&mut self, tid: i32, call: i64, regs: &mut Regs) -> SysResult<()> {
+        let name = if RECEIVING.contains(&call) { libc::SO_RCVTIMEO } else { libc::SO_SNDTIMEO };
+        let Some(given) = socket_timeout(tid, regs[reg::RDI] as i32, name)? else { return Ok(()) };
+        if signal_comes(tid)? {
+            return Ok(());
+        }
+        let until = self.known(tid, regs).flatten().unwrap_or_else(|| Instant::now() + given);
+        if left(until) > Duration::ZERO {
+            return self.put_back(tid, call, Some(until), None, regs);
+        }
+        let over = if call == libc::SYS_connect { libc::EINPROGRESS } else { libc::EAGAIN };
+        regs[reg::RAX] = -i64::from(over) as u64;
+        regs[reg::ORIG_RAX] = u64::MAX;
+        ptrace::set_regs(tid, regs)
+    }
+
+    /// The end of the wait that this thread is in, if it is one that we have put back.
+    fn known(&self, tid: i32, regs: &Regs) -> Option<Option<Instant>> {
+        let mark = (regs[reg::ORIG_RAX] >> 32) as u32;
+        self.waits.get(&tid).filter(|w| mark != 0 && w.mark == mark).map(|w| w.until)
+    }
+
+    fn put_back(
+        &mut self,
+        tid: i32,
+        call: i64,
+        until: Option<Instant>,
+        timeout: Option<Timeout>,
+        regs: &mut Regs,
+    ) -> SysResult<()> {
+        self.last_mark = self.last_mark % i32::MAX as u32 + 1;
+        let mark = self.last_mark;
+        self.waits.insert(tid, Ongoing { mark, call, until, timeout });
+        rewind(regs, call);
+        regs[reg::RAX] |= u64::from(mark) << 32;
+        ptrace::set_regs(tid, regs)
+    }
+
+    /// Tells that the clocks of the image are read now.
+    pub(super) fn clocks_are_read(&mut self) {
+        self.read_at = Instant::now();
+    }
+
+    /// Nanoseconds since the clocks of the image were read.
+    pub(super) fn since_clocks(&self) -> u64 {
+        self.read_at.elapsed().as_nanos() as u64
+    }
+
+    /// The registers of a stopped thread as they go into the image, where no kernel remembers the
+    /// call, and the wait that it is in.
+    pub(super) fn image(&self, tid: i32, live: &Regs) -> (Regs, Option<Wait>) {
+        let mut regs = *live;
+        let known = self.waits.get(&tid);
+        let mut wait = None;
+        match (number(live), live[reg::RAX] as i64) {
+            (Some(libc::SYS_restart_syscall), rax) if RESTARTS.contains(&rax) => match known {
+                Some(w) if w.mark == 0 => {
+                    rewind(&mut regs, w.call);
+                    wait = w.image(self.read_at);
+                }
+                // Begun before we came: what it was is not known.
+                _ => regs[reg::RAX] = EINTR as u64,
+            },
+            (Some(call), rax) if RESTARTS.contains(&rax) => {
+                rewind(&mut regs, call);
+                wait = match (rax, timeout_of(call, live)) {
+                    (RESTART_BLOCK, _) => known.and_then(|w| w.image(self.read_at)),
+                    (RESTART_NO_HAND, Some(t)) => Some(t.image(None)),
+                    _ => None,
+                };
+            }
+            (Some(_), _) => {}
+            (None, rax) => {
+                if let Some(w) = known
+                    && w.mark != 0
+                    && (rax >> 32) as u32 == w.mark
+                {
+                    regs[reg::RAX] = w.call as u64;
+                    wait = w.image(self.read_at);
+                }
+            }
+        }
+        regs[reg::ORIG_RAX] = u64::MAX;
+        (regs, wait)
+    }
+
+    /// Forgets threads that are gone.
+    pub(super) fn retain(&mut self, is_there: impl Fn(i32) -> bool) {
+        self.waits.retain(|tid, _| is_there(*tid));
+    }
+}
+
+impl Ongoing {
+    fn image(&self, at: Instant) -> Option<Wait> {
+        let (timeout, until) = (self.timeout?, self.until?);
+        Some(timeout.image(Some(until.saturating_duration_since(at).as_nanos() as u64)))
+    }
+}
+
+impl Timeout {
+    fn image(self, left: Option<u64>) -> Wait {
+        Wait { register: self.register as u8, unit: self.unit, left }
+    }
+}
+
+fn left(until: Instant) -> Duration {
+    until.saturating_duration_since(Instant::now())
+}
+
+/// The system call that a stopped thread is in. Its number is the lower half of orig_rax.
+fn number(regs: &Regs) -> Option<i64> {
+    let whole = regs[reg::ORIG_RAX] as i64;
+    (whole >= 0).then_some(i64::from(whole as i32))
+}
+
+/// Back to the `syscall` instruction (two bytes), with the number of the call in rax.
+fn rewind(regs: &mut Regs, call: i64) {
+    regs[reg::RIP] -= 2;
+    regs[reg::RAX] = call as u64;
+    regs[reg::ORIG_RAX] = u64::MAX;
+}
+
+/// Where a call has its time-out, if that is relative and not for ever.
+fn timeout_of(call: i64, regs: &Regs) -> Option<Timeout> {
+    const FUTEX_COMMAND: u64 = 0x7f;
+    let (register, unit) = match call {
+        libc::SYS_nanosleep => (reg::RDI, TimeUnit::Timespec),
+        libc::SYS_clock_nanosleep => {
+            // Clocks of processor time stand still with the program.
+            let wall = !matches!(regs[reg::RDI] as i32, 2 | 3 | i32::MIN..=-1);
+            if regs[reg::RSI] & libc::TIMER_ABSTIME as u64 != 0 || !wall {
+                return None;
+            }
+            (reg::RDX, TimeUnit::Timespec)
+        }
+        // All other commands of futex(2) have an absolute time.
+        libc::SYS_futex if regs[reg::RSI] & FUTEX_COMMAND == libc::FUTEX_WAIT as u64 => {
+            (reg::R10, TimeUnit::Timespec)
+        }
+        libc::SYS_poll => (reg::RDX, TimeUnit::Milliseconds),
+        libc::SYS_epoll_wait | libc::SYS_epoll_pwait => (reg::R10, TimeUnit::Milliseconds),
+        libc::SYS_epoll_pwait2 | libc::SYS_semtimedop => (reg::R10, TimeUnit::Timespec),
+        libc::SYS_ppoll | libc::SYS_rt_sigtimedwait => (reg::RDX, TimeUnit::Timespec),
+        libc::SYS_io_getevents | libc::SYS_pselect6 => (reg::R8, TimeUnit::Timespec),
+        libc::SYS_select => (reg::R8, TimeUnit::Timeval),
+        _ => return None,
+    };
+    let finite = match unit {
+        TimeUnit::Milliseconds => regs[register] as i32 >= 0,
+        TimeUnit::Timespec | TimeUnit::Timeval => regs[register] != 0,
+    };
+    finite.then_some(Timeout { register, unit })
+}
+
+/// The time-out that the program has given.
+fn given(tid: i32, timeout: Timeout, regs: &Regs) -> SysResult<Option<Duration>> {
+    read_time(tid, timeout.unit, regs[timeout.register])
+}
+
+/// What is left of a wait that the kernel has just interrupted: sleeping calls write it, if they
+/// are given a place.
+fn left_of(tid: i32, call: i64, timeout: Timeout, regs: &Regs) -> SysResult<Option<Duration>> {
+    let place = match call {
+        libc::SYS_nanosleep => regs[reg::RSI],
+        libc::SYS_clock_nanosleep => regs[reg::R10],
+        _ => 0,
+    };
+    match place {
+        0 => given(tid, timeout, regs),
+        at => read_time(tid, TimeUnit::Timespec, at),
+    }
+}
+
+fn read_time(tid: i32, unit: TimeUnit, value: u64) -> SysResult<Option<Duration>> {
+    if unit == TimeUnit::Milliseconds {
+        return Ok(u32::try_from(value as i32).ok().map(|ms| Duration::from_millis(ms.into())));
+    }
+    let mut bytes = [0; 16];
+    match memory::read(tid, value, &mut bytes) {
+        // Unmapped while the call waits: nothing to go by.
+        Err(e) if e.code() == libc::EFAULT => return Ok(None),
+        other => other?,
+    }
+    Ok(unit.decode(&bytes))
+}
+
+/// Gives an interrupted call the time that is left, in its register or below the red zone of its
+/// stack, where nothing is kept (the psABI for x86-64, 3.2.2). Says whether that was possible.
+fn write_left(tid: i32, timeout: Timeout, left: Duration, regs: &mut Regs) -> bool {
+    let place = TimeUnit::place(regs[reg::RSP]);
+    let (value, bytes) = timeout.unit.encode(left, place);
+    if let Some(bytes) = bytes
+        && memory::write(tid, place, &bytes).is_err()
+    {
+        return false;
+    }
+    regs[timeout.register] = value;
+    true
+}
+
+/// Whether a signal waits that a thread will take.
+fn signal_comes(tid: i32) -> SysResult<bool> {
+    let blocked = ptrace::blocked(tid)?;
+    for of_process in [false, true] {
+        for info in ptrace::pending(tid, of_process)? {
+            let signal = i32::from_ne_bytes(info[..4].try_into().expect("four bytes"));
+            if (1..=64).contains(&signal) && blocked & (1 << (signal - 1)) == 0 {
+                return Ok(true);
+            }
+        }
+    }
+    Ok(false)
+}
+
+/// SO_RCVTIMEO or SO_SNDTIMEO of a socket; none for no time-out, or what is no socket.
+fn socket_timeout(tid: i32, fd: i32, name: i32) -> SysResult<Option<Duration>> {
+    let thread = pidfd::open_thread(tid)?;
+    let Ok(socket) = pidfd::get_fd(thread.as_fd(), fd) else { return Ok(None) };
+    let mut bytes = [0; 16];
+    if sockopt::get(socket.as_fd(), libc::SOL_SOCKET, name, &mut bytes).is_err() {
+        return Ok(None);
+    }
+    Ok(TimeUnit::Timeval.decode(&bytes).filter(|t| *t > Duration::ZERO))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn in_call(call: i64, rax: i64) -> Regs {
+        let mut regs = [0; 27];
+        regs[reg::RIP] = 0x1002;
+        regs[reg::ORIG_RAX] = call as u64;
+        regs[reg::RAX] = rax as u64;
+        regs
+    }
+
+    #[test]
+    fn calls_that_the_kernel_would_go_on_with_are_made_again_elsewhere() {
+        let mut waits = Interrupted::default();
+        let (regs, wait) = waits.image(7, &in_call(libc::SYS_read, -512));
+        assert_eq!((regs[reg::RIP], regs[reg::RAX]), (0x1000, 0));
+        assert_eq!((regs[reg::ORIG_RAX], wait), (u64::MAX, None));
+        // One that was begun before we came ends early.
+        let restart = in_call(libc::SYS_restart_syscall, RESTART_BLOCK);
+        assert_eq!(waits.image(7, &restart).0[reg::RAX] as i64, EINTR);
+        let timeout = Some(Timeout { register: reg::RDX, unit: TimeUnit::Milliseconds });
+        let until = Some(Instant::now() + Duration::from_secs(100));
+        let poll = Ongoing { mark: 0, call: libc::SYS_poll, until, timeout };
+        waits.waits.insert(7, poll);
+        let (regs, wait) = waits.image(7, &restart);
+        assert_eq!((regs[reg::RIP], regs[reg::RAX]), (0x1000, libc::SYS_poll as u64));
+        let left = wait.and_then(|w| w.left).expect("a wait");
+        assert!((99_000_000_000..=100_000_000_000).contains(&left), "{left}");
+    }
+
+    #[test]
+    fn a_result_is_no_call() {
+        let waits = Interrupted::default();
+        let regs = in_call(-1, -512);
+        assert_eq!(waits.image(7, &regs), (regs, None));
+        let done = in_call(libc::SYS_read, 5);
+        assert_eq!(waits.image(7, &done).0[reg::RAX], 5);
+    }
+
+    #[test]
+    fn absolute_times_and_waits_without_end_have_no_time_out() {
+        let mut regs = in_call(libc::SYS_clock_nanosleep, RESTART_BLOCK);
+        (regs[reg::RDI], regs[reg::RSI], regs[reg::RDX]) = (1, 1, 0x5000);
+        assert_eq!(timeout_of(libc::SYS_clock_nanosleep, &regs), None);
+        regs[reg::RSI] = 0;
+        assert!(timeout_of(libc::SYS_clock_nanosleep, &regs).is_some());
+        // FUTEX_WAIT_BITSET
+        (regs[reg::RSI], regs[reg::R10]) = (9, 0x5000);
+        assert_eq!(timeout_of(libc::SYS_futex, &regs), None);
+        regs[reg::RDX] = -1i64 as u64;
+        assert_eq!(timeout_of(libc::SYS_poll, &regs), None);
+        regs[reg::R10] = 0;
+        assert_eq!(timeout_of(libc::SYS_semtimedop, &regs), None);
+    }
+}
