@@ -20,6 +20,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::mpsc;
+use tokio::task::block_in_place;
+
+/// Bytes of a chunk, and pages of a checkpoint, that take long to decode and to fold in (above
+/// 0.1 ms): then another thread takes over the runtime's part meanwhile.
+const LONG_CHUNK: usize = 64 << 10;
+const LONG_FOLD: usize = 128;
 
 /// How long a peer may take from its first datagram to its hello.
 const INTRODUCTION: Duration = Duration::from_secs(5);
@@ -70,7 +76,8 @@ impl BackupEndpoint {
         })
     }
 
-    /// Accepts connections until [`BackupEndpoint::shut_down`]. Complete checkpoints go to
+    /// Accepts connections until [`BackupEndpoint::shut_down`]. The runtime must have several
+    /// threads. Complete checkpoints go to
     /// `checkpoints`, whose capacity bounds how many wait unapplied before acknowledgements do.
     pub async fn serve(
         self: Arc<Self>,
@@ -232,17 +239,26 @@ impl Session {
                 self.admission.event(link, Event::Bye { bye, last: frame.epoch });
                 continue;
             }
-            if let Progress::Complete(receipt, checkpoint) = assembly.push(&frame)? {
+            // Long work in a task keeps the runtime from looking for heartbeats and timers: an idle
+            // worker does not take over the driver of a busy one.
+            let progress = match &frame.message {
+                Message::PageChunk(bytes) if bytes.len() >= LONG_CHUNK => {
+                    block_in_place(|| assembly.push(&frame))
+                }
+                _ => assembly.push(&frame),
+            }?;
+            if let Progress::Complete(receipt, checkpoint) = progress {
+                let pages = checkpoint.pages.pages();
                 if self.offer(link, receipt, checkpoint).await {
                     let Receipt { generation, epoch, digest } = receipt;
                     let ack = encode(generation, epoch, &Message::Ack { digest })?;
                     send.write_chunk(ack).await.map_err(|e| broken(connection, e))?;
                 }
-                assembly.fold();
-            }
-            // Frames that are there already come without a wait: heartbeats are due in between.
-            if matches!(frame.message, Message::PageChunk(_)) {
-                tokio::task::yield_now().await;
+                if pages >= LONG_FOLD {
+                    block_in_place(|| assembly.fold());
+                } else {
+                    assembly.fold();
+                }
             }
         }
         Ok(())

@@ -148,7 +148,10 @@ pub(super) fn endpoint(
         let _ = setsockopt(&socket, sockopt::SndBuf, &SOCKET_BUFFER);
     }
     let runtime = Arc::new(quinn::TokioRuntime);
-    Endpoint::new(EndpointConfig::default(), server, socket, runtime).map_err(failed)
+    let mut config = EndpointConfig::default();
+    // What we tell peers that they may send at once; quinn's default keeps them at 1472.
+    config.max_udp_payload_size(LARGEST).expect("more than 1200");
+    Endpoint::new(config, server, socket, runtime).map_err(failed)
 }
 
 /// Checks that the peer's certificate, which the handshake has found genuine, carries this name.

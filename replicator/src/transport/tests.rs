@@ -213,6 +213,17 @@ fn stale_generations_and_other_containers_are_refused_with_their_reason() {
 }
 
 #[test]
+fn datagrams_are_as_large_as_the_route_allows() {
+    let dir = authority();
+    let load = |host| Identity::load(dir.path(), host, HostRole::Host).unwrap();
+    runtime().block_on(async {
+        let beta = Beta::start(load("beta"), Generation(0));
+        let (link, _events) = connect(alpha(&beta, load("alpha"), 1)).await.unwrap();
+        assert_eq!(link.stats().path.current_mtu, quic::LARGEST);
+    });
+}
+
+#[test]
 fn nobody_there_is_an_error_in_time() {
     let dir = authority();
     let identity = Identity::load(dir.path(), "alpha", HostRole::Host).unwrap();
