@@ -234,7 +234,7 @@ impl Session {
             }
             if let Progress::Complete(receipt, checkpoint) = assembly.push(&frame)? {
                 if self.offer(link, receipt, checkpoint).await {
-                    let Receipt { generation, epoch, digest } = receipt;
+                    let Receipt { generation, epoch, digest, .. } = receipt;
                     let ack = encode(generation, epoch, &Message::Ack { digest })?;
                     send.write_chunk(ack).await.map_err(|e| broken(connection, e))?;
                 }
