@@ -37,8 +37,25 @@ fn rules_of(seed: u64) -> Rules {
     }
 }
 
+/// A mistake that a run must bring to light.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mistake {
+    /// Output of the epoch after the one that was proven leaves as well.
+    ReleaseOneEpochEarly,
+    /// An old generation is taken for the newest.
+    WelcomeAnOldGeneration,
+    /// Whoever asks the arbiter is granted what he wants.
+    SkipTheArbiter,
+    /// A provisional checkpoint counts.
+    PromoteFromProvisional,
+}
+
 fn run(seed: u64, steps: u32) -> Seen {
-    let mut world = World::new(seed, rules_of(seed));
+    run_with(seed, steps, None)
+}
+
+fn run_with(seed: u64, steps: u32, mistake: Option<Mistake>) -> Seen {
+    let mut world = World::new(seed, rules_of(seed), mistake);
     for _ in 0..steps {
         world.step();
     }
@@ -65,4 +82,26 @@ fn no_schedule_breaks_the_invariants() {
     assert!(total.demotions > 100 && total.takebacks > 10 && total.hand_overs > 100);
     assert!(total.returns > 500 && total.degraded > 30 && total.denied > 20);
     assert!(total.lives > 1000 && total.restarts > 1000 && total.second_promotions > 100);
+}
+
+/// What the checks are worth: each of these mistakes is found within a few hundred seeds.
+#[test]
+fn mistakes_are_found() {
+    for mistake in [
+        Mistake::ReleaseOneEpochEarly,
+        Mistake::WelcomeAnOldGeneration,
+        Mistake::SkipTheArbiter,
+        Mistake::PromoteFromProvisional,
+    ] {
+        let fails = |seed: &u64| {
+            let tell = std::panic::take_hook();
+            std::panic::set_hook(Box::new(|_| {}));
+            let found = std::panic::catch_unwind(|| run_with(*seed, 6000, Some(mistake))).is_err();
+            std::panic::set_hook(tell);
+            found
+        };
+        let found = (0..400).find(fails);
+        println!("{mistake:?}: found with seed {found:?}");
+        assert!(found.is_some(), "nobody notices {mistake:?}");
+    }
 }

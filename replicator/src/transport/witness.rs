@@ -10,7 +10,7 @@
 //! name only. What was granted is on disk before the answer leaves: a witness that starts again
 //! contradicts nothing that it said (FO-1). Claims are bounded before they are read (RB-1).
 
-use super::link::{CLOSE_DONE, CLOSE_WRONG_PEER, LinkError};
+use super::link::{CLOSE_DONE, CLOSE_WRONG_PEER, LinkError, broken};
 use super::pki::{HostRole, Identity, certificate_name};
 use super::quic;
 use crate::protocol::arbiter::{Arbiter, Claim, Grants, Verdict};
@@ -132,7 +132,7 @@ impl WitnessEndpoint {
             .map_err(|e| LinkError::connection(peer, &e))?;
         let (mut send, mut receive) =
             connection.accept_bi().await.map_err(|e| LinkError::connection(peer, &e))?;
-        let claim: Claim = read(&mut receive, peer).await?;
+        let claim: Claim = read(&mut receive, &connection).await?;
         let name = certificate_name(&claim.host, HostRole::Host);
         if let Err(e) = quic::check_name(&connection, &name) {
             connection.close(CLOSE_WRONG_PEER, e.to_string().as_bytes());
@@ -144,7 +144,7 @@ impl WitnessEndpoint {
             connection.close(CLOSE_DONE, reason.as_bytes());
             LinkError::Connection { peer, reason }
         })?;
-        write(&mut send, &verdict, peer).await?;
+        write(&mut send, &verdict, &connection).await?;
         let _ = send.stopped().await;
         Ok((claim, verdict))
     }
@@ -187,8 +187,8 @@ impl WitnessClient {
             .map_err(|e| LinkError::connection(peer, &e))?;
         let (mut send, mut receive) =
             connection.open_bi().await.map_err(|e| LinkError::connection(peer, &e))?;
-        write(&mut send, claim, peer).await?;
-        let verdict = read(&mut receive, peer).await?;
+        write(&mut send, claim, &connection).await?;
+        let verdict = read(&mut receive, &connection).await?;
         connection.close(CLOSE_DONE, b"thank you");
         Ok(verdict)
     }
@@ -197,23 +197,21 @@ impl WitnessClient {
 async fn write<T: Serialize>(
     stream: &mut quinn::SendStream,
     message: &T,
-    peer: SocketAddr,
+    connection: &quinn::Connection,
 ) -> Result<(), LinkError> {
-    let failed = |e: String| LinkError::Connection { peer, reason: e };
-    let bytes = postcard::to_allocvec(message).map_err(|e| failed(e.to_string()))?;
-    stream.write_all(&bytes).await.map_err(|e| failed(e.to_string()))?;
-    stream.finish().map_err(|e| failed(e.to_string()))
+    let bytes = postcard::to_allocvec(message).map_err(|e| broken(connection, e))?;
+    stream.write_all(&bytes).await.map_err(|e| broken(connection, e))?;
+    stream.finish().map_err(|e| broken(connection, e))
 }
 
 async fn read<T: DeserializeOwned>(
     stream: &mut quinn::RecvStream,
-    peer: SocketAddr,
+    connection: &quinn::Connection,
 ) -> Result<T, LinkError> {
-    let failed = |e: String| LinkError::Connection { peer, reason: e };
-    let bytes = stream.read_to_end(LONGEST).await.map_err(|e| failed(e.to_string()))?;
-    match postcard::take_from_bytes(&bytes).map_err(|e| failed(e.to_string()))? {
+    let bytes = stream.read_to_end(LONGEST).await.map_err(|e| broken(connection, e))?;
+    match postcard::take_from_bytes(&bytes).map_err(|e| broken(connection, e))? {
         (message, []) => Ok(message),
-        (_, rest) => Err(failed(format!("{} bytes are left over", rest.len()))),
+        (_, rest) => Err(broken(connection, format!("{} bytes are left over", rest.len()))),
     }
 }
 

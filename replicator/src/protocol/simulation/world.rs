@@ -1,6 +1,6 @@
 //! The hosts, the connections between them, and the weather.
 
-use super::Rules;
+use super::{Mistake, Rules};
 use crate::ack::AckLedger;
 use crate::protocol::LinkId;
 use crate::protocol::arbiter::{Arbiter, Claim, Grants, Unopposed, Verdict};
@@ -113,6 +113,7 @@ impl Seen {
 pub(super) struct World {
     rng: fastrand::Rng,
     rules: Rules,
+    mistake: Option<Mistake>,
     now: Duration,
     sides: [Option<Side>; 2],
     /// What each host's disk remembers.
@@ -137,10 +138,11 @@ pub(super) struct World {
 }
 
 impl World {
-    pub(super) fn new(seed: u64, rules: Rules) -> Self {
+    pub(super) fn new(seed: u64, rules: Rules, mistake: Option<Mistake>) -> Self {
         let mut world = Self {
             rng: fastrand::Rng::with_seed(seed),
             rules,
+            mistake,
             now: Duration::ZERO,
             sides: [None, None],
             disks: [Generation(0); 2],
@@ -284,7 +286,9 @@ impl World {
                     self.seen.returns += u64::from(life.core.is_alone());
                 }
                 primary::Action::Release(proof) => {
-                    let moment = life.taken[&proof.epoch()];
+                    let early = self.mistake == Some(Mistake::ReleaseOneEpochEarly);
+                    let next = life.taken.get(&proof.epoch().next()).filter(|_| early);
+                    let moment = *next.unwrap_or(&life.taken[&proof.epoch()]);
                     assert!(!life.core.is_alone());
                     self.leaves(moment, "OC-1, FO-1: released");
                     self.seen.releases += 1;
@@ -334,6 +338,7 @@ impl World {
         let claim = Claim { container: "store".into(), host, base, wanted };
         let verdict = match self.rules {
             Rules::Unopposed => Unopposed.decide(&claim),
+            Rules::Witness(_) if self.mistake == Some(Mistake::SkipTheArbiter) => Verdict::Granted,
             Rules::Witness(_) => self.grants.decide(&claim),
         };
         self.seen.denied += u64::from(verdict != Verdict::Granted);
@@ -533,11 +538,14 @@ impl World {
     fn receive(&mut self, at: usize, c: usize, m: Message) {
         let link = LinkId(c as u64);
         match m {
-            Message::Hello(generation) => {
+            Message::Hello(mut generation) => {
+                self.forget_generations(at, &mut generation);
                 self.backup_input(at, backup::Input::Hello { link, generation });
             }
             Message::Inquiry => self.backup_input(at, backup::Input::Inquiry(link)),
-            Message::Checkpoint { snapshot, full } => {
+            Message::Checkpoint { mut snapshot, full } => {
+                self.forget_generations(at, &mut snapshot.generation);
+                snapshot.provisional &= self.mistake != Some(Mistake::PromoteFromProvisional);
                 let side = self.sides[at].as_mut().expect("it receives");
                 // What the assembly guarantees: an increment has its base.
                 if !full && side.base.get(&c).map(|e| e.next()) != Some(snapshot.epoch) {
@@ -567,7 +575,11 @@ impl World {
             Message::Refuse(code, newest) => {
                 self.primary_input(at, c, |link| primary::Input::Refused { link, code, newest });
             }
-            Message::Ack(Receipt { generation, epoch, digest, .. }) => {
+            Message::Ack(Receipt { mut generation, epoch, digest, .. }) => {
+                let life = self.sides[at].as_ref().and_then(|s| s.life.as_ref());
+                if let (Some(Mistake::WelcomeAnOldGeneration), Some(life)) = (self.mistake, life) {
+                    generation = life.core.generation();
+                }
                 self.primary_input(at, c, |link| primary::Input::Ack {
                     link,
                     generation,
@@ -575,6 +587,13 @@ impl World {
                     digest,
                 });
             }
+        }
+    }
+
+    fn forget_generations(&self, at: usize, generation: &mut Generation) {
+        if let (Some(Mistake::WelcomeAnOldGeneration), Some(side)) = (self.mistake, &self.sides[at])
+        {
+            *generation = side.backup.newest().max(*generation);
         }
     }
 
