@@ -77,6 +77,16 @@ impl AckLedger {
         Self { generation, in_flight: VecDeque::new(), off: true }
     }
 
+    /// Its generation.
+    pub fn generation(&self) -> Generation {
+        self.generation
+    }
+
+    /// An empty ledger of the same kind, of this generation.
+    pub fn empty_of(&self, generation: Generation) -> Self {
+        Self { generation, in_flight: VecDeque::new(), off: self.off }
+    }
+
     /// Whether this is the control, see [`AckLedger::without_output_commit`].
     pub fn is_control(&self) -> bool {
         self.off

@@ -149,6 +149,24 @@ fn a_primary_that_comes_back_gives_way() {
     expect_failover(&report);
 }
 
+/// The topology file of the double failover: there and back over the same connections.
+#[test]
+fn two_failovers_in_a_row_lose_nothing() {
+    let bed = Bed::new("twice", &Sketch::of(EMBEDDED));
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../topologies/twice.topo.yml");
+    let text = std::fs::read_to_string(file).expect("the example");
+    bed.write(&text.replace("name: twice", &format!("name: {}", bed.name)));
+    let report = bed.run("run", &["-o", "json"]).expect_success().json();
+    expect_whole(&report);
+    expect_clean(&report);
+    let hosts = report["failovers"].as_array().expect("failovers").iter();
+    let hosts: Vec<_> = hosts.map(|f| (f["host"].clone(), f["generation"].clone())).collect();
+    assert_eq!(hosts, [("beta".into(), 2.into()), ("alpha".into(), 3.into())], "{report:#}");
+    let store = &report["containers"][0];
+    assert_eq!((&store["primary"], &store["generation"]), (&"alpha".into(), &3.into()));
+    bed.expect_gone();
+}
+
 #[test]
 fn a_run_without_a_fault_has_no_failover() {
     let bed = Bed::new("calm", &Sketch::of(EMBEDDED).loaded());

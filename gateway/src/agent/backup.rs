@@ -1,5 +1,5 @@
-//! A container's backup: the protocol core, the connections, and the applier thread that keeps
-//! the warm spare up to date and brings it to life.
+//! A container's other side: the protocol core and the connections, which live as long as the agent,
+//! and the thread that keeps the warm spare up to date, brings it to life, and then runs it.
 //!
 //! ```text
 //!  link (QUIC) ──checkpoints (bounded)──► applier thread: spare.apply
@@ -10,33 +10,32 @@
 //! The applier takes every checkpoint that was acknowledged before it carries out a promotion:
 //! they are in its channel by then, because the core acknowledges and delivers under one lock.
 
-use super::network::Place;
+use super::journal::Memory;
+use super::judge::Judge;
 use super::primary::{SharedStatus, lock};
 use super::status::{FailoverPhases, Phase, Role};
-use super::stop::{RealTime, become_stop_thread, drain_signals, sleep_on};
+use super::stop::{RealTime, become_stop_thread};
 use super::takeover::{self, Takeover};
+use super::worker::{Life, Outcome, Place};
 use crate::chain::chain;
 use crate::frames::gate::{Gate, GateConfig};
 use crate::frames::input_log::{InputLog, LoggedFrame};
 use anyhow::{Context, Result};
 use netns_tools::namespace::Namespace;
-use nix::poll::{PollFd, PollFlags};
-use nix::sys::eventfd::{EfdFlags, EventFd};
-use replicator::capture::{CaptureError, Capturer};
-use replicator::container::{self, ContainerSpec};
+use replicator::capture::Capturer;
+use replicator::container;
 use replicator::image::Clocks;
-use replicator::protocol::LinkId;
-use replicator::protocol::arbiter::{Arbiter, Unopposed};
-use replicator::protocol::backup::{Action, Input};
+use replicator::protocol::arbiter::Claim;
+use replicator::protocol::backup::{Action, Input, State};
 use replicator::restore::Spare;
 use replicator::sys::sched;
 use replicator::sys::unix_diag::UnixDiag;
 use replicator::transport::admission::Notice;
-use replicator::transport::{BackupEndpoint, Event, SharedBackup};
+use replicator::transport::link::PrimaryConfig;
+use replicator::transport::{BackupEndpoint, Event, PrimaryLink, SharedBackup};
 use replicator::wire::Checkpoint;
-use replicator::wire::message::Bye;
+use replicator::wire::message::{Bye, RefuseCode};
 use replicator::{Epoch, Generation};
-use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -52,61 +51,87 @@ const NICE: i32 = -10;
 /// How much the spare's clocks are set ahead: at least what a hello takes, so that no clock of the
 /// container steps back at a failover.
 const CLOCK_MARGIN: Duration = Duration::from_millis(5);
-/// Longest sleep of a container that runs here without protection.
+/// Longest sleep of the applier when nothing is due.
 const IDLE: Duration = Duration::from_millis(200);
+/// Pause before the other side is asked again who runs the container.
+const ASK_AGAIN: Duration = Duration::from_millis(100);
 
 /// What the applier is told apart from checkpoints.
 #[derive(Debug)]
 pub(super) enum Order {
-    /// A primary was admitted, whose container's clocks read this at that time.
-    Admitted(LinkId, Clocks, Instant),
+    /// A primary was admitted.
+    Admitted,
     /// Take over.
     Promote(Generation, Epoch),
     /// The copy is void.
     Discard,
+    /// A new life of the container begins here.
+    Begin(Generation),
 }
 
-/// What connections, timers and the applier share.
-pub(super) struct BackupShell {
+/// What connections, timers and the applier share, for as long as the agent lives.
+pub(super) struct Standby {
     pub(super) name: String,
+    pub(super) host: String,
     pub(super) core: Arc<SharedBackup>,
     pub(super) endpoint: Arc<BackupEndpoint>,
+    pub(super) judge: Judge,
+    pub(super) memory: Memory,
     pub(super) log: Mutex<InputLog>,
     pub(super) status: SharedStatus,
+    pub(super) runtime: tokio::runtime::Handle,
     progress: AtomicU64,
     last_life: Mutex<Instant>,
     suspicion: Mutex<Option<(Instant, Duration)>>,
-    promoted: AtomicBool,
-    end: AtomicBool,
-    wake: EventFd,
+    /// A primary was admitted since the agent's start.
+    admitted: AtomicBool,
 }
 
-impl BackupShell {
+impl Standby {
     pub(super) fn new(
-        name: &str,
+        place: &Place,
         core: Arc<SharedBackup>,
         endpoint: Arc<BackupEndpoint>,
-        status: SharedStatus,
-    ) -> Result<Arc<Self>> {
-        Ok(Arc::new(Self {
-            name: name.to_owned(),
+        judge: Judge,
+        memory: Memory,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            name: place.network.name.clone(),
+            host: place.options.host.clone(),
             core,
             endpoint,
+            judge,
+            memory,
             log: Mutex::new(InputLog::new(LOG_BYTES, LOG_FRAMES)),
-            status,
+            status: place.status.clone(),
+            runtime: place.runtime.clone(),
             progress: AtomicU64::new(0),
             last_life: Mutex::new(Instant::now()),
             suspicion: Mutex::default(),
-            promoted: AtomicBool::new(false),
-            end: AtomicBool::new(false),
-            wake: EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?,
-        }))
+            admitted: AtomicBool::new(false),
+        })
     }
 
-    /// Tells the applier to end.
-    pub(super) fn end(&self) {
-        self.end.store(true, Ordering::Release);
-        let _ = self.wake.write(1);
+    /// What this side asks of the arbiter.
+    pub(super) fn claim(&self, base: Generation, wanted: Generation) -> Claim {
+        Claim { container: self.name.clone(), host: self.host.clone(), base, wanted }
+    }
+
+    /// The container does not run here any longer.
+    pub(super) fn give_way(&self, newest: Generation) {
+        self.memory.keep(newest);
+        self.core.handle(Input::Demoted(newest));
+    }
+
+    /// The container runs on here, in a generation of its own.
+    pub(super) fn moved_on(&self, generation: Generation) {
+        self.memory.keep(generation);
+        self.core.handle(Input::Demoted(Generation::default()));
+        self.core.begin(generation);
+    }
+
+    fn clear_log(&self) {
+        *lock(&self.log) = InputLog::new(LOG_BYTES, LOG_FRAMES);
     }
 
     /// When the primary was suspected, and for how long it had been silent.
@@ -117,32 +142,34 @@ impl BackupShell {
 
 /// Handles what the core and its connections tell, one after the other.
 pub(super) async fn follow(
-    shell: Arc<BackupShell>,
+    shell: Arc<Standby>,
     mut notices: mpsc::UnboundedReceiver<Notice>,
     orders: mpsc::UnboundedSender<Order>,
 ) {
-    let mut arbiter = Unopposed::default();
     while let Some(notice) = notices.recv().await {
         match notice {
-            Notice::Admitted(link, generation, hello) => {
+            Notice::Admitted(_, generation, hello) => {
                 tracing::info!(container = shell.name, primary = hello.host, %generation,
                     "a primary presents itself");
+                shell.admitted.store(true, Ordering::Release);
+                shell.memory.keep(generation);
                 let mut status = lock(&shell.status);
+                status.role = Role::Backup;
                 status.generation = generation.0;
-                status.phase = Phase::Syncing;
-                let _ = orders.send(Order::Admitted(link, hello.clocks, Instant::now()));
+                (status.phase, status.reason) = (Phase::Syncing, None);
+                let _ = orders.send(Order::Admitted);
             }
             Notice::Event(_, event) => heard(&shell, event),
             Notice::TurnedAway(peer, error) => {
                 metrics::counter!("nilicon_peers_turned_away_total").increment(1);
                 tracing::warn!(container = shell.name, %peer, %error, "turned away");
             }
-            Notice::Action(action) => act(&shell, &mut arbiter, &orders, action),
+            Notice::Action(action) => act(&shell, &orders, action),
         }
     }
 }
 
-fn heard(shell: &BackupShell, event: Event) {
+fn heard(shell: &Standby, event: Event) {
     match event {
         Event::Heard(_) => *lock(&shell.last_life) = Instant::now(),
         Event::Input { epoch, bytes, .. } => {
@@ -158,21 +185,28 @@ fn heard(shell: &BackupShell, event: Event) {
     }
 }
 
-fn act(
-    shell: &BackupShell,
-    arbiter: &mut Unopposed,
-    orders: &mpsc::UnboundedSender<Order>,
-    action: Action,
-) {
+fn act(shell: &Arc<Standby>, orders: &mpsc::UnboundedSender<Order>, action: Action) {
     match action {
-        Action::Ask(generation) => {
+        Action::Ask { base, wanted } => {
             let now = Instant::now();
             let silence = now - *lock(&shell.last_life);
             *lock(&shell.suspicion) = Some((now, silence));
-            tracing::warn!(container = shell.name, ?silence, %generation,
-                "the primary is silent; asking to take over");
-            let verdict = arbiter.may_promote(generation);
-            shell.core.handle(Input::Verdict { generation, verdict });
+            tracing::warn!(container = shell.name, ?silence, generation = %wanted,
+                "asking to take over from the primary");
+            let claim = shell.claim(base, wanted);
+            // Without a witness there is nothing to wait for.
+            match shell.judge.at_once(&claim) {
+                Some(verdict) => shell.core.handle(Input::Verdict { generation: wanted, verdict }),
+                None => {
+                    let shell = shell.clone();
+                    shell.runtime.clone().spawn(async move {
+                        let verdict = shell.judge.ask(claim).await;
+                        tracing::warn!(container = shell.name, generation = %wanted, ?verdict,
+                            "the arbiter has answered");
+                        shell.core.handle(Input::Verdict { generation: wanted, verdict });
+                    });
+                }
+            }
         }
         Action::Promote { generation, from } => {
             let _ = orders.send(Order::Promote(generation, from));
@@ -182,20 +216,21 @@ fn act(
             let mut status = lock(&shell.status);
             (status.phase, status.protected) = (Phase::Waiting, false);
             // The container's next life counts its epochs anew.
-            *lock(&shell.log) = InputLog::new(LOG_BYTES, LOG_FRAMES);
+            shell.clear_log();
             let _ = orders.send(Order::Discard);
         }
         Action::Lost => {
             let mut status = lock(&shell.status);
             status.phase = Phase::Waiting;
             status.reason = Some("the primary was lost before its first full copy".into());
+            let _ = orders.send(Order::Discard);
         }
         Action::Welcome(_) | Action::Refuse { .. } | Action::Apply(_) | Action::Ack { .. } => {}
     }
 }
 
 /// Sends heartbeats and gives the core its time.
-pub(super) async fn beat(shell: Arc<BackupShell>, pause: Duration) {
+pub(super) async fn beat(shell: Arc<Standby>, pause: Duration) {
     let mut ticks = tokio::time::interval(pause);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut received = Vec::new();
@@ -213,10 +248,8 @@ pub(super) async fn beat(shell: Arc<BackupShell>, pause: Duration) {
             let status = lock(&shell.status);
             (Generation(status.generation), Epoch(status.epoch))
         };
-        if !shell.promoted.load(Ordering::Relaxed) {
-            let progress = shell.progress.load(Ordering::Relaxed);
-            shell.endpoint.heartbeat(generation, epoch, progress);
-        }
+        let progress = shell.progress.load(Ordering::Relaxed);
+        shell.endpoint.heartbeat(generation, epoch, progress);
         if shell.core.next_deadline().is_some_and(|d| d <= shell.core.now()) {
             shell.core.handle(Input::Tick);
         }
@@ -230,20 +263,57 @@ pub(super) struct Warm {
     pub(super) last: Option<(Arc<Checkpoint>, Instant)>,
 }
 
-/// The applier thread's own.
+/// Asks the other side who runs the container, until that is known: an agent that starts must not
+/// begin a second life of it. Either a primary comes, or nobody is known to run it, and then it
+/// begins here.
+pub(super) async fn find_out(
+    standby: Arc<Standby>,
+    config: PrimaryConfig,
+    orders: mpsc::UnboundedSender<Order>,
+) {
+    loop {
+        if standby.admitted.load(Ordering::Acquire) {
+            return;
+        }
+        match PrimaryLink::inquire(config.clone()).await {
+            Ok((RefuseCode::Vacant, newest)) => {
+                let base = newest.max(standby.core.newest());
+                let generation = standby.judge.begin(&standby, base).await;
+                if standby.core.begin(generation) {
+                    standby.memory.keep(generation);
+                    let _ = orders.send(Order::Begin(generation));
+                    return;
+                }
+            }
+            Ok((code, generation)) => {
+                tracing::info!(container = standby.name, ?code, %generation,
+                    "the container is not to begin here");
+                lock(&standby.status).reason =
+                    Some(format!("the other side runs it in generation {generation}, or will"));
+            }
+            Err(error) => {
+                tracing::info!(container = standby.name, %error, "who runs the container?");
+                let reason = format!("no backup: {error}");
+                lock(&standby.status).reason = Some(reason);
+            }
+        }
+        tokio::time::sleep(ASK_AGAIN).await;
+    }
+}
+
+/// What the applier thread has.
 pub(super) struct Applier {
-    pub(super) shell: Arc<BackupShell>,
     pub(super) place: Place,
-    pub(super) spec: ContainerSpec,
+    pub(super) shell: Arc<Standby>,
     pub(super) lab: String,
-    pub(super) host: String,
     pub(super) checkpoints: mpsc::Receiver<Arc<Checkpoint>>,
     pub(super) orders: mpsc::UnboundedReceiver<Order>,
-    pub(super) runtime: tokio::runtime::Handle,
-    pub(super) thread_setup: crate::frames::gate::ThreadSetup,
     pub(super) warm: Option<Warm>,
-    pub(super) link: LinkId,
+    pub(super) clocks: SharedClocks,
 }
+
+/// What the container's clocks read when its primary presented itself.
+pub(super) type SharedClocks = Arc<Mutex<Option<(Clocks, Instant)>>>;
 
 enum Next {
     Checkpoint(Arc<Checkpoint>),
@@ -252,39 +322,72 @@ enum Next {
 }
 
 impl Applier {
-    /// Runs until the agent ends, or the container that it brought to life does.
+    /// Runs until the agent ends: keeps the copy while the container runs elsewhere, and the
+    /// container while it runs here.
     pub(super) fn run(mut self) {
+        while let Some(begun) = self.stand_by() {
+            let led = begun.and_then(|life| self.place.lead(life, Some(&self.shell)));
+            let newest = self.shell.core.newest();
+            match led {
+                Ok(Outcome::Moved(_)) => {
+                    self.shell.clear_log();
+                    let mut status = lock(&self.place.status);
+                    (status.role, status.phase) = (Role::Backup, Phase::Waiting);
+                    (status.protected, status.pid) = (false, None);
+                }
+                Ok(Outcome::Over) => {
+                    self.shell.give_way(newest);
+                    self.place.tell_end(Ok(()));
+                }
+                Err(error) => {
+                    self.shell.give_way(newest);
+                    self.place.tell_end(Err(error));
+                }
+            }
+        }
+    }
+
+    /// Follows the primary until the container is to run here; none at the agent's end.
+    fn stand_by(&mut self) -> Option<Result<Life>> {
         if let Err(error) = sched::set_ordinary().and_then(|()| sched::set_nice(NICE)) {
             tracing::debug!(%error, "the applier runs at ordinary priority");
         }
         loop {
             match self.next() {
                 Next::Checkpoint(checkpoint) => self.apply(&checkpoint),
-                Next::Order(Order::Admitted(link, clocks, at)) => {
-                    self.link = link;
+                Next::Order(Order::Admitted) => {
                     if self.warm.is_none()
-                        && let Err(error) = self.launch(clocks, at)
+                        && let Err(error) = self.launch()
                     {
                         self.fail("no warm spare can be made here", &error);
                     }
                 }
-                Next::Order(Order::Discard) => self.warm = None,
-                Next::Order(Order::Promote(generation, from)) => {
-                    if let Err(error) = self.promote(generation, from) {
-                        self.fail("the container could not be brought to life", &error);
+                // A copy that has come since then is a good one: orders and checkpoints do not
+                // keep their order among each other.
+                Next::Order(Order::Discard) => {
+                    if self.shell.core.state() == State::Waiting {
+                        self.warm = None;
                     }
                 }
-                Next::Over => return,
+                Next::Order(Order::Promote(generation, from)) => {
+                    let what = "the container could not be brought to life";
+                    return Some(self.promote(generation, from).context(what));
+                }
+                Next::Order(Order::Begin(generation)) => {
+                    self.warm = None;
+                    return Some(self.place.begin(generation));
+                }
+                Next::Over => return None,
             }
         }
     }
 
     fn next(&mut self) -> Next {
-        let shell = self.shell.clone();
+        let duty = self.place.duty.clone();
         let (checkpoints, orders) = (&mut self.checkpoints, &mut self.orders);
-        self.runtime.block_on(async {
+        self.place.runtime.block_on(async {
             loop {
-                if shell.end.load(Ordering::Acquire) {
+                if duty.must_end() {
                     return Next::Over;
                 }
                 tokio::select! {
@@ -305,22 +408,24 @@ impl Applier {
         status.reason = Some(format!("{what}: {}", chain(error)));
     }
 
-    fn launch(&mut self, clocks: Clocks, told_at: Instant) -> Result<()> {
-        let mut spec = self.spec.clone();
+    fn launch(&mut self) -> Result<()> {
+        let (clocks, told_at) =
+            lock(&self.clocks).context("no primary has said what its clocks read")?;
+        let mut spec = self.place.spec.clone();
         let since = (told_at.elapsed() + CLOCK_MARGIN).as_nanos() as u64;
         spec.clocks =
             Some(Clocks { monotonic: clocks.monotonic + since, boottime: clocks.boottime + since });
         let launched = container::launch(&spec, container::Role::Spare)?;
         let pid = launched.pid;
-        let inner = self.place.make_inner(pid).context("the spare's network")?;
-        let outer = self.place.make_outer()?;
+        let inner = self.place.network.make_inner(pid).context("the spare's network")?;
+        let outer = self.place.network.make_outer()?;
         let spare = Spare::new(launched)?;
         let gate = Gate::start(
             inner,
             outer,
             GateConfig {
-                mac: Some(self.place.mac),
-                thread_setup: Some(self.thread_setup.clone()),
+                mac: Some(self.place.network.mac),
+                thread_setup: Some(self.place.thread_setup.clone()),
                 ..GateConfig::default()
             },
         )?;
@@ -332,10 +437,22 @@ impl Applier {
     /// Folds a checkpoint in. A spare that cannot follow is given up: the primary is sent away,
     /// and when it comes back it sends a full copy.
     fn apply(&mut self, checkpoint: &Arc<Checkpoint>) {
+        // A full copy says nothing about what is only here, so it goes into an empty spare.
+        if checkpoint.full && self.warm.as_ref().is_none_or(|warm| warm.last.is_some()) {
+            self.warm = None;
+            if let Err(error) = self.launch() {
+                return self.give_up(checkpoint.epoch, &error);
+            }
+        }
         let Some(warm) = &mut self.warm else {
             tracing::debug!(epoch = %checkpoint.epoch, "a checkpoint without a spare");
             return;
         };
+        let last = warm.last.as_ref().map(|(c, _)| c.epoch.next());
+        if !checkpoint.full && last != Some(checkpoint.epoch) {
+            let error = anyhow::anyhow!("the spare waits for epoch {last:?}");
+            return self.give_up(checkpoint.epoch, &error);
+        }
         let received = Instant::now();
         match warm.spare.apply(&checkpoint.state, &checkpoint.pages) {
             Ok(()) => {
@@ -347,31 +464,38 @@ impl Applier {
                 let mut status = lock(&self.shell.status);
                 status.epoch = checkpoint.epoch.0;
                 status.generation = checkpoint.generation.0;
-                if status.phase != Phase::Failed {
+                let ready = matches!(self.shell.core.state(), State::Ready { .. });
+                if status.phase != Phase::Failed && ready {
                     (status.phase, status.protected) = (Phase::Protected, true);
                 }
             }
             Err(error) => {
-                self.warm = None;
-                let (link, epoch) = (self.link, checkpoint.epoch);
-                let error = anyhow::Error::new(error).context(format!("epoch {epoch}"));
-                self.fail("the warm spare cannot follow", &error);
-                self.shell.core.handle(Input::Bye { link, bye: Bye::Demoted, last: epoch });
-                self.shell.endpoint.close(link, "the warm spare cannot follow");
+                let error =
+                    anyhow::Error::new(error).context(format!("epoch {}", checkpoint.epoch));
+                self.give_up(checkpoint.epoch, &error);
             }
         }
     }
 
-    fn promote(&mut self, generation: Generation, from: Epoch) -> Result<()> {
+    fn give_up(&mut self, epoch: Epoch, error: &anyhow::Error) {
+        self.warm = None;
+        self.fail("the warm spare cannot follow", error);
+        let Some(link) = self.shell.core.link() else { return };
+        self.shell.core.handle(Input::Bye { link, bye: Bye::Demoted, last: epoch });
+        self.shell.endpoint.close(link, "the warm spare cannot follow");
+    }
+
+    fn promote(&mut self, generation: Generation, from: Epoch) -> Result<Life> {
         let fenced = Instant::now();
         let (suspected, silence) = self.shell.suspicion();
+        self.shell.memory.keep(generation);
         let signals = become_stop_thread()?;
-        lock(&self.shell.status).phase = Phase::Promoting;
+        lock(&self.place.status).phase = Phase::Promoting;
         // Everything that was acknowledged is in the channel by now.
         while let Ok(checkpoint) = self.checkpoints.try_recv() {
             self.apply(&checkpoint);
         }
-        let warm = self.warm.as_mut().context("there is no warm spare")?;
+        let mut warm = self.warm.take().context("there is no warm spare")?;
         let last = warm.last.as_ref().map(|(c, _)| c.epoch);
         anyhow::ensure!(last == Some(from), "the spare holds epoch {last:?}, not {from}");
         let phases = FailoverPhases {
@@ -380,59 +504,28 @@ impl Applier {
             apply: ms(fenced.elapsed()),
             ..FailoverPhases::default()
         };
-        let frames = lock(&self.shell.log).take_for_replay(from);
-        let takeover = Takeover { place: &self.place, generation, from, suspected, phases };
+        let place = &self.place.network;
+        let takeover = Takeover { place, generation, from, suspected, phases };
+        let logged = || lock(&self.shell.log).take_for_replay(from);
         let real_time = RealTime::start();
-        let (record, tree) = takeover::run(&takeover, warm, frames)?;
+        let (record, tree) = takeover::run(&takeover, &mut warm, logged)?;
         drop(real_time);
-        self.shell.promoted.store(true, Ordering::Relaxed);
         self.shell.core.handle(Input::Running);
+        let name = &self.shell.name;
         {
-            let mut status = lock(&self.shell.status);
-            status.role = Role::Primary;
-            status.phase = Phase::Unprotected;
-            status.protected = false;
-            status.generation = generation.0;
-            status.epoch = from.0;
+            let mut status = lock(&self.place.status);
+            (status.role, status.phase) = (Role::Primary, Phase::Unprotected);
+            (status.protected, status.reason) = (false, None);
+            (status.generation, status.epoch) = (generation.0, from.0);
         }
-        super::journal::write_failover(&self.lab, &self.host, &self.shell.name, &record);
-        tracing::warn!(container = self.shell.name, %generation, epoch = %from,
+        super::journal::write_failover(&self.lab, &self.shell.host, name, &record);
+        tracing::warn!(container = name, %generation, epoch = %from,
             total_ms = record.phases_ms.total, "the container runs here now");
-        let pid = warm.spare.pid();
-        let diag = Namespace::of_process(pid)?.enter(UnixDiag::open)??;
-        let mut capturer = Capturer::adopt_running(&tree, diag)?;
-        let ended = self.keep(&mut capturer, &signals);
-        let mut status = lock(&self.shell.status);
-        status.phase = Phase::Ended;
-        status.reason = ended.err().map(|e| chain(&e));
-        Ok(())
-    }
-
-    /// Looks after a container that runs here: its signals, clones and exits.
-    fn keep(&self, capturer: &mut Capturer, signals: &nix::sys::signalfd::SignalFd) -> Result<()> {
-        loop {
-            match capturer.pump() {
-                Ok(()) => {}
-                Err(CaptureError::Ended) => return Ok(()),
-                // The container's threads wait for us at their next event: never leave them.
-                Err(error) => {
-                    tracing::error!(container = self.shell.name, %error,
-                        "an event of the container could not be handled");
-                }
-            }
-            if self.shell.end.load(Ordering::Acquire) {
-                return Ok(());
-            }
-            let mut fds = [
-                PollFd::new(signals.as_fd(), PollFlags::POLLIN),
-                PollFd::new(self.shell.wake.as_fd(), PollFlags::POLLIN),
-            ];
-            sleep_on(&mut fds, IDLE)?;
-            drain_signals(signals);
-            if let Some(warm) = &self.warm {
-                warm.gate.counters().publish(&self.shell.name);
-            }
-        }
+        let diag = Namespace::of_process(warm.spare.pid())?.enter(UnixDiag::open)??;
+        let capturer = Capturer::adopt_running(&tree, diag)?;
+        let Warm { spare, gate, .. } = warm;
+        let launched = spare.into_launched();
+        Ok(Life { launched, capturer, gate, signals, generation, from: Some(from) })
     }
 }
 

@@ -1,9 +1,14 @@
 //! Records for whoever looks later: one line an epoch, one file a failover. They are written off
 //! the stop path, and a write that fails is reported once and changes nothing else.
 
-use super::status::{EpochRecord, FailoverRecord, epochs_file, failover_file};
+use super::primary::lock;
+use super::status::{EpochRecord, FailoverRecord, epochs_file, failover_file, generation_file};
+use anyhow::{Context, Result};
+use replicator::Generation;
 use std::fs::File;
 use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::time::Duration;
 
 /// CLOCK_MONOTONIC in microseconds: comparable between processes of one host.
@@ -21,10 +26,10 @@ pub(super) struct Journal {
 }
 
 impl Journal {
-    /// Starts an empty one.
-    pub(super) fn create(lab: &str, host: &str, container: &str) -> Self {
+    /// Goes on behind what is there: the container may have been here before.
+    pub(super) fn open(lab: &str, host: &str, container: &str) -> Self {
         let path = epochs_file(lab, host, container);
-        let file = File::create(&path)
+        let file = append(&path)
             .inspect_err(|error| tracing::warn!(%error, path = %path.display(), "no journal"))
             .ok();
         Self { file, line: Vec::new() }
@@ -46,11 +51,64 @@ impl Journal {
     }
 }
 
-/// Writes the record of a failover.
+fn append(path: &Path) -> std::io::Result<File> {
+    File::options().create(true).append(true).open(path)
+}
+
+/// Adds the record of a failover to those before it, one a line.
 pub(super) fn write_failover(lab: &str, host: &str, container: &str, record: &FailoverRecord) {
     let path = failover_file(lab, host, container);
-    let text = serde_json::to_vec(record).unwrap_or_default();
-    if let Err(error) = std::fs::write(&path, text) {
+    let mut line = serde_json::to_vec(record).unwrap_or_default();
+    line.push(b'\n');
+    if let Err(error) = append(&path).and_then(|mut file| file.write_all(&line)) {
         tracing::warn!(%error, path = %path.display(), "no record of the failover");
+    }
+}
+
+/// The newest generation that this host has heard of: it must not go back when the agent starts
+/// again, or an old primary would be welcome (FO-1).
+#[derive(Debug)]
+pub(super) struct Memory {
+    path: PathBuf,
+    newest: Mutex<Generation>,
+}
+
+impl Memory {
+    /// Reads what is known.
+    ///
+    /// # Errors
+    /// There is something, and it cannot be read: then nothing can be said to be new.
+    pub(super) fn recall(lab: &str, host: &str, container: &str) -> Result<Self> {
+        let path = generation_file(lab, host, container);
+        let newest = match std::fs::read_to_string(&path) {
+            Ok(text) => Generation(
+                text.trim()
+                    .parse()
+                    .with_context(|| format!("{} holds no generation: {text:?}", path.display()))?,
+            ),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Generation::default(),
+            Err(error) => return Err(error).with_context(|| format!("read {}", path.display())),
+        };
+        Ok(Self { path, newest: Mutex::new(newest) })
+    }
+
+    pub(super) fn newest(&self) -> Generation {
+        *lock(&self.newest)
+    }
+
+    /// Writes a generation down, if it is newer than what is known.
+    pub(super) fn keep(&self, generation: Generation) {
+        let mut newest = lock(&self.newest);
+        if generation <= *newest {
+            return;
+        }
+        *newest = generation;
+        let next = self.path.with_extension("generation.new");
+        let written = std::fs::write(&next, generation.0.to_string())
+            .and_then(|()| std::fs::rename(&next, &self.path));
+        if let Err(error) = written {
+            tracing::error!(%error, path = %self.path.display(),
+                "a restart of this agent would forget the generation");
+        }
     }
 }

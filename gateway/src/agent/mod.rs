@@ -1,11 +1,13 @@
 //! The agent: it runs one host's part of a topology, in a lab or on a real machine.
 //!
-//! For each container that starts on its host it runs a [home](worker) with a stop thread, a
-//! shipper and a gate; for each that it backs up, an applier with a warm spare.
+//! For each container that its host has a part in there is one thread, which keeps the warm spare
+//! while the container runs elsewhere ([`backup`]), and the container while it runs here
+//! ([`worker`]). Roles change; the thread, the address and the identity stay.
 
 mod backup;
 pub mod control;
 mod journal;
+mod judge;
 mod network;
 mod primary;
 mod ship;
@@ -17,30 +19,33 @@ mod worker;
 pub use journal::monotonic_us;
 
 use anyhow::{Context, Result};
-use backup::{Applier, BackupShell};
+use backup::{Applier, SharedClocks, Standby};
+use journal::Memory;
+use judge::Judge;
 use metrics_exporter_prometheus::PrometheusBuilder;
 use netns_tools::cgroup::Cgroup;
 use netns_tools::topology::{Container, Protect, Topology, Workload};
-use network::Place;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, pthread_sigmask};
-use primary::{SharedStatus, Shell, lock};
+use primary::{SharedStatus, lock};
 use replicator::Generation;
 use replicator::container::ContainerSpec;
-use replicator::protocol::LinkId;
 use replicator::protocol::backup::Backup;
-use replicator::protocol::detector;
 use replicator::sys::sched;
+use replicator::transport::admission::Notice;
 use replicator::transport::backup::BackupConfig;
 use replicator::transport::{BackupEndpoint, HostRole, Identity, SharedBackup};
 use replicator::wire::Limits;
+use replicator::wire::message::Role as WireRole;
 use status::{AgentStatus, ContainerStatus, Phase, Request, Role};
+use std::net::SocketAddr;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tokio::sync::{Notify, mpsc};
+use worker::{Duty, Place};
 
 /// Threads of the runtime that carries checkpoints and heartbeats, and their real-time priority:
 /// clients wait for what they carry, and a late heartbeat looks like a dead host.
@@ -107,8 +112,9 @@ pub fn run(options: AgentOptions) -> Result<()> {
             .install()
             .with_context(|| format!("cannot serve metrics at {address}"))?;
     }
-    let mut agent = Agent { options: Arc::new(options), parts: Vec::new() };
-    agent.start(runtime.handle())?;
+    let mut agent =
+        Agent { options: Arc::new(options), parts: Vec::new(), runtime: runtime.handle().clone() };
+    agent.start()?;
     let stop = Arc::new(Notify::new());
     agent.serve_control(listener, stop.clone())?;
     tracing::info!(host = agent.options.host, "the agent runs");
@@ -131,137 +137,105 @@ pub fn run(options: AgentOptions) -> Result<()> {
 /// One container's part on this host.
 struct Part {
     status: SharedStatus,
+    duty: Arc<Duty>,
     thread: Option<JoinHandle<()>>,
-    end: Box<dyn Fn() + Send>,
     done: Arc<AtomicBool>,
     cgroup: Cgroup,
 }
 
 struct Agent {
     options: Arc<AgentOptions>,
+    runtime: tokio::runtime::Handle,
     parts: Vec<Part>,
 }
 
 impl Agent {
-    fn start(&mut self, runtime: &tokio::runtime::Handle) -> Result<()> {
+    fn start(&mut self) -> Result<()> {
         let options = self.options.clone();
         let topology = &options.topology;
         for (name, container) in topology.containers_on(&options.host) {
             let protect = topology.protection_of(name);
-            let part = match protect {
-                Some(p) if p.backup == options.host => {
-                    self.start_backup(runtime, name, container, p)
-                }
-                _ => self.start_home(runtime, name, container, protect),
-            };
+            let part = self.place(name, container, protect).and_then(|place| match protect {
+                Some(protect) => self.start_side(place, protect),
+                None => Part::of(&place).spawn(format!("stop-{name}"), move || place.run_alone()),
+            });
             let part = part.with_context(|| format!("container {name}"))?;
             self.parts.push(part);
         }
         Ok(())
     }
 
-    fn status_of(&self, container: &Container, name: &str, role: Role) -> SharedStatus {
-        Arc::new(Mutex::new(ContainerStatus {
+    fn place(&self, name: &str, container: &Container, protect: Option<&Protect>) -> Result<Place> {
+        let (spec, cgroup) = self.spec(name, container)?;
+        let role = if protect.is_some() { Role::Backup } else { Role::Primary };
+        let status = ContainerStatus {
             name: name.to_owned(),
             address: container.address.ip.to_string(),
             role,
-            phase: if role == Role::Backup { Phase::Waiting } else { Phase::Starting },
+            phase: if protect.is_some() { Phase::Waiting } else { Phase::Starting },
             protected: false,
-            generation: if role == Role::Backup { 0 } else { Generation::FIRST.0 },
+            generation: if protect.is_some() { 0 } else { Generation::FIRST.0 },
             epoch: 0,
             pid: None,
             reason: None,
-        }))
-    }
-
-    fn start_home(
-        &self,
-        runtime: &tokio::runtime::Handle,
-        name: &str,
-        container: &Container,
-        protect: Option<&Protect>,
-    ) -> Result<Part> {
-        let (spec, cgroup) = self.spec(name, container)?;
-        let status = self.status_of(container, name, Role::Primary);
-        let shell: Arc<OnceLock<Arc<Shell>>> = Arc::default();
-        let home = worker::Home {
+        };
+        Ok(Place {
             options: self.options.clone(),
-            place: Place::of(&self.options.topology, name, container)?,
+            network: network::Place::of(&self.options.topology, name, container)?,
             spec,
+            cgroup,
             ready: container.ready.clone(),
             protect: protect.cloned(),
-            status: status.clone(),
-            runtime: runtime.clone(),
+            status: Arc::new(Mutex::new(status)),
+            runtime: self.runtime.clone(),
             thread_setup: worker::gate_threads(),
-            shell: shell.clone(),
-        };
-        let end = move || {
-            if let Some(shell) = shell.get() {
-                shell.end();
-            }
-        };
-        Part::spawn(format!("stop-{name}"), status, cgroup, end, move || home.run())
+            duty: Arc::default(),
+        })
     }
 
-    fn start_backup(
-        &self,
-        runtime: &tokio::runtime::Handle,
-        name: &str,
-        container: &Container,
-        protect: &Protect,
-    ) -> Result<Part> {
+    /// The part of one of the two hosts of a protected container. Both begin alike, but the one
+    /// where the container is at home asks the other whether it may begin there.
+    fn start_side(&self, place: Place, protect: &Protect) -> Result<Part> {
         let options = &self.options;
-        let (spec, cgroup) = self.spec(name, container)?;
-        let status = self.status_of(container, name, Role::Backup);
-        let times = detector::Config {
-            interval: *protect.detector.heartbeat,
-            timeout: *protect.detector.timeout,
-        };
-        let origin = Instant::now();
-        let config = replicator::protocol::backup::Config { times, ..Default::default() };
-        let core = Backup::new(config, Generation(0), Duration::ZERO);
+        let (lab, host) = (&options.topology.name, &options.host);
+        let name = place.network.name.clone();
+        let times = place.times();
+        let memory = Memory::recall(lab, host, &name)?;
+        let config = replicator::protocol::backup::Config { times };
+        let core = Backup::new(config, memory.newest(), Duration::ZERO);
         let (tell, notices) = mpsc::unbounded_channel();
-        let core = Arc::new(SharedBackup::new(
-            core,
-            origin,
-            name,
-            &options.host,
-            backup::DEPTH as u32,
-            move |notice| {
-                let _ = tell.send(notice);
-            },
-        ));
-        let bind = options
-            .topology
-            .backup_socket(protect)
-            .with_context(|| format!("host {} has no address on the link", protect.backup))?;
+        let depth = backup::DEPTH as u32;
+        let clocks = SharedClocks::default();
+        let read = clocks.clone();
+        let tell = move |notice| {
+            if let Notice::Admitted(_, _, hello) = &notice {
+                *lock(&read) = Some((hello.clocks, Instant::now()));
+            }
+            let _ = tell.send(notice);
+        };
+        let core = Arc::new(SharedBackup::new(core, Instant::now(), &name, host, depth, tell));
         let endpoint = BackupEndpoint::bind(BackupConfig {
-            bind,
-            peer_host: protect.primary.clone(),
-            identity: Identity::load(&options.pki, &options.host, HostRole::Host)?,
+            bind: SocketAddr::new(place.address(protect, host)?, protect.port),
+            peer_host: place.peer(protect).to_owned(),
+            identity: Identity::load(&options.pki, host, HostRole::Host)?,
             limits: Limits::default(),
         })?;
-        let shell = BackupShell::new(name, core.clone(), endpoint.clone(), status.clone())?;
+        let judge = Judge::of(options, protect)?;
+        let shell = Standby::new(&place, core.clone(), endpoint.clone(), judge, memory);
         let (orders_in, orders) = mpsc::unbounded_channel();
         let (checkpoints_in, checkpoints) = mpsc::channel(backup::DEPTH);
-        runtime.spawn(endpoint.serve(core.clone(), checkpoints_in));
-        runtime.spawn(backup::follow(shell.clone(), notices, orders_in));
-        runtime.spawn(backup::beat(shell.clone(), times.interval));
-        let applier = Applier {
-            shell: shell.clone(),
-            place: Place::of(&options.topology, name, container)?,
-            spec,
-            lab: options.topology.name.clone(),
-            host: options.host.clone(),
-            checkpoints,
-            orders,
-            runtime: runtime.clone(),
-            thread_setup: worker::gate_threads(),
-            warm: None,
-            link: LinkId::default(),
-        };
-        let end = move || shell.end();
-        Part::spawn(format!("apply-{name}"), status, cgroup, end, move || applier.run())
+        self.runtime.spawn(endpoint.serve(core, checkpoints_in));
+        self.runtime.spawn(backup::follow(shell.clone(), notices, orders_in.clone()));
+        self.runtime.spawn(backup::beat(shell.clone(), times.interval));
+        if protect.primary == *host {
+            let question = place.link_config(protect, Generation::default(), WireRole::Backup)?;
+            self.runtime.spawn(backup::find_out(shell.clone(), question, orders_in));
+        }
+        place.duty.stands_by(shell.clone());
+        let part = Part::of(&place);
+        let applier =
+            Applier { place, shell, lab: lab.clone(), checkpoints, orders, warm: None, clocks };
+        part.spawn(format!("side-{name}"), move || applier.run())
     }
 
     fn spec(&self, name: &str, container: &Container) -> Result<(ContainerSpec, Cgroup)> {
@@ -302,13 +276,27 @@ impl Agent {
     }
 
     fn serve_control(&self, listener: UnixListener, stop: Arc<Notify>) -> Result<()> {
-        let statuses: Vec<SharedStatus> = self.parts.iter().map(|p| p.status.clone()).collect();
+        let parts: Vec<(SharedStatus, Arc<Duty>)> =
+            self.parts.iter().map(|p| (p.status.clone(), p.duty.clone())).collect();
         let host = self.options.host.clone();
         control::serve(listener, move |request| {
+            let duty_of = |container: &str| {
+                let part = parts.iter().find(|(status, _)| lock(status).name == container);
+                part.map(|(_, duty)| duty).ok_or_else(|| "it has no part here".to_owned())
+            };
+            let done = match &request {
+                Request::Switchover { container } => {
+                    duty_of(container).and_then(|duty| duty.hand_over())
+                }
+                Request::Allow { container } => duty_of(container).and_then(|duty| duty.allow()),
+                Request::Status | Request::Stop => Ok(()),
+            };
+            let refusal = done.err();
             let status = AgentStatus {
                 host: host.clone(),
                 pid: std::process::id(),
-                containers: statuses.iter().map(|s| lock(s).clone()).collect(),
+                containers: parts.iter().map(|(s, _)| lock(s).clone()).collect(),
+                refusal,
             };
             if request == Request::Stop {
                 stop.notify_one();
@@ -320,7 +308,7 @@ impl Agent {
     /// Ends all containers, and waits for it as long as is reasonable.
     fn end(&mut self) {
         for part in &self.parts {
-            (part.end)();
+            part.duty.end();
         }
         let deadline = Instant::now() + ENDING;
         for part in &mut self.parts {
@@ -354,19 +342,24 @@ fn is_installed(path: &str, program: &str) -> bool {
 }
 
 impl Part {
-    fn spawn(
-        name: String,
-        status: SharedStatus,
-        cgroup: Cgroup,
-        end: impl Fn() + Send + 'static,
-        run: impl FnOnce() + Send + 'static,
-    ) -> Result<Part> {
-        let done = Arc::new(AtomicBool::new(false));
-        let finished = done.clone();
+    /// A part that has not begun yet.
+    fn of(place: &Place) -> Part {
+        Part {
+            status: place.status.clone(),
+            duty: place.duty.clone(),
+            thread: None,
+            done: Arc::default(),
+            cgroup: place.cgroup.clone(),
+        }
+    }
+
+    fn spawn(mut self, name: String, run: impl FnOnce() + Send + 'static) -> Result<Part> {
+        let finished = self.done.clone();
         let thread = std::thread::Builder::new().name(name).spawn(move || {
             run();
             finished.store(true, Ordering::Release);
         })?;
-        Ok(Part { status, thread: Some(thread), end: Box::new(end), done, cgroup })
+        self.thread = Some(thread);
+        Ok(self)
     }
 }

@@ -9,9 +9,11 @@
 //! actions carried out. Releases have a thread of their own, because writing an epoch's frames can
 //! take milliseconds.
 
+use super::backup::Standby;
 use super::journal::{Journal, monotonic_us};
 use super::status::{ContainerStatus, EpochRecord, Phase, Role, StopStages};
 use super::stop::Taken;
+use crate::frames::commit::Unprotected;
 use crate::frames::gate::Gate;
 use crate::frames::input_log::LogReader;
 use anyhow::Result;
@@ -27,7 +29,7 @@ use replicator::{Epoch, Generation};
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
@@ -41,6 +43,18 @@ const GOODBYE: Duration = Duration::from_secs(1);
 struct Base {
     link: LinkId,
     full: bool,
+}
+
+/// What the next checkpoint is.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Next {
+    /// The connection that it is for.
+    pub(super) link: LinkId,
+    /// Whether it builds on none before.
+    pub(super) full: bool,
+    /// Its output does not wait for it.
+    pub(super) provisional: bool,
+    pub(super) generation: Generation,
 }
 
 /// The status of a container, shared with the control socket.
@@ -62,10 +76,8 @@ pub(super) struct Wishes {
 /// The core of a primary and what surrounds it; shared by its threads and tasks.
 pub(super) struct Shell {
     name: String,
-    generation: Generation,
     core: Mutex<Primary>,
     origin: Instant,
-    depth: usize,
     wake: EventFd,
     base: Mutex<Base>,
     link: Mutex<Option<(LinkId, Arc<PrimaryLink>)>>,
@@ -78,11 +90,16 @@ pub(super) struct Shell {
     unsent: AtomicUsize,
     progress: AtomicU64,
     end: AtomicBool,
+    /// The operator wants the backup to take over.
+    handing_over: AtomicBool,
+    /// This host's other core; none if the container is not protected.
+    standby: Option<Arc<Standby>>,
     /// No backup is wanted any longer.
     retired: AtomicBool,
     status: SharedStatus,
     records: Mutex<BTreeMap<u64, (EpochRecord, Instant)>>,
     journal: Mutex<Journal>,
+    me: Weak<Shell>,
 }
 
 impl Shell {
@@ -90,20 +107,19 @@ impl Shell {
     pub(super) fn new(
         name: &str,
         core: Primary,
-        depth: usize,
         control: bool,
         status: SharedStatus,
         journal: Journal,
+        standby: Option<Arc<Standby>>,
     ) -> Result<(Arc<Self>, Wishes)> {
         let (connect, connects) = mpsc::unbounded_channel();
         let (releases, proofs) = std::sync::mpsc::channel();
         let wake = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
-        let shell = Self {
+        let shell = Arc::new_cyclic(|me| Self {
+            me: me.clone(),
             name: name.to_owned(),
-            generation: core.generation(),
             core: Mutex::new(core),
             origin: Instant::now(),
-            depth,
             wake,
             base: Mutex::default(),
             link: Mutex::default(),
@@ -115,12 +131,14 @@ impl Shell {
             unsent: AtomicUsize::new(0),
             progress: AtomicU64::new(0),
             end: AtomicBool::new(false),
+            handing_over: AtomicBool::new(false),
+            standby,
             retired: AtomicBool::new(false),
             status,
             records: Mutex::default(),
             journal: Mutex::new(journal),
-        };
-        Ok((Arc::new(shell), Wishes { connects, releases: proofs }))
+        });
+        Ok((shell, Wishes { connects, releases: proofs }))
     }
 
     pub(super) fn name(&self) -> String {
@@ -164,14 +182,57 @@ impl Shell {
     /// Whether a stop may begin: there is a backup and the pipeline has room.
     pub(super) fn may_begin_stop(&self) -> bool {
         let core = lock(&self.core);
-        core.may_begin_stop() && core.in_flight() + self.unsent.load(Ordering::Acquire) < self.depth
+        let unsent = self.unsent.load(Ordering::Acquire);
+        core.may_begin_stop() && core.in_flight() + unsent < core.depth()
     }
 
-    /// What the next checkpoint must build on: the connection, and whether it must be full. The
-    /// caller takes that one.
-    pub(super) fn next_base(&self) -> (LinkId, bool) {
+    /// What the next checkpoint must be. The caller takes that one.
+    pub(super) fn next(&self) -> Next {
+        let core = lock(&self.core);
         let mut base = lock(&self.base);
-        (base.link, std::mem::take(&mut base.full))
+        Next {
+            link: base.link,
+            full: std::mem::take(&mut base.full),
+            provisional: core.is_catching_up(),
+            generation: core.generation(),
+        }
+    }
+
+    /// The generation that this side works in.
+    pub(super) fn generation(&self) -> Generation {
+        lock(&self.core).generation()
+    }
+
+    /// How the core stands.
+    pub(super) fn state(&self) -> State {
+        lock(&self.core).state()
+    }
+
+    /// The operator wants the backup to take over. Refused, with the reason, if it could not.
+    pub(super) fn hand_over(&self) -> Result<(), String> {
+        match self.state() {
+            State::Protected { synced: true } => {
+                self.handing_over.store(true, Ordering::Release);
+                self.wake_up();
+                Ok(())
+            }
+            state => Err(format!("it has no backup that could go on with it ({state:?})")),
+        }
+    }
+
+    /// Whether it is to be handed over.
+    pub(super) fn hands_over(&self) -> bool {
+        self.handing_over.load(Ordering::Acquire)
+    }
+
+    /// Nothing came of it.
+    pub(super) fn keeps_it(&self) {
+        self.handing_over.store(false, Ordering::Release);
+    }
+
+    /// Whether all checkpoints that were taken have left the shipper.
+    pub(super) fn all_shipped(&self) -> bool {
+        self.unsent.load(Ordering::Acquire) == 0
     }
 
     /// A full checkpoint for this connection was not taken after all.
@@ -196,9 +257,25 @@ impl Shell {
     /// Holds output from now on; the first epoch is `epoch`. Does nothing the second time.
     pub(super) fn protect_output(&self, gate: &Gate, epoch: Epoch) {
         if !self.control && !self.output_protected.swap(true, Ordering::AcqRel) {
-            gate.protect(self.generation, Epoch(epoch.0.saturating_sub(1)));
+            gate.protect(self.generation(), Epoch(epoch.0.saturating_sub(1)));
             lock(&self.status).phase = Phase::Syncing;
         }
+    }
+
+    /// Lets output go where this side acts alone. Like [`Shell::protect_output`] for the stop
+    /// thread only, so that the two cannot overtake each other.
+    pub(super) fn settle_output(&self, gate: &Gate) {
+        if lock(&self.core).is_alone() && self.output_protected.swap(false, Ordering::AcqRel) {
+            let frames = gate.pass_through(Unprotected::GrantedByArbiter);
+            tracing::warn!(container = self.name, frames, "output leaves without waiting");
+        }
+    }
+
+    /// Gives the core a checkpoint whose last frame is about to leave. Whether it may.
+    pub(super) fn sent(&self, taken: &Taken, digest: u64) -> bool {
+        let (link, epoch, provisional) = (taken.link, taken.epoch, taken.provisional);
+        self.handle(Input::Sent { link, epoch, digest, provisional });
+        lock(&self.core).sends_on(link)
     }
 
     /// Gives the core an input and carries out its actions.
@@ -229,12 +306,37 @@ impl Shell {
             }
             Action::Severed(link, why) => {
                 let mut current = lock(&self.link);
-                if current.as_ref().is_some_and(|(l, _)| *l == link) {
-                    *current = None;
+                if let Some((l, connection)) = current.take_if(|(l, _)| *l == link) {
+                    tracing::debug!(link = %l, "closed");
+                    connection.close("the primary gives this connection up");
                 }
-                tracing::warn!(container = self.name, reason = %why,
-                    "the backup is gone; no output leaves until it is back");
+                let alone = lock(&self.core).is_alone();
+                let then =
+                    if alone { "it goes on unprotected" } else { "no output leaves meanwhile" };
+                tracing::warn!(container = self.name, reason = %why, "the backup is gone; {then}");
                 lock(&self.status).reason = Some(why.to_string());
+            }
+            Action::Hold => {
+                tracing::info!(container = self.name, "the backup has caught up");
+            }
+            Action::GoAlone(generation) => {
+                metrics::counter!("nilicon_alone_total", "container" => self.name()).increment(1);
+                tracing::error!(container = self.name, %generation,
+                    "the backup is gone, and the arbiter agrees: it goes on unprotected");
+                lock(&self.status).generation = generation.0;
+                if let Some(standby) = &self.standby {
+                    standby.moved_on(generation);
+                }
+            }
+            Action::Ask { base, wanted } => self.ask(base, wanted),
+            Action::Stop => {
+                tracing::error!(
+                    container = self.name,
+                    "the backup is gone; the container ends, as its policy says"
+                );
+                lock(&self.status).reason =
+                    Some("its backup was lost, and its policy is to stop".into());
+                self.end();
             }
             Action::HandOver { last, .. } => {
                 tracing::info!(container = self.name, epoch = %last, "handed over");
@@ -259,6 +361,8 @@ impl Shell {
         let now = Instant::now();
         let frames = match released {
             Ok(frames) => frames,
+            // It has left already, without proof.
+            Err(_) if lock(&self.core).is_alone() => return,
             Err(error) => {
                 tracing::error!(container = self.name, %epoch, %error, "output stays");
                 return;
@@ -296,8 +400,10 @@ impl Shell {
                 status.reason = None;
                 Phase::Protected
             }
-            State::Protected { synced: false } => Phase::Syncing,
+            State::Protected { synced: false } | State::CatchingUp { .. } => Phase::Syncing,
+            State::Alone { .. } => Phase::Unprotected,
             State::Severed { .. } => Phase::Severed,
+            State::Stopped => Phase::Failed,
             State::Demoted { .. } | State::HandedOver => {
                 status.role = Role::None;
                 Phase::Demoted
@@ -308,6 +414,17 @@ impl Shell {
             .set(f64::from(u8::from(status.protected)));
         metrics::gauge!("nilicon_committed_epoch", "container" => self.name())
             .set(committed.0 as f64);
+    }
+
+    fn ask(&self, base: Generation, wanted: Generation) {
+        let Some(standby) = self.standby.clone() else { return };
+        let Some(me) = self.me.upgrade() else { return };
+        tracing::warn!(container = self.name, %wanted, "asking the arbiter to go on alone");
+        standby.runtime.clone().spawn(async move {
+            let verdict = standby.judge.ask(standby.claim(base, wanted)).await;
+            tracing::warn!(container = me.name, %wanted, ?verdict, "the arbiter has answered");
+            me.handle(Input::Verdict { generation: wanted, verdict });
+        });
     }
 
     fn current_link(&self) -> Option<(LinkId, Arc<PrimaryLink>)> {
@@ -324,12 +441,17 @@ impl Shell {
 
     /// Notes a checkpoint's figures until its acknowledgement.
     pub(super) fn note(&self, taken: &Taken, wire_bytes: u64) {
+        // Its output did not wait for it: there is no commit to tell of.
+        if taken.provisional {
+            return;
+        }
         let t = &taken.times;
+        let sealed = taken.sealed.unwrap_or_else(Instant::now);
         let us = |d: Duration| d.as_micros() as u64;
         let record = EpochRecord {
             epoch: taken.epoch.0,
-            generation: self.generation.0,
-            at_us: monotonic_us(),
+            generation: taken.generation.0,
+            at_us: monotonic_us().saturating_sub(us(sealed.elapsed())),
             interval_us: us(taken.interval),
             stop_us: us(t.total),
             stop_us_by_stage: StopStages {
@@ -353,7 +475,6 @@ impl Shell {
             .record(t.pages as f64);
         metrics::counter!("nilicon_wire_bytes_total", "container" => self.name())
             .increment(wire_bytes);
-        let sealed = taken.sealed.unwrap_or_else(Instant::now);
         lock(&self.records).insert(taken.epoch.0, (record, sealed));
     }
 
@@ -364,7 +485,7 @@ impl Shell {
     }
 }
 
-/// Carries releases out, in order, until the shell is gone or its container ends.
+/// Carries releases out, in order, until the shell is gone or its container's time here ends.
 pub(super) fn release_all(shell: Arc<Shell>, proofs: std::sync::mpsc::Receiver<CommitProof>) {
     while !shell.must_end() {
         match proofs.recv_timeout(Duration::from_millis(200)) {
@@ -373,6 +494,8 @@ pub(super) fn release_all(shell: Arc<Shell>, proofs: std::sync::mpsc::Receiver<C
             Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => return,
         }
     }
+    // What was proven before the end, as in a switchover, leaves.
+    proofs.try_iter().for_each(|proof| shell.release(proof));
 }
 
 /// Where the backup is and who we are.
@@ -409,6 +532,7 @@ pub(super) async fn keep_connected(
             return;
         }
         let mut config = settings.config.clone();
+        config.generation = shell.generation();
         config.hello = Hello { clocks: clocks_now(settings.offsets), ..config.hello };
         let events = shell.clone();
         let connected = PrimaryLink::connect(config, move |event| hear(&events, link, event)).await;
@@ -489,8 +613,9 @@ pub(super) async fn send_input(shell: Arc<Shell>, mut log: LogReader) {
 }
 
 /// Tells the backup that there is nothing to protect any longer, so that it does not take over,
-/// and makes no new connection. Whether the backup has heard it; true if there never was one.
-pub(super) async fn say_goodbye(shell: &Shell) -> bool {
+/// or that it is to take over now; and makes no new connection. Whether the backup has heard it;
+/// true if there never was one.
+pub(super) async fn say_goodbye(shell: &Shell, bye: Bye) -> bool {
     shell.retired.store(true, Ordering::Release);
     let last = lock(&shell.core).committed();
     let link = lock(&shell.link).take().map(|(_, link)| link);
@@ -508,7 +633,7 @@ pub(super) async fn say_goodbye(shell: &Shell) -> bool {
         }
         tokio::time::sleep(Duration::from_millis(1)).await;
     };
-    match link.bye(Bye::Stop, last).await {
+    match link.bye(bye, last).await {
         Ok(()) => true,
         Err(error) => {
             tracing::info!(container = shell.name, %error, "the backup did not hear our goodbye");

@@ -6,7 +6,6 @@
 
 use super::primary::Shell;
 use super::stop::Taken;
-use replicator::Generation;
 use replicator::protocol::LinkId;
 use replicator::protocol::primary::Input;
 use replicator::sys::sched;
@@ -30,18 +29,13 @@ enum ShipError {
 }
 
 /// Runs until the stop thread is gone.
-pub(super) fn run(
-    shell: Arc<Shell>,
-    generation: Generation,
-    taken: Receiver<Taken>,
-    buffers: SyncSender<Taken>,
-) {
+pub(super) fn run(shell: Arc<Shell>, taken: Receiver<Taken>, buffers: SyncSender<Taken>) {
     if let Err(error) = sched::set_nice(NICE) {
         tracing::debug!(%error, "the shipper runs at ordinary priority");
     }
     let mut builder: Option<(LinkId, CheckpointBuilder)> = None;
     for taken in taken {
-        if let Err(error) = ship(&shell, generation, &mut builder, &taken) {
+        if let Err(error) = ship(&shell, &mut builder, &taken) {
             tracing::info!(epoch = %taken.epoch, %error, "a checkpoint was dropped");
             builder = None;
             if matches!(error, ShipError::Build(_)) {
@@ -58,7 +52,6 @@ pub(super) fn run(
 
 fn ship(
     shell: &Shell,
-    generation: Generation,
     builder: &mut Option<(LinkId, CheckpointBuilder)>,
     taken: &Taken,
 ) -> Result<(), ShipError> {
@@ -76,14 +69,16 @@ fn ship(
             sent = link.send(frame);
         }
     };
-    send(builder.begin(generation, taken.epoch, taken.full));
+    send(builder.begin_as(taken.generation, taken.epoch, taken.full, taken.provisional));
     let pids: Vec<i32> = taken.state.processes.iter().map(|p| p.pid).collect();
     builder.pages(&taken.pages, &pids, &mut send)?;
     let finished = builder.finish(&taken.state, &mut send)?;
     sent?;
     shell.note(taken, finished.bytes);
     // The ledger learns of the digest before the frame leaves that completes the checkpoint.
-    shell.handle(Input::Sent { epoch: finished.epoch, digest: finished.digest });
+    if !shell.sent(taken, finished.digest) {
+        return Err(ShipError::Stale);
+    }
     link.send(finished.end)?;
     Ok(())
 }

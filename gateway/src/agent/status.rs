@@ -8,7 +8,8 @@
 //! | `HOST.sock` | control socket: one JSON [`Request`] a line, one JSON answer a line |
 //! | `HOST.log` | the agent's log |
 //! | `HOST.CONTAINER.epochs` | one [`EpochRecord`] a line, written when the epoch is committed |
-//! | `HOST.CONTAINER.failover` | one [`FailoverRecord`], written when the container runs again |
+//! | `HOST.CONTAINER.failover` | one [`FailoverRecord`] a line, written when the container runs again |
+//! | `HOST.CONTAINER.generation` | the newest generation that the host has heard of |
 //!
 //! The files outlive a killed agent, which is what they are for.
 
@@ -33,7 +34,12 @@ pub fn epochs_file(lab: &str, host: &str, container: &str) -> PathBuf {
     state_dir(lab).join(format!("{host}.{container}.epochs"))
 }
 
-/// Record of the failover of a container to a host.
+/// Newest generation of a container that a host has heard of.
+pub fn generation_file(lab: &str, host: &str, container: &str) -> PathBuf {
+    state_dir(lab).join(format!("{host}.{container}.generation"))
+}
+
+/// Records of the failovers of a container to a host.
 pub fn failover_file(lab: &str, host: &str, container: &str) -> PathBuf {
     state_dir(lab).join(format!("{host}.{container}.failover"))
 }
@@ -44,6 +50,18 @@ pub fn failover_file(lab: &str, host: &str, container: &str) -> PathBuf {
 pub enum Request {
     /// Answered by [`AgentStatus`].
     Status,
+    /// The container moves to its backup, as soon as that has all of it. Answered by
+    /// [`AgentStatus`], with a refusal if it cannot.
+    Switchover {
+        /// The container.
+        container: String,
+    },
+    /// The operator lets this side act alone in its container's name. Answered by
+    /// [`AgentStatus`], with a refusal if it does not ask to.
+    Allow {
+        /// The container.
+        container: String,
+    },
     /// The agent ends, its containers with it. Answered by [`AgentStatus`] before it does.
     Stop,
 }
@@ -57,6 +75,9 @@ pub struct AgentStatus {
     pub pid: u32,
     /// The containers that it has a part in.
     pub containers: Vec<ContainerStatus>,
+    /// Why it does not do what was asked.
+    #[serde(default)]
+    pub refusal: Option<String>,
 }
 
 /// The part of a host in a container's life.
@@ -67,7 +88,7 @@ pub enum Role {
     Primary,
     /// It holds the warm spare.
     Backup,
-    /// It has had its part: the container ended here or moved away.
+    /// It has had its part: the container ended here.
     None,
 }
 

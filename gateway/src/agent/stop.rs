@@ -8,8 +8,7 @@
 //! buffers go round between the two threads; when both are with the shipper no stop begins, which
 //! bounds what waits (RB-1).
 
-use super::primary::Shell;
-use super::status::Phase;
+use super::primary::{Next, Shell};
 use crate::frames::gate::{Gate, InputHold};
 use anyhow::{Context, Result};
 use nix::errno::Errno;
@@ -17,12 +16,13 @@ use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::time::TimeSpec;
-use replicator::Epoch;
 use replicator::capture::{Boundary, CaptureError, Capturer, StopTimes};
 use replicator::image::State;
 use replicator::image::pages::PageSet;
 use replicator::protocol::LinkId;
+use replicator::protocol::primary::{Input, State as Stand};
 use replicator::sys::sched;
+use replicator::{Epoch, Generation};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError};
@@ -56,6 +56,10 @@ pub(super) struct Taken {
     pub(super) epoch: Epoch,
     /// Whether it builds on none before.
     pub(super) full: bool,
+    /// Its output did not wait for it.
+    pub(super) provisional: bool,
+    /// The generation that it is of.
+    pub(super) generation: Generation,
     /// The state.
     pub(super) state: State,
     /// The pages.
@@ -130,6 +134,8 @@ struct GateBoundary<'a> {
     hold: Option<InputHold<'a>>,
     /// Output does not wait, so there is nothing to seal.
     control: bool,
+    /// The container stands still afterwards.
+    last: bool,
     sealed: Option<Instant>,
     error: Option<crate::frames::gate::GateError>,
 }
@@ -151,6 +157,9 @@ impl Boundary for GateBoundary<'_> {
     }
 
     fn release_input(&mut self) {
+        if let Some(hold) = self.hold.as_mut().filter(|_| self.last && self.sealed.is_some()) {
+            hold.divert();
+        }
         self.hold = None;
     }
 }
@@ -170,6 +179,15 @@ pub(super) struct StopLoop {
     /// Whether the container is connected to its clients.
     pub(super) plugged: bool,
     pub(super) buffers: Vec<Taken>,
+    /// The last checkpoint of a switchover: the container stands still.
+    pub(super) still: Option<Standing>,
+}
+
+/// A container that stands still after its last checkpoint here.
+#[derive(Debug)]
+pub(super) struct Standing {
+    last: Epoch,
+    told: bool,
 }
 
 /// Why the loop ended.
@@ -200,6 +218,10 @@ impl StopLoop {
 
     fn turn(&mut self) -> Result<(), CaptureError> {
         self.take_back_buffers();
+        self.shell.settle_output(&self.gate);
+        if self.still.is_some() {
+            return self.stand();
+        }
         if !self.plugged && self.shell.is_welcome() {
             self.shell.protect_output(&self.gate, self.epoch);
             self.gate.plug().map_err(|error| {
@@ -211,9 +233,10 @@ impl StopLoop {
         let active = !self.buffers.is_empty() && self.shell.may_begin_stop();
         let since = self.last_stop.elapsed();
         let wait = if !active { IDLE } else { self.pace.max.saturating_sub(since) };
+        let hands_over = active && self.shell.hands_over();
         let wants_output = active && since >= self.pace.min;
         let wait = if active && !wants_output { self.pace.min - since } else { wait };
-        let output_waits = {
+        let output_waits = hands_over || {
             let mut fds = vec![
                 PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
                 PollFd::new(self.shell.wake(), PollFlags::POLLIN),
@@ -228,8 +251,37 @@ impl StopLoop {
         drain_signals(&self.signals);
         self.capturer.pump()?;
         let since = self.last_stop.elapsed();
-        if active && since >= self.pace.min && (output_waits || since >= self.pace.max) {
+        if hands_over
+            || active && since >= self.pace.min && (output_waits || since >= self.pace.max)
+        {
             self.checkpoint()?;
+        }
+        Ok(())
+    }
+
+    /// Waits until the last checkpoint is with the backup and says so to the core, or lets the
+    /// container go on if that cannot be.
+    fn stand(&mut self) -> Result<(), CaptureError> {
+        let Some(standing) = &mut self.still else { return Ok(()) };
+        let protected = matches!(self.shell.state(), Stand::Protected { .. });
+        if !protected && !self.shell.must_end() {
+            tracing::warn!(container = self.shell.name(), "the switchover came to nothing");
+            self.still = None;
+            self.shell.keeps_it();
+            self.capturer.go_on()?;
+            return self.gate.plug().map_err(|error| {
+                tracing::error!(%error, "the container cannot be connected to its clients");
+                CaptureError::Transient("the gate does not open")
+            });
+        }
+        if !standing.told && self.shell.all_shipped() {
+            standing.told = true;
+            self.shell.handle(Input::HandOver { last: standing.last });
+        }
+        if !self.shell.must_end() {
+            let mut fds = [PollFd::new(self.shell.wake(), PollFlags::POLLIN)];
+            sleep_on(&mut fds, IDLE).map_err(|_| CaptureError::Transient("poll failed"))?;
+            self.shell.awake();
         }
         Ok(())
     }
@@ -248,16 +300,21 @@ impl StopLoop {
 
     fn checkpoint(&mut self) -> Result<(), CaptureError> {
         let Some(mut taken) = self.buffers.pop() else { return Ok(()) };
-        let (link, full) = self.shell.next_base();
+        let Next { link, full, provisional, generation } = self.shell.next();
+        let last = !provisional && self.shell.hands_over();
+        (taken.provisional, taken.generation) = (provisional, generation);
         if full {
             self.capturer.begin_full();
         }
-        let result = self.prepare_and_stop(&mut taken);
+        let result = self.prepare_and_stop(&mut taken, last);
         match result {
             Ok(()) => {}
             Err(CaptureError::Ended) => return Err(CaptureError::Ended),
             // Whatever else failed has changed nothing in the container: it is tried again.
             Err(e) => {
+                if last {
+                    self.capturer.go_on()?;
+                }
                 if full {
                     self.shell.full_again(link);
                 }
@@ -266,6 +323,9 @@ impl StopLoop {
             }
         }
         self.transient_since = None;
+        if last {
+            self.still = Some(Standing { last: self.epoch, told: false });
+        }
         (taken.link, taken.full, taken.epoch) = (link, full, self.epoch);
         taken.interval = self.last_stop.elapsed();
         self.last_stop = Instant::now();
@@ -277,7 +337,7 @@ impl StopLoop {
         Ok(())
     }
 
-    fn prepare_and_stop(&mut self, taken: &mut Taken) -> Result<(), CaptureError> {
+    fn prepare_and_stop(&mut self, taken: &mut Taken, last: bool) -> Result<(), CaptureError> {
         self.capturer.prepare()?;
         for _ in 0..MAX_ROUNDS {
             if self.capturer.precopy()? < ANOTHER_ROUND {
@@ -286,11 +346,18 @@ impl StopLoop {
             drain_signals(&self.signals);
             self.capturer.pump()?;
         }
-        self.shell.protect_output(&self.gate, self.epoch);
+        // What is provisional has no output that waits for it.
+        if !taken.provisional {
+            self.shell.protect_output(&self.gate, self.epoch);
+        }
+        if last {
+            self.capturer.stand_still();
+        }
         let mut boundary = GateBoundary {
             gate: &self.gate,
             hold: None,
-            control: self.shell.is_control(),
+            control: self.shell.is_control() || taken.provisional,
+            last,
             sealed: None,
             error: None,
         };
@@ -348,13 +415,5 @@ impl StopLoop {
             drain_signals(&self.signals);
         }
         Ok(Ending::Told)
-    }
-
-    /// The last status: what the container is from now on.
-    pub(super) fn phase_of(ending: &Ending) -> Phase {
-        match ending {
-            Ending::Ended => Phase::Ended,
-            Ending::Told | Ending::Unprotectable(_) => Phase::Demoted,
-        }
     }
 }

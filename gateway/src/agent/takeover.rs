@@ -46,12 +46,12 @@ pub(super) struct Takeover<'a> {
 /// The restored processes: host pid and host tids of each, the init first.
 pub(super) type Tree = Vec<(i32, Vec<i32>)>;
 
-/// Carries a takeover out. `logged` are frames that the lost primary had received since the
-/// checkpoint.
+/// Carries a takeover out. `logged` gives, as late as it can, the frames that the lost primary
+/// had received since the checkpoint.
 pub(super) fn run(
     takeover: &Takeover<'_>,
     warm: &mut Warm,
-    logged: Vec<Bytes>,
+    logged: impl FnOnce() -> Vec<Bytes>,
 ) -> Result<(FailoverRecord, Tree)> {
     let (checkpoint, received) = warm.last.clone().ok_or_else(|| anyhow!("no checkpoint"))?;
     let gate = warm.gate.clone();
@@ -96,7 +96,7 @@ pub(super) fn run(
         inject(&gate, takeover.place.mac, mac_of(segment), segment, reset)?;
     }
     let mut replayed = gate.counters().backlog_frames as u64;
-    for frame in &logged {
+    for frame in &logged() {
         // A frame that the device does not take is sent again by its sender.
         match gate.inject(frame) {
             Ok(()) => replayed += 1,

@@ -1,8 +1,9 @@
-//! The life of a container on its home host: launched, made ready, protected, ended.
+//! A container that runs here: begun, made ready, protected, given away or ended.
 
 use super::AgentOptions;
+use super::backup::Standby;
 use super::journal::Journal;
-use super::network::Place;
+use super::network::Place as NetworkPlace;
 use super::primary::{self, LinkSettings, SharedStatus, Shell, lock};
 use super::ship;
 use super::status::{Phase, Role};
@@ -12,26 +13,29 @@ use crate::frames::commit::Unprotected;
 use crate::frames::gate::{Gate, GateConfig, ThreadSetup};
 use crate::frames::input_log;
 use anyhow::{Context, Result, bail};
+use netns_tools::cgroup::Cgroup;
 use netns_tools::namespace::Namespace;
-use netns_tools::topology::{Protect, Ready};
+use netns_tools::topology::{OnBackupLoss, Protect, Ready};
 use nix::poll::{PollFd, PollFlags};
 use nix::sys::signalfd::SignalFd;
 use replicator::ack::AckLedger;
 use replicator::capture::{CaptureError, Capturer};
 use replicator::container::{self, ContainerSpec, Launched};
+use replicator::image::Clocks;
 use replicator::protocol::detector;
-use replicator::protocol::primary::{Config, Primary};
+use replicator::protocol::primary::{Config, OnLoss, Primary, State};
 use replicator::sys::sched;
 use replicator::sys::unix_diag::UnixDiag;
 use replicator::transport::link::PrimaryConfig;
 use replicator::transport::{HostRole, Identity};
-use replicator::wire::message::{Hello, Role as WireRole};
+use replicator::wire::message::{Bye, Hello, Role as WireRole};
 use replicator::{Epoch, Generation};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::sync_channel;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// Checkpoints in flight.
@@ -46,31 +50,126 @@ const READY_PAUSE: Duration = Duration::from_millis(5);
 /// Longest sleep while the container starts.
 const START_PAUSE: Duration = Duration::from_millis(5);
 
-/// Everything that a container's home needs to know.
-pub(super) struct Home {
+/// What every part of a container on this host needs to know.
+pub(super) struct Place {
     pub(super) options: Arc<AgentOptions>,
-    pub(super) place: Place,
+    pub(super) network: NetworkPlace,
     pub(super) spec: ContainerSpec,
+    pub(super) cgroup: Cgroup,
     pub(super) ready: Option<Ready>,
     pub(super) protect: Option<Protect>,
     pub(super) status: SharedStatus,
     pub(super) runtime: tokio::runtime::Handle,
     pub(super) thread_setup: ThreadSetup,
-    /// Where the shell is put once there is one, for whoever ends the agent.
-    pub(super) shell: Arc<OnceLock<Arc<Shell>>>,
+    pub(super) duty: Arc<Duty>,
 }
 
-impl Home {
-    /// Runs the container on the calling thread until it or the agent ends.
-    pub(super) fn run(self) {
-        let name = self.place.name.clone();
-        let result = self.live();
+/// What a part does at the moment, for whoever gives it orders from outside.
+#[derive(Default)]
+pub(super) struct Duty {
+    end: AtomicBool,
+    shell: Mutex<Option<Arc<Shell>>>,
+    standby: OnceLock<Arc<Standby>>,
+}
+
+impl Duty {
+    /// Tells the part to end.
+    pub(super) fn end(&self) {
+        self.end.store(true, Ordering::Release);
+        if let Some(shell) = &*lock(&self.shell) {
+            shell.end();
+        }
+    }
+
+    pub(super) fn must_end(&self) -> bool {
+        self.end.load(Ordering::Acquire)
+    }
+
+    /// A part of a protected container.
+    pub(super) fn stands_by(&self, standby: Arc<Standby>) {
+        let _ = self.standby.set(standby);
+    }
+
+    /// The operator lets this side act alone; refused with the reason.
+    pub(super) fn allow(&self) -> Result<(), String> {
+        self.standby.get().map_or_else(|| Err("it is not protected".into()), |s| s.judge.allow())
+    }
+
+    /// Asks for a switchover; refused with the reason.
+    pub(super) fn hand_over(&self) -> Result<(), String> {
+        match &*lock(&self.shell) {
+            Some(shell) => shell.hand_over(),
+            None => Err("it does not run here".into()),
+        }
+    }
+}
+
+/// A container that the calling thread has under ptrace.
+pub(super) struct Life {
+    pub(super) launched: Launched,
+    pub(super) capturer: Capturer,
+    pub(super) gate: Arc<Gate>,
+    pub(super) signals: SignalFd,
+    pub(super) generation: Generation,
+    /// The epoch that it went on from; none if it began here.
+    pub(super) from: Option<Epoch>,
+}
+
+/// How a container's time here ended.
+#[derive(Debug)]
+pub(super) enum Outcome {
+    /// Its processes, or the agent, ended.
+    Over,
+    /// It runs elsewhere in this generation, or will soon.
+    Moved(Generation),
+}
+
+impl Place {
+    /// Begins a new life of the container, in the calling thread.
+    pub(super) fn begin(&self, generation: Generation) -> Result<Life> {
+        {
+            let mut status = lock(&self.status);
+            (status.role, status.phase) = (Role::Primary, Phase::Starting);
+            (status.generation, status.epoch, status.reason) = (generation.0, 0, None);
+        }
+        let signals = become_stop_thread()?;
+        let mut launched = container::launch(&self.spec, container::Role::Start)?;
+        let pid = launched.pid;
+        // Opened while pid 1 still waits: a command that ends at once takes its /proc entry along.
+        let network = Namespace::of_process(pid)?;
+        let mut capturer = Capturer::adopt(pid, network.enter(UnixDiag::open)??)?;
+        let inner = self.network.make_inner(pid)?;
+        let outer = self.network.make_outer()?;
+        let gate = Arc::new(Gate::start(
+            inner,
+            outer,
+            GateConfig {
+                mac: Some(self.network.mac),
+                thread_setup: Some(self.thread_setup.clone()),
+                ..GateConfig::default()
+            },
+        )?);
+        self.start_command(&mut launched, &mut capturer, &signals)?;
+        lock(&self.status).pid = Some(pid);
+        self.wait_ready(&network, &mut capturer, &signals)?;
+        Ok(Life { launched, capturer, gate, signals, generation, from: None })
+    }
+
+    /// Runs an unprotected container from its begin to its end.
+    pub(super) fn run_alone(&self) {
+        let result = self.begin(Generation::FIRST).and_then(|life| self.lead(life, None));
+        self.tell_end(result.map(drop));
+    }
+
+    /// The last status of a container that has ended here.
+    pub(super) fn tell_end(&self, result: Result<()>) {
+        let name = &self.network.name;
         let mut status = lock(&self.status);
         status.protected = false;
         match result {
-            Ok(ending) => {
-                if status.phase != Phase::Demoted {
-                    status.phase = StopLoop::phase_of(&ending);
+            Ok(()) => {
+                if !matches!(status.phase, Phase::Demoted | Phase::Failed) {
+                    status.phase = Phase::Ended;
                 }
                 tracing::info!(container = name, phase = ?status.phase, "the container has ended");
             }
@@ -82,48 +181,37 @@ impl Home {
         (status.role, status.pid) = (Role::None, None);
     }
 
-    fn live(&self) -> Result<Ending> {
-        let signals = become_stop_thread()?;
-        let mut launched = container::launch(&self.spec, container::Role::Start)?;
-        let pid = launched.pid;
-        // Opened while pid 1 still waits: a command that ends at once takes its /proc entry along.
-        let network = Namespace::of_process(pid)?;
-        let mut capturer = Capturer::adopt(pid, network.enter(UnixDiag::open)??)?;
-        let inner = self.place.make_inner(pid)?;
-        let outer = self.place.make_outer()?;
+    /// Runs a container until it, its time here or the agent ends. Afterwards it is gone from
+    /// here.
+    pub(super) fn lead(&self, life: Life, standby: Option<&Arc<Standby>>) -> Result<Outcome> {
+        let Life { mut launched, capturer, gate, signals, generation, from } = life;
+        let (pid, name) = (launched.pid, &self.network.name);
         let (writer, reader) = input_log::channel(LOG_BYTES, LOG_FRAMES);
-        let gate = Arc::new(Gate::start(
-            inner,
-            outer,
-            GateConfig {
-                mac: Some(self.place.mac),
-                input_log: Some(writer),
-                thread_setup: Some(self.thread_setup.clone()),
-                ..GateConfig::default()
-            },
-        )?);
-        self.start_command(&mut launched, &mut capturer, &signals)?;
-        lock(&self.status).pid = Some(pid);
-        self.wait_ready(&network, &mut capturer, &signals)?;
-        // A protected container answers nobody before its backup has taken it in this start: the
-        // backup may run it already, in a newer generation that this host has not heard of (FO-1).
-        let plugged = self.protect.is_none();
+        gate.log_input(Some(writer));
+        // A protected container that begins answers nobody before its backup has taken it.
+        let plugged = from.is_some() || self.protect.is_none();
         if plugged {
             gate.plug()?;
         }
-        lock(&self.status).phase = if plugged { Phase::Unprotected } else { Phase::Waiting };
-        tracing::info!(container = self.place.name, pid, plugged, "the container runs");
+        {
+            let mut status = lock(&self.status);
+            status.phase = if plugged { Phase::Unprotected } else { Phase::Waiting };
+            status.pid = Some(pid);
+        }
+        tracing::info!(container = name, pid, plugged, %generation, "the container runs");
 
-        let shell = self.make_shell(&launched, reader)?;
+        let (shell, mut tasks) = self.make_shell(&launched, reader, generation, from, standby)?;
         shell.set_gate(gate.clone());
-        let _ = self.shell.set(shell.clone());
+        *lock(&self.duty.shell) = Some(shell.clone());
+        if self.duty.must_end() {
+            shell.end();
+        }
         let (to_ship, taken) = sync_channel(BUFFERS);
         let (back, from_ship) = sync_channel(BUFFERS);
         let shipper = shell.clone();
-        let generation = Generation::FIRST;
         std::thread::Builder::new()
             .name("ship".into())
-            .spawn(move || ship::run(shipper, generation, taken, back))?;
+            .spawn(move || ship::run(shipper, taken, back))?;
         let pace =
             self.protect.as_ref().map_or(Pace { min: Duration::MAX, max: Duration::MAX }, |p| {
                 Pace { min: *p.epoch.min, max: *p.epoch.max }
@@ -136,30 +224,54 @@ impl Home {
             pace,
             to_ship,
             from_ship,
-            epoch: Epoch(1),
+            epoch: from.map_or(Epoch(1), Epoch::next),
             last_stop: Instant::now(),
             transient_since: None,
             plugged,
             buffers: (0..BUFFERS).map(|_| Taken::default()).collect(),
+            still: None,
         };
         let mut ending = stops.run();
         if let Ok(Ending::Unprotectable(why)) = ending {
             self.end_protection(&shell, &gate, &why);
             ending = stops.only_look_after();
         }
+        *lock(&self.duty.shell) = None;
+        if shell.state() != State::HandedOver {
+            gate.unplug();
+        }
+        let outcome = match shell.state() {
+            State::Demoted { by } => Outcome::Moved(by),
+            State::HandedOver => Outcome::Moved(shell.generation()),
+            _ => Outcome::Over,
+        };
+        if let (Outcome::Moved(newest), Some(standby)) = (&outcome, standby) {
+            // From now on whoever runs it may make this side its backup.
+            standby.give_way(*newest);
+        }
+        match shell.state() {
+            State::HandedOver => {
+                self.runtime.block_on(primary::say_goodbye(&shell, Bye::Switchover));
+            }
+            State::Demoted { .. } => {}
+            _ => {
+                self.runtime.block_on(primary::say_goodbye(&shell, Bye::Stop));
+            }
+        }
+        shell.end();
+        tasks.join_release();
         gate.unplug();
-        self.runtime.block_on(primary::say_goodbye(&shell));
         launched.end();
-        ending
+        ending.map(|_| outcome)
     }
 
     /// Ends the protection of a container that goes on (CP-3): loudly, and only after the backup
     /// has agreed never to take over. If it cannot be asked, output stays held.
     fn end_protection(&self, shell: &Shell, gate: &Gate, why: &CaptureError) {
-        let name = &self.place.name;
+        let name = &self.network.name;
         metrics::counter!("nilicon_protection_ended_total", "container" => name.clone())
             .increment(1);
-        let agreed = self.runtime.block_on(primary::say_goodbye(shell));
+        let agreed = self.runtime.block_on(primary::say_goodbye(shell, Bye::Stop));
         let mut status = lock(&self.status);
         status.protected = false;
         if agreed {
@@ -201,7 +313,7 @@ impl Home {
         signals: &SignalFd,
     ) -> Result<()> {
         let Some(ready) = &self.ready else { return Ok(()) };
-        let address = SocketAddr::new(self.place.ip, ready.tcp);
+        let address = SocketAddr::new(self.network.ip, ready.tcp);
         let timeout: Duration = *ready.timeout;
         let begin = Instant::now();
         let over = AtomicBool::new(false);
@@ -230,61 +342,132 @@ impl Home {
         })
     }
 
-    fn make_shell(&self, launched: &Launched, reader: input_log::LogReader) -> Result<Arc<Shell>> {
+    fn make_shell(
+        &self,
+        launched: &Launched,
+        reader: input_log::LogReader,
+        generation: Generation,
+        from: Option<Epoch>,
+        standby: Option<&Arc<Standby>>,
+    ) -> Result<(Arc<Shell>, Tasks)> {
         let options = &self.options;
-        let name = &self.place.name;
-        let times = self.protect.as_ref().map_or_else(detector::Config::default, |p| {
-            detector::Config { interval: *p.detector.heartbeat, timeout: *p.detector.timeout }
-        });
+        let name = &self.network.name;
+        let times = self.times();
         let ledger = if options.output_commit {
-            AckLedger::new(Generation::FIRST)
+            AckLedger::new(generation)
         } else {
-            AckLedger::without_output_commit(Generation::FIRST)
+            AckLedger::without_output_commit(generation)
         };
-        let config = Config { depth: DEPTH, times, ..Config::default() };
-        let core = Primary::new(config, Generation::FIRST, ledger, Duration::ZERO);
-        let journal = Journal::create(&options.topology.name, &options.host, name);
-        let (shell, wishes) =
-            Shell::new(name, core, DEPTH, !options.output_commit, self.status.clone(), journal)?;
-        let Some(protect) = &self.protect else { return Ok(shell) };
+        let on_loss = self.protect.as_ref().map_or(OnLoss::Freeze, on_loss);
+        let config = Config { depth: DEPTH, times, on_loss, ..Config::default() };
+        let core = match from {
+            Some(from) => Primary::alone(config, ledger, from, Duration::ZERO),
+            None => Primary::new(config, generation, ledger, Duration::ZERO),
+        };
+        let journal = Journal::open(&options.topology.name, &options.host, name);
+        let status = self.status.clone();
+        let control = !options.output_commit;
+        let (shell, wishes) = Shell::new(name, core, control, status, journal, standby.cloned())?;
+        let Some(protect) = &self.protect else { return Ok((shell, Tasks::default())) };
 
-        let topology = &options.topology;
-        let address = |host: &str| {
-            topology
-                .replication_address(protect, host)
-                .with_context(|| format!("host {host} has no address on the replication link"))
-        };
         let offsets = launched.clock_offsets();
-        let offsets = (offsets.monotonic, offsets.boottime);
         let settings = Arc::new(LinkSettings {
-            config: PrimaryConfig {
-                bind: SocketAddr::new(address(&options.host)?, 0),
-                peer: SocketAddr::new(address(&protect.backup)?, protect.port),
-                peer_host: protect.backup.clone(),
-                identity: Identity::load(&options.pki, &options.host, HostRole::Host)?,
-                generation: Generation::FIRST,
-                hello: Hello {
-                    container: name.clone(),
-                    host: options.host.clone(),
-                    role: WireRole::Primary,
-                    network: Vec::new(),
-                    clocks: primary::clocks_now(offsets),
-                },
-            },
-            offsets,
+            config: self.link_config(protect, generation, WireRole::Primary)?,
+            offsets: (offsets.monotonic, offsets.boottime),
             heartbeat: times.interval,
         });
         let setup = self.thread_setup.clone();
         let releaser = shell.clone();
-        std::thread::Builder::new().name("release".into()).spawn(move || {
+        let release = std::thread::Builder::new().name("release".into()).spawn(move || {
             setup(crate::frames::gate::GateThread::Outbound);
             primary::release_all(releaser, wishes.releases);
         })?;
         let beat = settings.heartbeat;
-        self.runtime.spawn(primary::keep_connected(shell.clone(), wishes.connects, settings));
-        self.runtime.spawn(primary::beat(shell.clone(), beat));
-        self.runtime.spawn(primary::send_input(shell.clone(), reader));
-        Ok(shell)
+        let connected = primary::keep_connected(shell.clone(), wishes.connects, settings);
+        let others = vec![
+            self.runtime.spawn(connected),
+            self.runtime.spawn(primary::beat(shell.clone(), beat)),
+            self.runtime.spawn(primary::send_input(shell.clone(), reader)),
+        ];
+        Ok((shell, Tasks { release: Some(release), others }))
+    }
+
+    /// How this host's silence and the other's are judged.
+    pub(super) fn times(&self) -> detector::Config {
+        self.protect.as_ref().map_or_else(detector::Config::default, |p| detector::Config {
+            interval: *p.detector.heartbeat,
+            timeout: *p.detector.timeout,
+        })
+    }
+
+    /// The other host of a protection.
+    pub(super) fn peer<'a>(&self, protect: &'a Protect) -> &'a str {
+        if protect.primary == self.options.host { &protect.backup } else { &protect.primary }
+    }
+
+    /// The address of a host on the link that checkpoints travel over.
+    pub(super) fn address(&self, protect: &Protect, host: &str) -> Result<IpAddr> {
+        self.options
+            .topology
+            .replication_address(protect, host)
+            .with_context(|| format!("host {host} has no address on the replication link"))
+    }
+
+    /// How to reach the other host.
+    pub(super) fn link_config(
+        &self,
+        protect: &Protect,
+        generation: Generation,
+        role: WireRole,
+    ) -> Result<PrimaryConfig> {
+        let options = &self.options;
+        let peer = self.peer(protect);
+        Ok(PrimaryConfig {
+            bind: SocketAddr::new(self.address(protect, &options.host)?, 0),
+            peer: SocketAddr::new(self.address(protect, peer)?, protect.port),
+            peer_host: peer.to_owned(),
+            identity: Identity::load(&options.pki, &options.host, HostRole::Host)?,
+            generation,
+            hello: Hello {
+                container: self.network.name.clone(),
+                host: options.host.clone(),
+                role,
+                network: Vec::new(),
+                clocks: Clocks::default(),
+            },
+        })
+    }
+}
+
+/// What works for a container beside its stop thread, and ends with its time here.
+#[derive(Default)]
+struct Tasks {
+    release: Option<JoinHandle<()>>,
+    others: Vec<tokio::task::JoinHandle<()>>,
+}
+
+impl Tasks {
+    /// Waits until all that was proven has left. The shell has been told to end.
+    fn join_release(&mut self) {
+        if let Some(release) = self.release.take()
+            && release.join().is_err()
+        {
+            tracing::error!("the releasing thread ended in a panic");
+        }
+    }
+}
+
+impl Drop for Tasks {
+    fn drop(&mut self) {
+        self.others.iter().for_each(tokio::task::JoinHandle::abort);
+    }
+}
+
+fn on_loss(protect: &Protect) -> OnLoss {
+    match protect.on_backup_loss {
+        OnBackupLoss::Freeze => OnLoss::Freeze,
+        OnBackupLoss::Degrade => OnLoss::Degrade,
+        OnBackupLoss::Stop => OnLoss::Stop,
     }
 }
 

@@ -40,6 +40,13 @@ pub(super) enum Verb {
     Exec(ExecArgs),
     /// Injects a fault into a deployed lab.
     Fault(FaultArgs),
+    /// Moves a protected container to its other host, on purpose and with nothing lost.
+    Switchover(SwitchoverArgs),
+    /// Lets a host act alone for a container whose arbiter is the operator. Make sure that the
+    /// other host does not run it any more.
+    Allow(AllowArgs),
+    /// Runs the witness of a topology (in a lab, `deploy` starts it).
+    Witness(WitnessArgs),
     /// Runs the agent of one host (in a lab, `deploy` starts it).
     Agent(AgentArgs),
     /// Makes the keys and certificates by which hosts know each other.
@@ -164,7 +171,8 @@ pub(super) struct RunArgs {
     pub(super) duration: Option<Period>,
     /// A fault besides those of the file, at a time from the start of the load:
     /// kill-host:alpha@5s, kill-agent:alpha@5s, cut-link:alpha@5s (all its links),
-    /// cut-link:alpha:repl@5s, heal-link:alpha:repl@8s.
+    /// cut-link:alpha:repl@5s, heal-link:alpha:repl@8s, restart-agent:alpha@8s,
+    /// revive-host:alpha@8s (its links and its agent).
     #[arg(long = "fault", value_name = "WHAT:NODE[:IFACE]@TIME", value_parser = faults::parse_timed)]
     pub(super) faults: Vec<Event>,
     #[command(flatten)]
@@ -239,9 +247,47 @@ pub(super) struct FaultArgs {
     #[command(flatten)]
     pub(super) lab: LabArg,
     /// kill-host:alpha, kill-agent:alpha, cut-link:alpha (all its links), cut-link:alpha:repl,
-    /// heal-link:alpha:repl.
+    /// heal-link:alpha:repl, restart-agent:alpha, revive-host:alpha (its links and its agent).
     #[arg(value_name = "WHAT:NODE[:IFACE]", value_parser = faults::parse)]
     pub(super) fault: Event,
+}
+
+/// `switchover`.
+#[derive(Debug, Args)]
+pub(super) struct SwitchoverArgs {
+    #[command(flatten)]
+    pub(super) lab: LabArg,
+    /// The container; by default the only one that is protected.
+    pub(super) container: Option<String>,
+    /// How often, there and back in turns.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(super) times: u32,
+    #[command(flatten)]
+    pub(super) output: OutputArg,
+}
+
+/// `allow`.
+#[derive(Debug, Args)]
+pub(super) struct AllowArgs {
+    #[command(flatten)]
+    pub(super) lab: LabArg,
+    /// The container.
+    pub(super) container: String,
+    /// The host that may go on.
+    pub(super) host: String,
+}
+
+/// `witness`.
+#[derive(Debug, Args)]
+pub(super) struct WitnessArgs {
+    /// Topology file.
+    pub(super) topology: PathBuf,
+    /// Directory with the witness's key and certificate; by default that of the lab.
+    #[arg(long, value_name = "DIR")]
+    pub(super) pki: Option<PathBuf>,
+    /// File that remembers what was granted; by default in the lab's directory.
+    #[arg(long, value_name = "FILE")]
+    pub(super) state: Option<PathBuf>,
 }
 
 /// `agent`.

@@ -26,6 +26,8 @@ use crate::agent::status::{Phase, state_dir};
 
 /// How long the first full copy may take, on top of what containers take to get ready.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// Where it is written down whether output waits for its checkpoint.
+const OUTPUT_COMMIT: &str = "output-commit";
 /// How often agents are asked.
 const POLL: Duration = Duration::from_millis(20);
 /// How much of the end of a log goes into an error.
@@ -66,6 +68,8 @@ impl Standing {
         if !pki.exists() {
             keys::for_lab(&pki, topology)?;
         }
+        let commits = if output_commit { "on" } else { "off" };
+        fs::write(lab.directory().join(OUTPUT_COMMIT), commits)?;
         for host in topology.nodes_of(NodeKind::Host) {
             if lab.process(&agent_name(host))?.is_none() {
                 let agent = start_agent(&lab, host, &pki, output_commit)
@@ -112,9 +116,6 @@ impl Standing {
             let view = LabView::ask(lab);
             let waiting = waiting_for(lab.topology(), &view).map_err(|e| e.with_log(lab))?;
             let Some(waiting) = waiting else { return Ok(view) };
-            if let Some(moved) = moved_away(lab.topology(), &view) {
-                return Err(moved.with_log(lab));
-            }
             for host in lab.topology().nodes_of(NodeKind::Host) {
                 if lab.process(&agent_name(host))?.is_none() {
                     bail!("the agent of {host} has ended{}", agent_log(lab, host));
@@ -214,31 +215,38 @@ fn waiting_for(topology: &Topology, view: &LabView) -> Result<Option<Waiting>, F
     Ok(waiting)
 }
 
-/// What runs, but away from home and without a backup: waiting does not change that.
-fn moved_away(topology: &Topology, view: &LabView) -> Option<Failure> {
-    view.containers.iter().find_map(|container| {
-        let host = container.primary.clone()?;
-        (container.generation > 1 && !container.protected).then(|| Failure {
-            why: format!(
-                "{} moved to {host} in a failover and has no backup there; \
-                 to protect it again, start it anew: nilicon destroy {}, then deploy",
-                container.name, topology.name
-            ),
-            host,
-        })
-    })
+/// Starts the agent of a host again, with what the lab has.
+///
+/// # Errors
+/// It runs already, or cannot be started.
+pub(super) fn restart_agent(lab: &Lab, host: &str) -> Result<()> {
+    ensure!(lab.process(&agent_name(host))?.is_none(), "the agent of {host} runs already");
+    let commits =
+        fs::read_to_string(lab.directory().join(OUTPUT_COMMIT)).map_or(true, |t| t == "on");
+    // It belongs to the lab from here on.
+    start_agent(lab, host, &state_dir(lab.name()).join("pki"), commits).map(drop)
 }
 
 fn start_agent(lab: &Lab, host: &str, pki: &Path, output_commit: bool) -> Result<Child> {
     let path = lab.directory().join(format!("{host}.log"));
-    let log = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
+    // An agent that starts again goes on behind what the one before it said.
+    let log = File::options()
+        .create(true)
+        .append(true)
+        .open(&path)
+        .with_context(|| format!("cannot write {}", path.display()))?;
     let mut command = Command::new(super::own_program()?);
+    let witness = lab.topology().is_witness(host);
     command
-        .arg("agent")
-        .arg(lab.directory().join("topology.json"))
-        .args(["--host", host, "--pki"])
+        .arg(if witness { "witness" } else { "agent" })
+        .arg(lab.directory().join("topology.json"));
+    if !witness {
+        let output_commit = if output_commit { "on" } else { "off" };
+        command.args(["--host", host, "--output-commit", output_commit]);
+    }
+    command
+        .arg("--pki")
         .arg(pki)
-        .args(["--output-commit", if output_commit { "on" } else { "off" }])
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)
         .stderr(log)
@@ -354,7 +362,8 @@ mod tests {
     fn view(role: Role, phase: Phase, reason: Option<&str>) -> (Topology, LabView) {
         let topology = Topology::parse("demo", super::super::demo::TOPOLOGY).unwrap();
         let part = ContainerStatus { reason: reason.map(str::to_owned), ..part(role, phase) };
-        let agent = AgentStatus { host: "alpha".to_owned(), pid: 1, containers: vec![part] };
+        let agent =
+            AgentStatus { host: "alpha".to_owned(), pid: 1, containers: vec![part], refusal: None };
         let view = LabView::of(&topology, vec![agent]);
         (topology, view)
     }
@@ -385,16 +394,6 @@ mod tests {
         let failure = waiting_for(&topology, &view).unwrap_err();
         assert_eq!(failure.why, "store has failed on alpha: io_uring is in use");
         assert_eq!(failure.host, "alpha");
-    }
-
-    #[test]
-    fn what_moved_away_is_not_waited_for() {
-        let (topology, _) = view(Role::Primary, Phase::Unprotected, None);
-        let part = ContainerStatus { generation: 2, ..part(Role::Primary, Phase::Unprotected) };
-        let agent = AgentStatus { host: "beta".to_owned(), pid: 1, containers: vec![part] };
-        let moved = LabView::of(&topology, vec![agent]);
-        let failure = moved_away(&topology, &moved).unwrap();
-        assert!(failure.why.starts_with("store moved to beta in a failover"), "{}", failure.why);
     }
 
     #[test]

@@ -51,11 +51,14 @@ pub(super) fn parse(text: &str) -> Result<Event, String> {
     let fault = match what {
         "kill-host" => Fault::KillHost,
         "kill-agent" => Fault::KillAgent,
+        "restart-agent" => Fault::RestartAgent,
+        "revive-host" => Fault::ReviveHost,
         "cut-link" => Fault::CutLink,
         "heal-link" => Fault::HealLink,
         _ => {
             return Err(format!(
-                "`{what}` is not known; known are kill-host, kill-agent, cut-link and heal-link"
+                "`{what}` is not known; known are kill-host, kill-agent, restart-agent, revive-host, \
+                 cut-link and heal-link"
             ));
         }
     };
@@ -66,7 +69,7 @@ pub(super) fn parse(text: &str) -> Result<Event, String> {
         }
         return Ok(Event { at, fault, node: Some(place.to_owned()), link: None });
     }
-    if matches!(fault, Fault::KillHost | Fault::KillAgent) {
+    if fault.is_of_host() {
         return Err(format!("{what} happens to a host, not to an interface: {what}:NODE"));
     }
     let link: Endpoint =
@@ -93,9 +96,8 @@ pub(super) fn check(event: &Event, topology: &Topology) -> Result<()> {
             let nodes: Vec<&str> = topology.nodes.keys().map(String::as_str).collect();
             bail!("{}: there is no node {node}; known are {}", describe(event), nodes.join(", "));
         };
-        let needs_host = matches!(event.fault, Fault::KillHost | Fault::KillAgent);
         ensure!(
-            !needs_host || known.kind == NodeKind::Host,
+            !event.fault.is_of_host() || known.kind == NodeKind::Host,
             "{}: {node} is not a host",
             describe(event)
         );
@@ -121,6 +123,8 @@ pub(super) fn word(fault: Fault) -> &'static str {
     match fault {
         Fault::KillHost => "kill-host",
         Fault::KillAgent => "kill-agent",
+        Fault::RestartAgent => "restart-agent",
+        Fault::ReviveHost => "revive-host",
         Fault::CutLink => "cut-link",
         Fault::HealLink => "heal-link",
     }
@@ -131,7 +135,7 @@ pub(super) fn host_lost_by(event: &Event) -> Option<&str> {
     match event.fault {
         // Without a link named, all links of the node are cut.
         Fault::KillHost | Fault::KillAgent | Fault::CutLink => event.node.as_deref(),
-        Fault::HealLink => None,
+        Fault::HealLink | Fault::RestartAgent | Fault::ReviveHost => None,
     }
 }
 
@@ -165,12 +169,19 @@ pub(super) fn inject(lab: &Lab, event: &Event, before: &LabView) -> Result<usize
             ensure!(killed, "{}: the agent of {node} does not run", what());
             Ok(1)
         }
+        (Fault::RestartAgent, Some(node), _) => {
+            super::deploy::restart_agent(lab, node).with_context(what).map(|()| 0)
+        }
+        (Fault::ReviveHost, Some(node), _) => {
+            lab.heal_node(node).with_context(what)?;
+            super::deploy::restart_agent(lab, node).with_context(what).map(|()| 0)
+        }
         (Fault::CutLink, _, Some(end)) => lab.cut_link(end).with_context(what).map(|()| 0),
         (Fault::CutLink, Some(node), _) => lab.cut_node(node).with_context(what).map(|()| 0),
         (Fault::HealLink, _, Some(end)) => lab.heal_link(end).with_context(what).map(|()| 0),
         (Fault::HealLink, Some(node), _) => lab.heal_node(node).with_context(what).map(|()| 0),
         (_, None, None) => bail!("{}: it names no place", what()),
-        (Fault::KillHost | Fault::KillAgent, None, _) => bail!("{}: it names no host", what()),
+        (_, None, _) => bail!("{}: it names no host", what()),
     }
 }
 
@@ -191,7 +202,14 @@ mod tests {
 
     #[test]
     fn a_fault_reads_as_it_prints() {
-        for text in ["kill-host:alpha", "kill-agent:b", "cut-link:alpha", "heal-link:alpha:repl"] {
+        for text in [
+            "kill-host:alpha",
+            "kill-agent:b",
+            "restart-agent:b",
+            "revive-host:b",
+            "cut-link:alpha",
+            "heal-link:alpha:repl",
+        ] {
             assert_eq!(describe(&parse(text).unwrap()), text);
         }
         assert_eq!(*event("cut-link:alpha:repl@2.5s").at, Duration::from_millis(2500));

@@ -32,15 +32,39 @@ pub(super) fn epochs(lab: &Lab, during: &RangeInclusive<u64>) -> Vec<EpochRecord
 /// All failovers so far, the earliest first.
 pub(super) fn failovers(lab: &Lab) -> Vec<Failover> {
     let mut all: Vec<Failover> = places(lab)
-        .filter_map(|(container, host)| {
-            let text = fs::read_to_string(failover_file(lab.name(), host, container)).ok()?;
+        .flat_map(|(container, host)| {
+            let text = fs::read_to_string(failover_file(lab.name(), host, container));
             // Half a record is no record yet: it is read again at the next look.
-            let record = serde_json::from_str(text.trim()).ok()?;
-            Some(Failover { container: container.to_owned(), host: host.to_owned(), record })
+            let record = |line: &str| serde_json::from_str::<FailoverRecord>(line).ok();
+            let records: Vec<_> = text.unwrap_or_default().lines().filter_map(record).collect();
+            let (container, host) = (container.to_owned(), host.to_owned());
+            records.into_iter().map(move |record| Failover {
+                container: container.clone(),
+                host: host.clone(),
+                record,
+            })
         })
         .collect();
     all.sort_by_key(|failover| failover.record.suspected_at_us);
     all
+}
+
+/// When the stop began that ended this epoch, if it is written down.
+pub(super) fn last_stop(lab: &Lab, container: &str, host: &str, epoch: u64) -> Option<u64> {
+    let record = records(lab, container, host).into_iter().rfind(|record| record.epoch == epoch)?;
+    Some(record.at_us.saturating_sub(record.stop_us))
+}
+
+/// When the first epoch of a generation was committed, if one was.
+pub(super) fn first_commit(lab: &Lab, container: &str, host: &str, generation: u64) -> Option<u64> {
+    let mut all = records(lab, container, host).into_iter();
+    let record = all.find(|record| record.generation == generation)?;
+    Some(record.at_us + record.commit_us)
+}
+
+fn records(lab: &Lab, container: &str, host: &str) -> Vec<EpochRecord> {
+    let text = fs::read_to_string(epochs_file(lab.name(), host, container));
+    parse_epochs(&text.unwrap_or_default(), &(0..=u64::MAX)).collect()
 }
 
 /// Every host that each container can be at.

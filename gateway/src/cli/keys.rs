@@ -34,7 +34,8 @@ pub(super) fn pki(verb: &PkiVerb) -> Result<()> {
 pub(super) fn for_lab(dir: &Path, topology: &Topology) -> Result<()> {
     pki::init(dir)?;
     for host in topology.nodes_of(NodeKind::Host) {
-        pki::issue(dir, host, HostRole::Host)?;
+        let witness = topology.is_witness(host);
+        pki::issue(dir, host, if witness { HostRole::Witness } else { HostRole::Host })?;
     }
     Ok(())
 }

@@ -19,8 +19,10 @@ mod progress;
 mod report;
 mod run;
 mod signals;
+mod switchover;
 mod text;
 mod view;
+mod witness;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -64,7 +66,10 @@ fn dispatch(verb: &Verb) -> Result<ExitCode> {
         Verb::Destroy(args) => deploy::destroy(args)?,
         Verb::Inspect(args) => inspect::inspect(args)?,
         Verb::Fault(args) => inspect::fault(args)?,
+        Verb::Switchover(args) => switchover::switchover(args)?,
         Verb::Validate(args) => inspect::validate(args)?,
+        Verb::Allow(args) => witness::allow(args)?,
+        Verb::Witness(args) => witness::witness(args)?,
         Verb::Agent(args) => run_agent(args)?,
         Verb::Pki(verb) => keys::pki(verb)?,
         Verb::Schema => println!("{}", serde_json::to_string_pretty(&topology::schema())?),
@@ -93,7 +98,7 @@ fn run_agent(args: &AgentArgs) -> Result<()> {
 fn start_log(verb: &Verb) {
     use std::io::IsTerminal;
     let default = match verb {
-        Verb::Agent(_) | Verb::Link(_) => "info",
+        Verb::Agent(_) | Verb::Witness(_) | Verb::Link(_) => "info",
         _ => "warn",
     };
     let filter =

@@ -332,7 +332,17 @@ fn not_recovered(evidence: &Evidence) -> Option<String> {
     if let Some(missed) = evidence.faults.iter().find_map(|fault| fault.missed.first()) {
         return Some(format!("{missed} before the fault, which so proved nothing"));
     }
-    for (container, lost) in evidence.faults.iter().flat_map(|fault| &fault.took) {
+    for (index, (container, lost)) in evidence
+        .faults
+        .iter()
+        .enumerate()
+        .flat_map(|(i, f)| f.took.iter().map(move |took| (i, took)))
+    {
+        // It may come back to where an earlier fault took it from.
+        let later = evidence.faults.iter().skip(index + 1).flat_map(|fault| &fault.took);
+        if later.into_iter().any(|(again, _)| again == container) {
+            continue;
+        }
         let now = evidence.containers.iter().find(|now| now.name == *container);
         match now.and_then(|now| now.primary.as_ref()) {
             Some(host) if host != lost => {}

@@ -201,6 +201,7 @@ impl Run<'_> {
         for failover in &now {
             let is_known = |known: &Failover| {
                 (&known.container, &known.host) == (&failover.container, &failover.host)
+                    && known.record.generation == failover.record.generation
             };
             if !self.failovers.iter().any(is_known) {
                 (self.watch)(Moment::FailedOver(failover, self.faults.last()));

@@ -135,7 +135,9 @@ fn view_of(name: &str, address: String, agents: &[AgentStatus]) -> ContainerView
     // Without anybody who runs it, somebody who once did may know why.
     let over =
         parts(agents, name).find(|(_, part)| matches!(part.phase, Phase::Ended | Phase::Failed));
-    let told = primary.or(over).or(backup);
+    // Before it begins, the side that is to begin it knows what it waits for.
+    let waits = parts(agents, name).find(|(_, part)| part.reason.is_some());
+    let told = primary.or(over).or(waits).or(backup);
     let newest = |number: fn(&ContainerStatus) -> u64| {
         let all = parts(agents, name).map(|(_, part)| number(part));
         told.map_or_else(|| all.max().unwrap_or(0), |(_, part)| number(part))
@@ -180,7 +182,7 @@ mod tests {
             pid: None,
             reason: None,
         };
-        AgentStatus { host: host.to_owned(), pid: 7, containers: vec![part] }
+        AgentStatus { host: host.to_owned(), pid: 7, containers: vec![part], refusal: None }
     }
 
     fn view(agents: Vec<AgentStatus>) -> LabView {

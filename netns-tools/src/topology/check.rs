@@ -9,7 +9,9 @@ use std::sync::Arc;
 use miette::NamedSource;
 
 use super::error::{Problem, similar};
-use super::model::{Client, Container, Event, Fault, Link, NodeKind, Protect, Topology};
+use super::model::{
+    ArbiterKind, Client, Container, Event, Fault, Link, NodeKind, OnBackupLoss, Protect, Topology,
+};
 use super::names::{Cidr, Endpoint};
 use super::spans::Spans;
 
@@ -31,6 +33,7 @@ pub(super) fn problems(topology: &Topology, source: &Arc<NamedSource<String>>) -
     check.containers();
     check.subnets();
     check.protections();
+    check.witness();
     check.clients();
     check.events();
     check.problems
@@ -297,6 +300,7 @@ impl Check<'_> {
     fn protections(&mut self) {
         let topology = self.topology;
         let mut protected = Unique::new();
+        let mut ports = Unique::new();
         for (index, protect) in topology.protect.iter().enumerate() {
             let path = format!("protect/{index}");
             let at_container = format!("{path}/container");
@@ -314,6 +318,21 @@ impl Check<'_> {
             } else if primary_is_host && backup_is_host {
                 self.replication_link(&path, protect);
             }
+            // Either host can be the backup, so that each listens there.
+            let at_port = format!("{path}/port");
+            for host in [&protect.primary, &protect.backup] {
+                let first = ports.first_use((host.clone(), protect.port), &at_port);
+                if let Some(first) = first.filter(|first| *first != at_port) {
+                    let line = self.line(first.trim_end_matches("/port"));
+                    let message = format!(
+                        "the host {host} listens on port {} for the protection in line {line}",
+                        protect.port
+                    );
+                    self.at_value(&at_port, message, Some("give each its own `port`".into()));
+                    break;
+                }
+            }
+            self.arbiter(&path, protect);
             if protect.epoch.min > protect.epoch.max || protect.epoch.max.is_zero() {
                 let message = "the shortest epoch is longer than the longest, or both are 0";
                 self.at_value(&format!("{path}/epoch"), message, None);
@@ -323,6 +342,35 @@ impl Check<'_> {
                 let message = "the timeout must leave room for two heartbeats at least";
                 self.at_value(&format!("{path}/detector"), message, None);
             }
+        }
+    }
+
+    fn arbiter(&mut self, path: &str, protect: &Protect) {
+        if protect.arbiter == ArbiterKind::Witness && self.topology.witness.is_none() {
+            let help = "add `witness: { node: NAME }` to the topology";
+            let message = "the topology has no witness";
+            self.at_value(&format!("{path}/arbiter"), message, Some(help.to_owned()));
+        }
+        if protect.on_backup_loss == OnBackupLoss::Degrade && protect.arbiter == ArbiterKind::None {
+            let message = "the backup may have taken over: to go on alone needs an arbiter's word";
+            let help = "say `arbiter: witness` or `arbiter: manual`";
+            self.at_value(&format!("{path}/on-backup-loss"), message, Some(help.to_owned()));
+        }
+    }
+
+    fn witness(&mut self) {
+        let topology = self.topology;
+        let Some(witness) = &topology.witness else { return };
+        if !self.host("witness/node", &witness.node) {
+            return;
+        }
+        if topology.containers_on(&witness.node).next().is_some() {
+            let message = format!("`{}` runs containers: it would be lost with them", witness.node);
+            self.at_value("witness/node", message, None);
+        }
+        if topology.witness_socket().is_none() {
+            let message = format!("the node `{}` has no address", witness.node);
+            self.at_value("witness/node", message, None);
         }
     }
 
@@ -390,10 +438,10 @@ impl Check<'_> {
     fn event(&mut self, path: &str, event: &Event) {
         let at_fault = format!("{path}/fault");
         match (event.fault, &event.node, &event.link) {
-            (Fault::KillHost | Fault::KillAgent, Some(node), None) => {
+            (fault, Some(node), None) if fault.is_of_host() => {
                 self.host(&format!("{path}/node"), node);
             }
-            (Fault::KillHost | Fault::KillAgent, _, _) => {
+            (fault, _, _) if fault.is_of_host() => {
                 self.at_value(&at_fault, "this fault needs a `node` and no `link`", None);
             }
             (Fault::CutLink | Fault::HealLink, Some(node), None) => {
@@ -407,7 +455,7 @@ impl Check<'_> {
                     self.at_value(&format!("{path}/link"), format!("no link ends at {end}"), help);
                 }
             }
-            (Fault::CutLink | Fault::HealLink, _, _) => {
+            _ => {
                 self.at_value(&at_fault, "this fault needs either a `node` or a `link`", None);
             }
         }

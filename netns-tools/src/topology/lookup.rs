@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use super::model::{Container, Embedded, Link, NodeKind, Protect, Topology, Workload};
+use super::model::{Container, Embedded, Fault, Link, NodeKind, Protect, Topology, Workload};
 use super::names::{Cidr, Endpoint, Mac};
 
 impl Topology {
@@ -97,10 +97,29 @@ impl Topology {
         Some(SocketAddr::new(ip, protect.port))
     }
 
+    /// Where the witness listens: the first address of its node.
+    pub fn witness_socket(&self) -> Option<SocketAddr> {
+        let witness = self.witness.as_ref()?;
+        let addresses = self.links.iter().filter_map(|link| link.addresses.get(&witness.node));
+        addresses.map(|address| SocketAddr::new(address.ip, witness.port)).next()
+    }
+
+    /// Whether a node is the witness's, and so has no agent.
+    pub fn is_witness(&self, node: &str) -> bool {
+        self.witness.as_ref().is_some_and(|witness| witness.node == node)
+    }
+
     /// Where a client connects to; none if there is no such container.
     pub fn target_socket(&self, target: &super::Target) -> Option<SocketAddr> {
         let container = self.containers.get(&target.container)?;
         Some(SocketAddr::new(container.address.ip, target.port))
+    }
+}
+
+impl Fault {
+    /// Whether it happens to a host, and not to a link.
+    pub fn is_of_host(self) -> bool {
+        !matches!(self, Fault::CutLink | Fault::HealLink)
     }
 }
 

@@ -37,6 +37,9 @@ pub struct Topology {
     /// The faults, at times counted from the start of the load.
     #[serde(default)]
     pub events: Vec<Event>,
+    /// The machine that decides who may act alone, for the containers that ask it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub witness: Option<Witness>,
     /// How long a run of the lab lasts; without it, until the last client is done.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub duration: Option<Period>,
@@ -215,6 +218,49 @@ pub struct Protect {
     /// When the other side counts as lost.
     #[serde(default)]
     pub detector: Detector,
+    /// Who decides which side may act alone when the two have lost each other.
+    #[serde(default)]
+    pub arbiter: ArbiterKind,
+    /// What the primary does when its backup is lost, or too slow.
+    #[serde(default)]
+    pub on_backup_loss: OnBackupLoss,
+}
+
+/// Who decides which side may act alone.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum ArbiterKind {
+    /// Nobody: the backup may take over, the primary may never go on without its backup.
+    #[default]
+    None,
+    /// The topology's witness.
+    Witness,
+    /// The operator, with `nilicon allow`.
+    Manual,
+}
+
+/// What a primary does without its backup.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnBackupLoss {
+    /// Its output waits for a backup.
+    #[default]
+    Freeze,
+    /// It goes on unprotected, once the arbiter agrees. Needs an arbiter.
+    Degrade,
+    /// The container ends.
+    Stop,
+}
+
+/// A small third machine that both hosts can reach, and that remembers who may act alone.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Witness {
+    /// The node it runs in: a host without containers, with an address.
+    pub node: String,
+    /// The UDP port it listens on.
+    #[serde(default = "defaults::witness_port")]
+    pub port: u16,
 }
 
 /// How often a checkpoint is taken.
@@ -318,6 +364,10 @@ pub enum Fault {
     KillHost,
     /// The agent of a host is killed.
     KillAgent,
+    /// The agent of a host is started again.
+    RestartAgent,
+    /// The host has power again: its links go up, its agent is started.
+    ReviveHost,
     /// A link carries nothing any more.
     CutLink,
     /// A cut link works again.
@@ -338,6 +388,9 @@ mod defaults {
     }
     pub(super) fn port() -> u16 {
         7878
+    }
+    pub(super) fn witness_port() -> u16 {
+        7879
     }
     pub(super) fn connections() -> usize {
         50

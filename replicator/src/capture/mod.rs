@@ -154,6 +154,8 @@ pub struct Capturer {
     pages: PageSet,
     batch: Batch,
     interrupted: waits::Interrupted,
+    /// The next stop that succeeds does not end.
+    still: bool,
 }
 
 impl Capturer {
@@ -188,6 +190,7 @@ impl Capturer {
             pages: PageSet::default(),
             batch: Batch::new(),
             interrupted: waits::Interrupted::default(),
+            still: false,
         })
     }
 
@@ -240,6 +243,18 @@ impl Capturer {
     pub fn begin_full(&mut self) {
         self.processes.clear();
         self.pages.clear();
+    }
+
+    /// The next stop that succeeds is the last one: the container stands still after it, until
+    /// [`Capturer::go_on`].
+    pub fn stand_still(&mut self) {
+        self.still = true;
+    }
+
+    /// Takes [`Capturer::stand_still`] back, and ends the stop if there was one.
+    pub fn go_on(&mut self) -> Result<(), CaptureError> {
+        self.still = false;
+        Ok(self.tracer.thaw()?)
     }
 
     /// Lets the container go for good, without tracer and without protection.
@@ -376,7 +391,8 @@ impl Capturer {
                 boundary.seal(epoch);
                 times.seal = lap.next();
             }
-            let thawed = self.tracer.thaw();
+            let stays = self.still && captured.is_ok();
+            let thawed = if stays { Ok(()) } else { self.tracer.thaw() };
             times.thaw = lap.next();
             let captured = captured?;
             thawed?;

@@ -3,14 +3,21 @@
 //! ```text
 //!          Hello             complete            silence, or Bye(Switchover)
 //! Waiting ------> Syncing ------------> Ready ------------------------------> Asking
-//!    ^               |                  ^ | ^                                   | |
-//!    |               | silence          | | | the primary is heard, or denied   | |
-//!    +---------------+                  +-+ +-----------------------------------+ |
-//!    ^                       complete, Hello (resync)                             | granted
-//!    +---- Bye(Stop), Bye(Demoted): the copy is dropped                           v
-//!                                                   Promoted <-- running --- Promoting
+//!  | ^               |                  ^ | ^                                   | |
+//!  | |               | silence          | | | the primary is heard              | |
+//!  | +---------------+                  +-+ +-----------------------------------+ |
+//!  | ^                       complete, Hello (resync)                             | granted
+//!  | +---- Bye(Stop), Bye(Demoted), denied: the copy is dropped                   v
+//!  | ^                                              Promoted <-- running --- Promoting
+//!  | +---- Demoted: it gave way, or ended ---------------+
+//!  +--- Begin: a new life starts here -------------------^
 //! ```
+//! This core lives as long as its host's agent: while the container runs here it is `Promoted`,
+//! and tells everybody so.
 //!
+//! - Only a lasting checkpoint makes it `Ready`: output did not wait for provisional ones.
+//! - A hello of a newer generation, or a denial, says that somebody has acted alone since the copy
+//!   here was made: it is void.
 //! - It promotes from the last complete epoch only (CP-2). While a primary that came back sends a
 //!   new full copy, the copy before is still the one to promote from: nothing newer was
 //!   acknowledged.
@@ -27,18 +34,10 @@ use crate::{Epoch, Generation};
 use std::time::Duration;
 
 /// Settings of a backup.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Config {
     /// When silence of the primary means that it is dead.
     pub times: Times,
-    /// Pause before an arbiter that denied is asked again.
-    pub ask_again: Duration,
-}
-
-impl Default for Config {
-    fn default() -> Self {
-        Self { times: Times::default(), ask_again: Duration::from_millis(500) }
-    }
 }
 
 /// Where the backup stands.
@@ -117,6 +116,13 @@ pub enum Input {
     },
     /// The container runs here.
     Running,
+    /// The other side, which runs nothing, asks who runs the container.
+    Inquiry(LinkId),
+    /// A new life of the container starts here, in this generation, if nobody else is known to
+    /// run it.
+    Begin(Generation),
+    /// The container does not run here any longer; a generation that is known.
+    Demoted(Generation),
 }
 
 /// What a backup must do.
@@ -145,7 +151,12 @@ pub enum Action {
         receipt: Receipt,
     },
     /// Ask the arbiter.
-    Ask(Generation),
+    Ask {
+        /// The generation of the copy.
+        base: Generation,
+        /// The one that is wanted.
+        wanted: Generation,
+    },
     /// Take over in this generation, from this epoch: first let the spare apply all that was
     /// given to it.
     Promote {
@@ -164,15 +175,15 @@ pub enum Action {
 /// The backup of a container.
 #[derive(Debug)]
 pub struct Backup {
-    config: Config,
     state: State,
     link: Option<LinkId>,
-    /// The newest generation heard of, or asked for.
+    /// The newest generation heard of, or promoted in.
     newest: Generation,
+    /// The newest asked for.
+    asked: Generation,
     /// Generation of the last complete epoch.
     of: Generation,
     detector: Detector,
-    ask_at: Option<Duration>,
     /// The primary has stopped for good, or the operator insists: life takes nothing back.
     bound_to_promote: bool,
 }
@@ -182,13 +193,12 @@ impl Backup {
     /// host remembers one.
     pub fn new(config: Config, newest: Generation, now: Duration) -> Self {
         Self {
-            config,
             state: State::Waiting,
             link: None,
             newest,
+            asked: newest,
             of: Generation::default(),
             detector: Detector::new(config.times, now),
-            ask_at: None,
             bound_to_promote: false,
         }
     }
@@ -211,10 +221,7 @@ impl Backup {
     /// When to give [`Input::Tick`].
     pub fn next_deadline(&self) -> Option<Duration> {
         match self.state {
-            State::Syncing => self.detector.next_deadline(),
-            State::Ready { .. } => {
-                [self.detector.next_deadline(), self.ask_at].into_iter().flatten().min()
-            }
+            State::Syncing | State::Ready { .. } => self.detector.next_deadline(),
             _ => None,
         }
     }
@@ -235,10 +242,26 @@ impl Backup {
             }
             Input::Bye { link, bye, last } if self.link == Some(link) => self.bye(bye, last),
             Input::Promote => self.insist(),
-            Input::Verdict { generation, verdict } => self.verdict(now, generation, verdict),
+            Input::Verdict { generation, verdict } => self.verdict(generation, verdict),
             Input::Running => {
                 if let State::Promoting { generation, .. } = self.state {
                     self.state = State::Promoted { generation };
+                }
+                Vec::new()
+            }
+            Input::Inquiry(link) => self.inquiry(link),
+            Input::Begin(generation) => {
+                if self.state == State::Waiting && generation > self.newest {
+                    self.newest = generation;
+                    self.state = State::Promoted { generation };
+                }
+                Vec::new()
+            }
+            Input::Demoted(newest) => {
+                self.newest = self.newest.max(newest);
+                if matches!(self.state, State::Promoting { .. } | State::Promoted { .. }) {
+                    self.bound_to_promote = false;
+                    self.state = State::Waiting;
                 }
                 Vec::new()
             }
@@ -253,26 +276,45 @@ impl Backup {
         if matches!(self.state, State::Promoting { .. } | State::Promoted { .. }) {
             return refuse(RefuseCode::Promoted);
         }
-        // While asking, `newest` is only asked for: its primary may still be the one.
-        let floor = match self.state {
-            State::Asking { .. } | State::Ready { .. } => self.of,
-            State::Waiting | State::Syncing => newest,
-            State::Promoting { .. } | State::Promoted { .. } => newest,
-        };
-        if generation < floor {
+        if generation < newest {
             return refuse(RefuseCode::StaleGeneration);
         }
         if self.bound_to_promote {
             return refuse(RefuseCode::Promoted);
         }
-        self.newest = newest.max(generation);
+        self.newest = generation;
+        // The primary has acted alone since the copy here was made.
+        let void = matches!(self.state, State::Ready { .. } | State::Asking { .. })
+            && generation > self.of;
+        if void {
+            self.state = State::Waiting;
+        }
         let replaced = self.link.replace(link);
         self.heard(now);
         if self.state == State::Waiting {
             self.state = State::Syncing;
         }
         let mut actions: Vec<Action> = replaced.map(Action::Close).into_iter().collect();
+        actions.extend(void.then_some(Action::Discard));
         actions.push(Action::Welcome(link));
+        actions
+    }
+
+    /// The other side's agent has just started, so nothing runs there: if there is a copy here,
+    /// it is the container's last chance, and there is nothing to wait for.
+    fn inquiry(&mut self, link: LinkId) -> Vec<Action> {
+        let code = match self.state {
+            State::Waiting | State::Syncing => RefuseCode::Vacant,
+            _ => RefuseCode::Promoted,
+        };
+        let mut actions = Vec::new();
+        if self.state == State::Syncing {
+            self.state = State::Waiting;
+            actions.extend(self.link.take().map(Action::Close));
+            actions.push(Action::Lost);
+        }
+        actions.push(Action::Refuse { link, code, newest: self.newest });
+        actions.extend(self.insist());
         actions
     }
 
@@ -283,7 +325,6 @@ impl Backup {
         if self.bound_to_promote {
             return;
         }
-        self.ask_at = None;
         if let State::Asking { last, .. } = self.state {
             self.state = State::Ready { last };
         }
@@ -295,9 +336,10 @@ impl Backup {
         }
         self.heard(now);
         let stale = match self.state {
-            State::Syncing => false,
+            State::Syncing => receipt.generation < self.newest,
             State::Ready { last } => {
-                receipt.generation < self.of
+                receipt.provisional
+                    || receipt.generation < self.of
                     || (receipt.generation == self.of && receipt.epoch <= last)
             }
             State::Waiting => true,
@@ -307,9 +349,11 @@ impl Backup {
             self.link = None;
             return vec![Action::Close(link)];
         }
-        self.of = receipt.generation;
-        self.newest = self.newest.max(receipt.generation);
-        self.state = State::Ready { last: receipt.epoch };
+        if !receipt.provisional {
+            self.of = receipt.generation;
+            self.newest = self.newest.max(receipt.generation);
+            self.state = State::Ready { last: receipt.epoch };
+        }
         vec![Action::Apply(receipt), Action::Ack { link, receipt }]
     }
 
@@ -322,14 +366,8 @@ impl Backup {
             (Bye::Switchover, _) => Vec::new(),
             (Bye::Stop | Bye::Demoted, _) => {
                 self.link = None;
-                self.ask_at = None;
                 self.bound_to_promote = false;
                 self.state = State::Waiting;
-                if bye == Bye::Stop {
-                    // No one runs it any more: its next life starts at the first generation.
-                    self.newest = Generation::default();
-                    self.of = Generation::default();
-                }
                 vec![Action::Discard]
             }
         }
@@ -350,10 +388,10 @@ impl Backup {
     }
 
     fn ask(&mut self, last: Epoch) -> Vec<Action> {
-        self.ask_at = None;
-        self.newest = self.newest.next();
-        self.state = State::Asking { generation: self.newest, last };
-        vec![Action::Ask(self.newest)]
+        let wanted = self.newest.max(self.asked).next();
+        self.asked = wanted;
+        self.state = State::Asking { generation: wanted, last };
+        vec![Action::Ask { base: self.of, wanted }]
     }
 
     fn tick(&mut self, now: Duration) -> Vec<Action> {
@@ -362,9 +400,7 @@ impl Backup {
         }
         let suspected = self.detector.tick(now).is_some();
         match self.state {
-            State::Ready { last } if suspected || self.ask_at.is_some_and(|at| at <= now) => {
-                self.ask(last)
-            }
+            State::Ready { last } if suspected => self.ask(last),
             State::Syncing if suspected => {
                 self.state = State::Waiting;
                 let closed = self.link.take().map(Action::Close);
@@ -374,167 +410,35 @@ impl Backup {
         }
     }
 
-    fn verdict(&mut self, now: Duration, generation: Generation, v: Verdict) -> Vec<Action> {
-        let State::Asking { generation: asked, last } = self.state else { return Vec::new() };
-        if asked != generation {
-            return Vec::new();
-        }
-        match v {
-            Verdict::Granted => {
+    fn verdict(&mut self, generation: Generation, v: Verdict) -> Vec<Action> {
+        let asked = match self.state {
+            State::Asking { generation, last } => Some((generation, last)),
+            _ => None,
+        };
+        match (v, asked) {
+            (Verdict::Granted, Some((asked, last))) if asked == generation => {
+                self.newest = generation;
                 self.state = State::Promoting { generation, from: last };
                 let mut actions: Vec<Action> =
                     self.link.take().map(Action::Close).into_iter().collect();
                 actions.push(Action::Promote { generation, from: last });
                 actions
             }
-            Verdict::Denied { newest } => {
+            // A denial is about this side's copy, whatever was heard since it was asked for.
+            (Verdict::Denied { newest }, _) if newest > self.of => {
                 self.newest = self.newest.max(newest);
-                self.state = State::Ready { last };
-                self.ask_at = Some(now + self.config.ask_again);
-                Vec::new()
+                if !matches!(self.state, State::Ready { .. } | State::Asking { .. }) {
+                    return Vec::new();
+                }
+                self.state = State::Waiting;
+                self.bound_to_promote = false;
+                let closed = self.link.take().map(Action::Close);
+                closed.into_iter().chain([Action::Discard]).collect()
             }
+            _ => Vec::new(),
         }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const G: Generation = Generation(1);
-    const LINK: LinkId = LinkId(5);
-
-    fn ms(n: u64) -> Duration {
-        Duration::from_millis(n)
-    }
-
-    fn receipt(epoch: u64) -> Receipt {
-        Receipt { generation: G, epoch: Epoch(epoch), digest: epoch }
-    }
-
-    fn complete(epoch: u64) -> Input {
-        Input::Complete { link: LINK, receipt: receipt(epoch) }
-    }
-
-    fn syncing() -> Backup {
-        let mut b = Backup::new(Config::default(), Generation(0), ms(0));
-        let hello = Input::Hello { link: LINK, generation: G };
-        assert_eq!(b.handle(ms(0), hello), [Action::Welcome(LINK)]);
-        b
-    }
-
-    fn ready() -> Backup {
-        let mut b = syncing();
-        assert_eq!(
-            b.handle(ms(1), complete(1)),
-            [Action::Apply(receipt(1)), Action::Ack { link: LINK, receipt: receipt(1) }]
-        );
-        b
-    }
-
-    fn until_it_acts(b: &mut Backup) -> Vec<Action> {
-        loop {
-            let at = b.next_deadline().expect("it waits for something");
-            let actions = b.handle(at, Input::Tick);
-            if !actions.is_empty() {
-                return actions;
-            }
-        }
-    }
-
-    fn grant(b: &mut Backup, generation: u64) -> Vec<Action> {
-        let generation = Generation(generation);
-        b.handle(ms(500), Input::Verdict { generation, verdict: Verdict::Granted })
-    }
-
-    #[test]
-    fn silence_leads_to_a_promotion_from_the_last_complete_epoch() {
-        let mut b = ready();
-        b.handle(ms(2), complete(2));
-        assert_eq!(until_it_acts(&mut b), [Action::Ask(Generation(2))]);
-        let promote = Action::Promote { generation: Generation(2), from: Epoch(2) };
-        assert_eq!(grant(&mut b, 2), [Action::Close(LINK), promote]);
-        assert_eq!(b.handle(ms(501), complete(3)), [], "nothing is acknowledged any more");
-        b.handle(ms(502), Input::Running);
-        assert_eq!(b.state(), State::Promoted { generation: Generation(2) });
-        let link = LinkId(6);
-        assert_eq!(
-            b.handle(ms(503), Input::Hello { link, generation: G }),
-            [Action::Refuse { link, code: RefuseCode::Promoted, newest: Generation(2) }]
-        );
-    }
-
-    #[test]
-    fn without_a_complete_checkpoint_nothing_is_promoted() {
-        let mut b = syncing();
-        assert_eq!(until_it_acts(&mut b), [Action::Close(LINK), Action::Lost]);
-        assert_eq!(b.state(), State::Waiting);
-        assert_eq!(b.handle(ms(300), Input::Promote), []);
-        assert_eq!(grant(&mut b, 2), []);
-    }
-
-    #[test]
-    fn life_takes_a_suspicion_back_and_its_grant_is_void() {
-        let mut b = ready();
-        until_it_acts(&mut b);
-        b.handle(ms(300), Input::Heard(LINK));
-        assert_eq!(b.state(), State::Ready { last: Epoch(1) });
-        assert_eq!(grant(&mut b, 2), []);
-        assert_eq!(b.handle(ms(510), complete(2)).len(), 2, "it goes on as backup");
-        assert_eq!(until_it_acts(&mut b), [Action::Ask(Generation(3))], "2 is used up");
-    }
-
-    #[test]
-    fn a_denial_is_asked_again_later() {
-        let mut b = ready();
-        until_it_acts(&mut b);
-        let verdict = Verdict::Denied { newest: Generation(7) };
-        b.handle(ms(100), Input::Verdict { generation: Generation(2), verdict });
-        assert_eq!(b.next_deadline(), Some(ms(600)));
-        assert_eq!(b.handle(ms(600), Input::Tick), [Action::Ask(Generation(8))]);
-    }
-
-    #[test]
-    fn a_switchover_promotes_at_once_and_life_does_not_stop_it() {
-        let mut b = ready();
-        let bye = |last| Input::Bye { link: LINK, bye: Bye::Switchover, last: Epoch(last) };
-        assert_eq!(b.handle(ms(2), bye(2)), [], "not the epoch that is held");
-        assert_eq!(b.handle(ms(2), bye(1)), [Action::Ask(Generation(2))]);
-        b.handle(ms(3), Input::Heard(LINK));
-        assert_eq!(b.handle(ms(3), complete(2)), []);
-        assert_eq!(grant(&mut b, 2).len(), 2);
-    }
-
-    #[test]
-    fn a_stop_is_no_death() {
-        let mut b = ready();
-        let bye = Input::Bye { link: LINK, bye: Bye::Stop, last: Epoch(1) };
-        assert_eq!(b.handle(ms(2), bye), [Action::Discard]);
-        assert_eq!((b.state(), b.next_deadline()), (State::Waiting, None));
-    }
-
-    #[test]
-    fn a_primary_that_comes_back_resyncs_and_the_old_copy_stays_good_meanwhile() {
-        let mut b = ready();
-        b.handle(ms(2), Input::Lost(LINK));
-        let link = LinkId(6);
-        let hello = Input::Hello { link, generation: G };
-        assert_eq!(b.handle(ms(20), hello), [Action::Welcome(link)]);
-        assert_eq!(b.state(), State::Ready { last: Epoch(1) });
-        assert_eq!(b.handle(ms(21), complete(2)), [], "of the old connection");
-        assert_eq!(until_it_acts(&mut b), [Action::Ask(Generation(2))]);
-        let promote = Action::Promote { generation: Generation(2), from: Epoch(1) };
-        assert_eq!(grant(&mut b, 2), [Action::Close(link), promote]);
-    }
-
-    #[test]
-    fn an_older_generation_is_refused() {
-        let mut b = Backup::new(Config::default(), Generation(4), ms(0));
-        let code = RefuseCode::StaleGeneration;
-        let refused = Action::Refuse { link: LINK, code, newest: Generation(4) };
-        assert_eq!(
-            b.handle(ms(0), Input::Hello { link: LINK, generation: Generation(3) }),
-            [refused]
-        );
-    }
-}
+mod tests;

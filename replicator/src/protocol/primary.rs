@@ -3,17 +3,28 @@
 //! ```text
 //!              Connected                  Lost, silence, wrong digest
 //! Connecting ------------> Protected -------------------------------> Severed
-//!     ^ |                   |  |  ^                                    |   |
-//!     +-+ retry             |  |  +------- Connected (full copy) ------+   |
-//!                           |  +-- hand over, all committed --> HandedOver |
-//!                           +------ a newer generation ------> Demoted <---+
+//!     ^ |                   |  |  ^ ^                                  | | |
+//!     +-+ retry             |  |  | +------ Connected (full copy) -----+ | |
+//!                           |  |  | caught up                          | |
+//!                           |  | CatchingUp <--- Connected --- Alone <--+ |
+//!                           |  |     +------------- Lost -------^ granted |
+//!                           |  +-- hand over, all committed --> HandedOver|
+//!                           +------ a newer generation ------> Demoted <--+
 //! ```
 //!
 //! The only way to a release is a checked acknowledgement over the present connection (OC-1,
-//! OC-3). While severed nothing is released: the container's output waits for a backup, or for
-//! its operator. `Demoted` and `HandedOver` are final; the container must not run on.
+//! OC-3). While severed nothing is released: the container's output waits for a backup, for the
+//! arbiter, or for its operator. `Demoted`, `HandedOver` and `Stopped` are final; the container
+//! must not run on.
+//!
+//! `Alone` is the one state in which output needs no proof. A side comes there by a promotion or
+//! by a grant, both in a generation that is its own: no copy of that generation is anywhere. What
+//! a new backup gets while it catches up is provisional, so that it cannot promote from it. From
+//! the first lasting checkpoint on, output is held; once that may have left, there is no way back
+//! to `Alone` in the same generation.
 
 use super::LinkId;
+use super::arbiter::Verdict;
 use super::detector::{Config as Times, Detector};
 use crate::ack::{AckError, AckLedger, CommitProof};
 use crate::wire::message::{Bye, RefuseCode};
@@ -29,11 +40,42 @@ pub struct Config {
     pub times: Times,
     /// Pause between attempts to connect.
     pub retry: Duration,
+    /// What to do without a backup that had a copy.
+    pub on_loss: OnLoss,
+    /// How long a backup may be gone before that is done.
+    pub patience: Duration,
+    /// How long a backup may leave a checkpoint unacknowledged, where the loss of it is acted on.
+    pub slowest: Duration,
+    /// A backup that acknowledges a provisional checkpoint within this time has caught up.
+    pub calm: Duration,
 }
+
+/// What to do when the backup of a protected container is lost, or too slow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnLoss {
+    /// Hold output until there is a backup again.
+    #[default]
+    Freeze,
+    /// Go on unprotected, once the arbiter has granted it.
+    Degrade,
+    /// End the container.
+    Stop,
+}
+
+/// Provisional checkpoints after which a backup counts as caught up, however slow it is.
+const MOST_ROUNDS: u32 = 8;
 
 impl Default for Config {
     fn default() -> Self {
-        Self { depth: 4, times: Times::default(), retry: Duration::from_millis(200) }
+        Self {
+            depth: 4,
+            times: Times::default(),
+            retry: Duration::from_millis(200),
+            on_loss: OnLoss::Freeze,
+            patience: Duration::from_millis(1000),
+            slowest: Duration::from_millis(2000),
+            calm: Duration::from_millis(50),
+        }
     }
 }
 
@@ -55,6 +97,9 @@ pub enum Severance {
     /// It said that it leaves.
     #[error("the backup leaves ({0:?})")]
     Bye(Bye),
+    /// It lives and does not keep up.
+    #[error("the backup has acknowledged nothing for {0:?}")]
+    Slow(Duration),
 }
 
 /// Where the primary stands.
@@ -64,6 +109,16 @@ pub enum State {
     Connecting {
         /// When to try again; `None` while an attempt is under way.
         retry_at: Option<Duration>,
+    },
+    /// This side alone may act in its generation: output needs no proof.
+    Alone {
+        /// When to try again; `None` while an attempt is under way.
+        retry_at: Option<Duration>,
+    },
+    /// A new backup gets provisional checkpoints; output needs no proof still.
+    CatchingUp {
+        /// Provisional checkpoints that it has acknowledged.
+        rounds: u32,
     },
     /// A backup takes checkpoints.
     Protected {
@@ -79,6 +134,8 @@ pub enum State {
     },
     /// The backup was asked to take over. Final.
     HandedOver,
+    /// The backup was lost, and the policy is to end the container then. Final.
+    Stopped,
     /// Another host runs the container in a newer generation. Final.
     Demoted {
         /// That generation.
@@ -117,11 +174,17 @@ pub enum Input {
     Heard(LinkId),
     /// All frames of a checkpoint but its last are with the transport. Give this before the
     /// last.
+    ///
+    /// The last frame may leave only if [`Primary::sends_on`] says so of the link afterwards.
     Sent {
+        /// The connection that it goes over.
+        link: LinkId,
         /// Its epoch.
         epoch: Epoch,
         /// Its digest.
         digest: u64,
+        /// Its output did not wait for it.
+        provisional: bool,
     },
     /// An acknowledgement.
     Ack {
@@ -134,9 +197,19 @@ pub enum Input {
         /// As in the message.
         digest: u64,
     },
-    /// The operator wants the backup to take over. The container is stopped for good and its
-    /// last checkpoint was given as [`Input::Sent`].
-    HandOver,
+    /// The operator wants the backup to take over from this epoch, the last one. The container
+    /// stands still.
+    HandOver {
+        /// Number of its last checkpoint.
+        last: Epoch,
+    },
+    /// The arbiter's answer.
+    Verdict {
+        /// What was asked for.
+        generation: Generation,
+        /// The answer.
+        verdict: Verdict,
+    },
 }
 
 /// What a primary must do.
@@ -150,6 +223,20 @@ pub enum Action {
     Release(CommitProof),
     /// Protection is interrupted: close the connection, release nothing.
     Severed(LinkId, Severance),
+    /// From the next checkpoint on output is held: the backup has caught up.
+    Hold,
+    /// Output leaves without proof from now on, first what is held: this side acts alone in this
+    /// generation.
+    GoAlone(Generation),
+    /// Ask the arbiter whether this side may act alone.
+    Ask {
+        /// The generation that this side is in.
+        base: Generation,
+        /// The one that it wants.
+        wanted: Generation,
+    },
+    /// End the container: its backup is lost.
+    Stop,
     /// Say goodbye with the last epoch; the container must not run here any longer.
     HandOver {
         /// The connection.
@@ -175,7 +262,15 @@ pub struct Primary {
     ledger: AckLedger,
     detector: Detector,
     committed: Epoch,
-    handing_over: bool,
+    handing_over: Option<Epoch>,
+    /// Nothing that a backup may promote from was sent in this generation, which is this side's
+    /// own.
+    may_be_alone: bool,
+    /// When the backup last made progress with what is in flight.
+    progress: Duration,
+    /// When to act on the loss of the backup.
+    decide_at: Option<Duration>,
+    asked: Option<Generation>,
 }
 
 impl Primary {
@@ -190,8 +285,22 @@ impl Primary {
             ledger,
             detector: Detector::new(config.times, now),
             committed: Epoch::NONE,
-            handing_over: false,
+            handing_over: None,
+            may_be_alone: false,
+            progress: now,
+            decide_at: None,
+            asked: None,
         }
+    }
+
+    /// A primary that acts alone: it was promoted in this generation, from the epoch `from`.
+    pub fn alone(config: Config, ledger: AckLedger, from: Epoch, now: Duration) -> Self {
+        let generation = ledger.generation();
+        let mut me = Self::new(config, generation, ledger, now);
+        me.state = State::Alone { retry_at: Some(now) };
+        me.committed = from;
+        me.may_be_alone = true;
+        me
     }
 
     /// Where it stands.
@@ -214,26 +323,58 @@ impl Primary {
         self.ledger.in_flight()
     }
 
+    /// Whether output needs no proof.
+    pub fn is_alone(&self) -> bool {
+        matches!(self.state, State::Alone { .. } | State::CatchingUp { .. })
+    }
+
+    /// Whether the checkpoint that is taken now is provisional.
+    pub fn is_catching_up(&self) -> bool {
+        matches!(self.state, State::CatchingUp { .. })
+    }
+
+    /// Whether what was given as [`Input::Sent`] for this connection may leave.
+    pub fn sends_on(&self, link: LinkId) -> bool {
+        let takes = matches!(self.state, State::CatchingUp { .. } | State::Protected { .. });
+        takes && link == self.link
+    }
+
+    /// Checkpoints that may be in flight now. Those of a backup that catches up go one by one.
+    pub fn depth(&self) -> usize {
+        if self.is_catching_up() { 1 } else { self.config.depth }
+    }
+
     /// Whether a stop may begin now: there is a backup, and fewer checkpoints are in flight than
     /// the depth.
     pub fn may_begin_stop(&self) -> bool {
-        matches!(self.state, State::Protected { .. })
-            && !self.handing_over
-            && self.ledger.in_flight() < self.config.depth
+        matches!(self.state, State::CatchingUp { .. } | State::Protected { .. })
+            && self.handing_over.is_none()
+            && self.ledger.in_flight() < self.depth()
     }
 
     /// When to give [`Input::Tick`].
     pub fn next_deadline(&self) -> Option<Duration> {
         match self.state {
-            State::Connecting { retry_at } | State::Severed { retry_at, .. } => retry_at,
-            State::Protected { .. } => self.detector.next_deadline(),
-            State::HandedOver | State::Demoted { .. } => None,
+            State::Connecting { retry_at } | State::Alone { retry_at } => retry_at,
+            State::Severed { retry_at, .. } => retry_at.into_iter().chain(self.decide_at).min(),
+            State::CatchingUp { .. } | State::Protected { .. } => {
+                self.detector.next_deadline().into_iter().chain(self.slow_at()).min()
+            }
+            State::HandedOver | State::Stopped | State::Demoted { .. } => None,
         }
+    }
+
+    /// When a backup that makes no progress counts as lost.
+    fn slow_at(&self) -> Option<Duration> {
+        let watched = self.config.on_loss != OnLoss::Freeze
+            && self.ledger.in_flight() > 0
+            && matches!(self.state, State::Protected { .. });
+        watched.then_some(self.progress + self.config.slowest)
     }
 
     /// Takes an input; gives what to do, in order.
     pub fn handle(&mut self, now: Duration, input: Input) -> Vec<Action> {
-        if matches!(self.state, State::HandedOver | State::Demoted { .. }) {
+        if matches!(self.state, State::HandedOver | State::Stopped | State::Demoted { .. }) {
             return Vec::new();
         }
         match input {
@@ -250,60 +391,118 @@ impl Primary {
                 self.detector.life(now);
                 Vec::new()
             }
-            Input::Sent { epoch, digest } => self.sent(epoch, digest),
+            Input::Sent { link, epoch, digest, provisional } => {
+                if self.sends_on(link) {
+                    self.sent(now, epoch, digest, provisional)
+                } else {
+                    Vec::new()
+                }
+            }
             Input::Ack { link, generation, epoch, digest } if link == self.link => {
                 self.ack(now, generation, epoch, digest)
             }
-            Input::HandOver => {
-                self.handing_over = matches!(self.state, State::Protected { .. });
+            Input::HandOver { last } => {
+                let ready = matches!(self.state, State::Protected { .. });
+                self.handing_over = ready.then_some(last);
                 self.try_hand_over().into_iter().collect()
             }
+            Input::Verdict { generation, verdict } => self.verdict(now, generation, verdict),
             // Of a connection that is given up.
             _ => Vec::new(),
         }
     }
 
     fn tick(&mut self, now: Duration) -> Vec<Action> {
+        let mut actions = Vec::new();
         match &mut self.state {
-            State::Connecting { retry_at } | State::Severed { retry_at, .. } => {
+            State::Connecting { retry_at }
+            | State::Alone { retry_at }
+            | State::Severed { retry_at, .. } => {
                 if retry_at.is_some_and(|at| at <= now) {
                     *retry_at = None;
                     self.link.0 += 1;
-                    return vec![Action::Connect(self.link)];
+                    actions.push(Action::Connect(self.link));
                 }
+                actions.extend(self.decide(now));
             }
-            State::Protected { .. } => {
+            State::CatchingUp { .. } | State::Protected { .. } => {
+                let slow = self.slow_at().is_some_and(|at| at <= now);
                 if let Some(s) = self.detector.tick(now) {
                     return self.sever(now, Severance::Silence(s.silence));
                 }
+                if slow {
+                    return self.sever(now, Severance::Slow(self.config.slowest));
+                }
             }
-            State::HandedOver | State::Demoted { .. } => {}
+            State::HandedOver | State::Stopped | State::Demoted { .. } => {}
         }
-        Vec::new()
+        actions
+    }
+
+    /// What the policy says about a backup that has been gone for too long.
+    fn decide(&mut self, now: Duration) -> Option<Action> {
+        self.decide_at.filter(|at| *at <= now)?;
+        self.decide_at = None;
+        match self.config.on_loss {
+            OnLoss::Freeze => None,
+            OnLoss::Stop => {
+                self.state = State::Stopped;
+                Some(Action::Stop)
+            }
+            OnLoss::Degrade => {
+                let (base, wanted) = (self.generation, self.generation.next());
+                self.asked = Some(wanted);
+                Some(Action::Ask { base, wanted })
+            }
+        }
+    }
+
+    /// A grant counts whatever has happened meanwhile: the generation is taken, so that nobody
+    /// may act in the one before. A denial leaves everything as it is: the other side will say
+    /// what became of it.
+    fn verdict(&mut self, now: Duration, generation: Generation, verdict: Verdict) -> Vec<Action> {
+        if self.asked != Some(generation) || verdict != Verdict::Granted {
+            return Vec::new();
+        }
+        let mut actions = Vec::new();
+        if matches!(self.state, State::CatchingUp { .. } | State::Protected { .. }) {
+            actions.push(Action::Severed(self.link, Severance::Lost));
+        }
+        self.asked = None;
+        self.decide_at = None;
+        self.handing_over = None;
+        self.generation = generation;
+        self.ledger = self.ledger.empty_of(generation);
+        self.may_be_alone = true;
+        // An attempt that is under way says hello in the old generation.
+        self.link.0 += 1;
+        self.state = State::Alone { retry_at: Some(now) };
+        actions.push(Action::GoAlone(generation));
+        actions
     }
 
     fn connected(&mut self, now: Duration) -> Vec<Action> {
-        let waits = matches!(
-            self.state,
-            State::Connecting { retry_at: None } | State::Severed { retry_at: None, .. }
-        );
-        if !waits {
-            return Vec::new();
-        }
-        // What was in flight before is covered by the full copy that comes first.
-        self.ledger = match self.ledger.is_control() {
-            true => AckLedger::without_output_commit(self.generation),
-            false => AckLedger::new(self.generation),
+        let next = match self.state {
+            State::Connecting { retry_at: None } | State::Severed { retry_at: None, .. } => {
+                State::Protected { synced: false }
+            }
+            State::Alone { retry_at: None } => State::CatchingUp { rounds: 0 },
+            _ => return Vec::new(),
         };
+        // What was in flight before is covered by the full copy that comes first.
+        self.ledger = self.ledger.empty_of(self.generation);
         self.detector = Detector::new(self.config.times, now);
-        self.state = State::Protected { synced: false };
+        self.decide_at = None;
+        self.progress = now;
+        self.state = next;
         vec![Action::BeginFull]
     }
 
-    fn sent(&mut self, epoch: Epoch, digest: u64) -> Vec<Action> {
-        if !matches!(self.state, State::Protected { .. }) {
-            return Vec::new();
+    fn sent(&mut self, now: Duration, epoch: Epoch, digest: u64, provisional: bool) -> Vec<Action> {
+        if self.ledger.in_flight() == 0 {
+            self.progress = now;
         }
+        self.may_be_alone &= provisional;
         self.ledger.sent(epoch, digest).map(Action::Release).into_iter().collect()
     }
 
@@ -314,29 +513,45 @@ impl Primary {
         epoch: Epoch,
         digest: u64,
     ) -> Vec<Action> {
-        let State::Protected { synced } = &mut self.state else { return Vec::new() };
+        if !self.sends_on(self.link) {
+            return Vec::new();
+        }
         self.detector.life(now);
-        match self.ledger.acknowledge(generation, epoch, digest) {
-            Ok(proof) => {
+        let proof = match self.ledger.acknowledge(generation, epoch, digest) {
+            Ok(proof) => proof,
+            Err(e) => {
+                return self
+                    .outranked(generation)
+                    .unwrap_or_else(|| self.sever(now, Severance::Acknowledgement(e)));
+            }
+        };
+        let took = now.saturating_sub(std::mem::replace(&mut self.progress, now));
+        self.committed = proof.epoch();
+        let mut actions = Vec::new();
+        match &mut self.state {
+            State::CatchingUp { rounds } => {
+                *rounds += 1;
+                // The first one was the full copy.
+                if *rounds > 1 && (took <= self.config.calm || *rounds >= MOST_ROUNDS) {
+                    self.state = State::Protected { synced: false };
+                    actions.push(Action::Hold);
+                }
+            }
+            State::Protected { synced } => {
                 *synced = true;
-                self.committed = proof.epoch();
                 // The control has released it when it was sent.
-                let released = !self.ledger.is_control();
-                let mut actions = Vec::new();
-                if released {
+                if !self.ledger.is_control() {
                     actions.push(Action::Release(proof));
                 }
                 actions.extend(self.try_hand_over());
-                actions
             }
-            Err(e) => self
-                .outranked(generation)
-                .unwrap_or_else(|| self.sever(now, Severance::Acknowledgement(e))),
+            _ => {}
         }
+        actions
     }
 
     fn try_hand_over(&mut self) -> Option<Action> {
-        let ready = self.handing_over
+        let ready = self.handing_over == Some(self.committed)
             && self.state == State::Protected { synced: true }
             && self.ledger.in_flight() == 0;
         ready.then(|| {
@@ -354,137 +569,44 @@ impl Primary {
 
     /// Does not cancel a hand-over for good: the operator is told by the action and asks again.
     fn sever(&mut self, now: Duration, reason: Severance) -> Vec<Action> {
-        self.handing_over = false;
-        let retry_at = Some(now + self.config.retry);
+        self.handing_over = None;
+        let later = Some(now + self.config.retry);
+        // A refusal is worth telling; a peer that is not there yet is not.
+        let told = |link| match reason {
+            Severance::Lost => Vec::new(),
+            _ => vec![Action::Severed(link, reason)],
+        };
         match &mut self.state {
-            State::Connecting { retry_at: at } => {
-                *at = retry_at;
-                // A refusal is worth telling; a peer that is not there yet is not.
-                match reason {
-                    Severance::Lost => Vec::new(),
-                    _ => vec![Action::Severed(self.link, reason)],
-                }
+            State::Connecting { retry_at } | State::Alone { retry_at } => {
+                *retry_at = later;
+                return told(self.link);
             }
-            State::Severed { retry_at: at, .. } => {
-                *at = retry_at;
-                Vec::new()
+            State::Severed { retry_at, .. } => {
+                *retry_at = later;
+                return Vec::new();
             }
-            _ => {
-                // The first attempt is made at once: a backup that still hears nothing after its
-                // timeout takes over, though only the connection broke.
-                let at_once = matches!(reason, Severance::Lost | Severance::Silence(_));
-                let retry_at = if at_once { Some(now) } else { retry_at };
-                self.state = State::Severed { reason, retry_at };
-                vec![Action::Severed(self.link, reason)]
-            }
+            _ => {}
         }
+        let was_protected = matches!(self.state, State::Protected { .. });
+        if self.may_be_alone {
+            // Nobody can promote from what was sent so far.
+            self.state = State::Alone { retry_at: later };
+            let mut actions = vec![Action::Severed(self.link, reason)];
+            if was_protected {
+                actions.push(Action::GoAlone(self.generation));
+            }
+            return actions;
+        }
+        // The first attempt is made at once: a backup that still hears nothing after its
+        // timeout takes over, though only the connection broke.
+        let at_once = matches!(reason, Severance::Lost | Severance::Silence(_));
+        let retry_at = if at_once { Some(now) } else { later };
+        self.state = State::Severed { reason, retry_at };
+        self.decide_at =
+            (self.config.on_loss != OnLoss::Freeze).then(|| now + self.config.patience);
+        vec![Action::Severed(self.link, reason)]
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const G: Generation = Generation(2);
-    const LINK: LinkId = LinkId(1);
-
-    fn ms(n: u64) -> Duration {
-        Duration::from_millis(n)
-    }
-
-    fn protected() -> Primary {
-        let mut p = Primary::new(Config::default(), G, AckLedger::new(G), ms(0));
-        assert_eq!(p.handle(ms(0), Input::Tick), [Action::Connect(LINK)]);
-        assert!(!p.may_begin_stop());
-        assert_eq!(p.handle(ms(1), Input::Connected(LINK)), [Action::BeginFull]);
-        p
-    }
-
-    fn ack(epoch: u64, digest: u64) -> Input {
-        Input::Ack { link: LINK, generation: G, epoch: Epoch(epoch), digest }
-    }
-
-    fn sent(epoch: u64) -> Input {
-        Input::Sent { epoch: Epoch(epoch), digest: epoch * 10 }
-    }
-
-    #[test]
-    fn the_depth_bounds_what_is_in_flight_and_acks_release() {
-        let mut p = protected();
-        for e in 1..=4 {
-            assert!(p.may_begin_stop());
-            assert_eq!(p.handle(ms(2), sent(e)), []);
-        }
-        assert!(!p.may_begin_stop());
-        let actions = p.handle(ms(3), ack(2, 20));
-        assert!(matches!(&actions[..], [Action::Release(proof)] if proof.epoch() == Epoch(2)));
-        assert!(p.may_begin_stop());
-        assert_eq!(p.state(), State::Protected { synced: true });
-    }
-
-    #[test]
-    fn a_wrong_digest_severs_and_a_new_connection_begins_anew() {
-        let mut p = protected();
-        p.handle(ms(2), sent(1));
-        let actions = p.handle(ms(3), ack(1, 11));
-        assert!(matches!(&actions[..], [Action::Severed(LINK, Severance::Acknowledgement(_))]));
-        assert_eq!(p.handle(ms(4), ack(1, 10)), [], "severed: nothing is released");
-        assert_eq!(p.next_deadline(), Some(ms(203)));
-        assert_eq!(p.handle(ms(203), Input::Tick), [Action::Connect(LinkId(2))]);
-        assert_eq!(p.handle(ms(204), Input::Connected(LINK)), [], "the old connection");
-        assert_eq!(p.handle(ms(204), Input::Connected(LinkId(2))), [Action::BeginFull]);
-        assert_eq!(p.handle(ms(205), ack(1, 10)), [], "of the old connection");
-    }
-
-    #[test]
-    fn silence_severs() {
-        let mut p = protected();
-        while let Some(at) = p.next_deadline().filter(|at| *at <= ms(80)) {
-            assert_eq!(p.handle(at, Input::Tick), []);
-        }
-        p.handle(ms(80), Input::Heard(LINK));
-        let mut actions = Vec::new();
-        while actions.is_empty() {
-            actions = p.handle(p.next_deadline().unwrap(), Input::Tick);
-        }
-        assert_eq!(actions, [Action::Severed(LINK, Severance::Silence(ms(90)))]);
-        assert!(!p.may_begin_stop());
-    }
-
-    #[test]
-    fn a_newer_generation_demotes_for_good() {
-        let newest = Generation(3);
-        let refused = Input::Refused { link: LINK, code: RefuseCode::StaleGeneration, newest };
-        let mut p = protected();
-        assert_eq!(p.handle(ms(2), refused), [Action::Demoted { by: newest }]);
-        assert_eq!(p.handle(ms(3), Input::Connected(LINK)), []);
-        assert_eq!(p.next_deadline(), None);
-        let mut p = protected();
-        let newer = Input::Ack { link: LINK, generation: newest, epoch: Epoch(1), digest: 0 };
-        assert_eq!(p.handle(ms(2), newer), [Action::Demoted { by: newest }]);
-    }
-
-    #[test]
-    fn a_hand_over_waits_for_the_last_ack_and_releases_nothing_afterwards() {
-        let mut p = protected();
-        p.handle(ms(2), sent(1));
-        assert_eq!(p.handle(ms(3), Input::HandOver), []);
-        assert!(!p.may_begin_stop());
-        let actions = p.handle(ms(4), ack(1, 10));
-        assert!(matches!(
-            &actions[..],
-            [Action::Release(_), Action::HandOver { link: LINK, last: Epoch(1) }]
-        ));
-        assert_eq!(p.handle(ms(5), ack(1, 10)), []);
-        assert_eq!(p.state(), State::HandedOver);
-    }
-
-    #[test]
-    fn the_control_releases_at_once_and_only_once() {
-        let mut p = Primary::new(Config::default(), G, AckLedger::without_output_commit(G), ms(0));
-        p.handle(ms(0), Input::Tick);
-        p.handle(ms(1), Input::Connected(LINK));
-        assert!(matches!(&p.handle(ms(2), sent(1))[..], [Action::Release(_)]));
-        assert_eq!(p.handle(ms(3), ack(1, 10)), []);
-    }
-}
+mod tests;

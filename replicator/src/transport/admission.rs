@@ -3,7 +3,7 @@
 use crate::protocol::LinkId;
 use crate::protocol::backup::{Action, Backup, Input, State};
 use crate::wire::Receipt;
-use crate::wire::message::{Bye, Heartbeat, Hello, Refuse, RefuseCode, Welcome};
+use crate::wire::message::{Bye, Heartbeat, Hello, Refuse, RefuseCode, Role, Welcome};
 use crate::{Epoch, Generation};
 use bytes::Bytes;
 use std::net::SocketAddr;
@@ -85,7 +85,8 @@ pub struct SharedBackup {
 
 impl SharedBackup {
     /// Shares `core`, whose time counts from `origin`. `depth` is the capacity of the applier's
-    /// channel. `notices` must not block and must not call back into this.
+    /// channel. `notices` must not block and must not call back into this; that of an admission
+    /// comes before the primary is told, and so before its first checkpoint.
     pub fn new(
         core: Backup,
         origin: Instant,
@@ -120,6 +121,24 @@ impl SharedBackup {
         self.with(|core, _| core.state())
     }
 
+    /// The newest generation that the core knows.
+    pub fn newest(&self) -> Generation {
+        self.with(|core, _| core.newest())
+    }
+
+    /// The connection in use.
+    pub fn link(&self) -> Option<LinkId> {
+        self.with(|core, _| core.link())
+    }
+
+    /// Begins a new life of the container here, if nobody else is known to run it.
+    pub fn begin(&self, generation: Generation) -> bool {
+        self.with(|core, now| {
+            core.handle(now, Input::Begin(generation));
+            core.state() == State::Promoted { generation }
+        })
+    }
+
     /// When to give the core a tick, on its clock.
     pub fn next_deadline(&self) -> Option<Duration> {
         self.with(|core, _| core.next_deadline())
@@ -149,7 +168,11 @@ impl Admission for SharedBackup {
             let newest = self.with(|core, _| core.newest()).min(generation);
             return Err((Refuse { code: RefuseCode::WrongContainer, text }, newest));
         }
-        let actions = self.with(|core, now| core.handle(now, Input::Hello { link, generation }));
+        let input = match hello.role {
+            Role::Primary => Input::Hello { link, generation },
+            Role::Backup => Input::Inquiry(link),
+        };
+        let actions = self.with(|core, now| core.handle(now, input));
         let mut answer = None;
         let (mine, others): (Vec<_>, Vec<_>) = actions.into_iter().partition(
             |a| matches!(a, Action::Welcome(l) | Action::Refuse { link: l, .. } if *l == link),
@@ -157,10 +180,17 @@ impl Admission for SharedBackup {
         for action in mine {
             answer = Some(match action {
                 Action::Refuse { code, newest, .. } => {
-                    let text = format!(
-                        "generation {generation} of '{}' is not taken; generation {newest} is known",
-                        self.container
-                    );
+                    let name = &self.container;
+                    let text = match code {
+                        RefuseCode::Vacant => format!("nobody is known to run '{name}'"),
+                        RefuseCode::Promoted => {
+                            format!("'{name}' runs here in generation {newest}, or soon will")
+                        }
+                        _ => format!(
+                            "generation {generation} of '{name}' is not taken; generation {newest} \
+                             is known"
+                        ),
+                    };
                     Err((Refuse { code, text }, newest))
                 }
                 _ => Ok(Welcome { host: self.host.clone(), depth: self.depth }),

@@ -250,7 +250,7 @@ impl Session {
             if let Progress::Complete(receipt, checkpoint) = progress {
                 let pages = checkpoint.pages.pages();
                 if self.offer(link, receipt, checkpoint).await {
-                    let Receipt { generation, epoch, digest } = receipt;
+                    let Receipt { generation, epoch, digest, .. } = receipt;
                     let ack = encode(generation, epoch, &Message::Ack { digest })?;
                     send.write_chunk(ack).await.map_err(|e| broken(connection, e))?;
                 }

@@ -238,6 +238,20 @@ impl PrimaryLink {
         Ok((Self { connection, endpoint, generation, frames, inputs }, welcome))
     }
 
+    /// Asks the other side, as one that runs nothing, who runs the container: the code of its
+    /// refusal is the answer, with the newest generation that it knows. The hello in `config` must
+    /// be of the role [`Role::Backup`].
+    pub async fn inquire(config: PrimaryConfig) -> Result<(RefuseCode, Generation), LinkError> {
+        match Self::connect(config, |_| {}).await {
+            Err(LinkError::Refused { code, newest, .. }) => Ok((code, newest)),
+            Err(other) => Err(other),
+            Ok(_) => Err(LinkError::Unexpected {
+                got: "a welcome".into(),
+                expected: "an answer to a question",
+            }),
+        }
+    }
+
     /// Hands over a frame of a checkpoint; blocks while [`FRAMES`] wait. Not for async code.
     pub fn send(&self, frame: Bytes) -> Result<(), Closed> {
         self.frames.blocking_send(Out::Frame(frame)).map_err(|_| Closed)
@@ -271,7 +285,9 @@ impl PrimaryLink {
         let unheard = || broken(&self.connection, "the goodbye was not confirmed in time");
         let result = if heard { Ok(()) } else { Err(unheard()) };
         self.connection.close(CLOSE_DONE, b"goodbye");
-        let _ = tokio::time::timeout(FAREWELL, self.endpoint.wait_idle()).await;
+        // The peer need not be waited for: it has what it needs, or never will.
+        let endpoint = self.endpoint.clone();
+        tokio::spawn(async move { tokio::time::timeout(FAREWELL, endpoint.wait_idle()).await });
         result
     }
 

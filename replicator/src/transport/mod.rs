@@ -21,8 +21,10 @@ pub mod pki;
 pub mod quic;
 #[cfg(test)]
 mod tests;
+pub mod witness;
 
 pub use admission::{Admission, Event, SharedBackup};
 pub use backup::BackupEndpoint;
 pub use link::{LinkError, PrimaryEvent, PrimaryLink};
 pub use pki::{HostRole, Identity, PkiError};
+pub use witness::{Ledger, WitnessClient, WitnessEndpoint};

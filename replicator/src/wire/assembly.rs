@@ -64,6 +64,8 @@ pub struct Receipt {
     pub epoch: Epoch,
     /// The digest that this side computed.
     pub digest: u64,
+    /// The checkpoint's output did not wait for it: nobody may promote from it.
+    pub provisional: bool,
 }
 
 /// What a frame led to.
@@ -80,6 +82,7 @@ struct Open {
     generation: Generation,
     epoch: Epoch,
     full: bool,
+    provisional: bool,
     digest: Xxh3,
     sums: CheckpointEnd,
     state: Vec<u8>,
@@ -118,7 +121,9 @@ impl Assembly {
     pub fn push(&mut self, frame: &Frame) -> Result<Progress, WireError> {
         self.fold();
         let result = match &frame.message {
-            Message::CheckpointBegin { full } => self.begin(frame, *full),
+            Message::CheckpointBegin { full, provisional } => {
+                self.begin(frame, *full, *provisional)
+            }
             Message::StateChunk(payload) => self.chunk(frame, |open, shared| {
                 let cap = shared.limits.state_bytes;
                 decode_piece(shared.state, frame.at + HEADER, payload, cap, &mut open.state)
@@ -169,7 +174,12 @@ impl Assembly {
         self.shadow.versions()
     }
 
-    fn begin(&mut self, frame: &Frame, full: bool) -> Result<Progress, WireError> {
+    fn begin(
+        &mut self,
+        frame: &Frame,
+        full: bool,
+        provisional: bool,
+    ) -> Result<Progress, WireError> {
         let (generation, epoch) = (frame.generation, frame.epoch);
         let kind = Kind::CheckpointBegin;
         if self.open.is_some() {
@@ -204,6 +214,7 @@ impl Assembly {
             generation,
             epoch,
             full,
+            provisional,
             digest,
             sums: CheckpointEnd::default(),
             state: Vec::new(),
@@ -247,13 +258,15 @@ impl Assembly {
             }
         };
         let Some(open) = self.open.take() else { return Ok(Progress::Partial) };
-        let Open { generation, epoch, full, mut pages, sums, state: bytes, .. } = *open;
+        let Open { generation, epoch, full, provisional, mut pages, sums, state: bytes, .. } =
+            *open;
         by_index(&mut pages, &state);
         self.state = bytes;
         self.last = Some((generation, epoch));
         let checkpoint = Arc::new(Checkpoint { generation, epoch, full, state, pages });
         self.complete = Some(checkpoint.clone());
-        Ok(Progress::Complete(Receipt { generation, epoch, digest: sums.digest }, checkpoint))
+        let receipt = Receipt { generation, epoch, digest: sums.digest, provisional };
+        Ok(Progress::Complete(receipt, checkpoint))
     }
 }
 

@@ -116,6 +116,18 @@ impl CheckpointBuilder {
     /// Begins a checkpoint; one that was begun before and not finished is dropped. After a
     /// dropped one the next must be full, because the backup's shadow lacks its pages.
     pub fn begin(&mut self, generation: Generation, epoch: Epoch, full: bool) -> Bytes {
+        self.begin_as(generation, epoch, full, false)
+    }
+
+    /// As [`CheckpointBuilder::begin`]; a `provisional` checkpoint is one whose output does not
+    /// wait for it, so that nobody may promote from it.
+    pub fn begin_as(
+        &mut self,
+        generation: Generation,
+        epoch: Epoch,
+        full: bool,
+        provisional: bool,
+    ) -> Bytes {
         if full {
             self.shadow.clear();
             self.state.clear();
@@ -128,8 +140,8 @@ impl CheckpointBuilder {
         self.sums = CheckpointEnd::default();
         let mut out = Vec::new();
         codec::open(&mut out);
-        let kind = Message::CheckpointBegin { full }.kind();
-        let seal = codec::close(&mut out, 0, kind, full, generation, epoch);
+        let flags = codec::begin_flags(full, provisional);
+        let seal = codec::close(&mut out, 0, Kind::CheckpointBegin, flags, generation, epoch);
         self.digest.update(&seal);
         self.bytes = out.len() as u64;
         out.into()
@@ -296,7 +308,7 @@ impl CheckpointBuilder {
     }
 
     fn seal(&self, out: &mut [u8], kind: Kind) -> Seal {
-        codec::close(out, 0, kind, false, self.generation, self.epoch)
+        codec::close(out, 0, kind, 0, self.generation, self.epoch)
     }
 
     fn count_chunk(&mut self, seal: &Seal, len: usize) {

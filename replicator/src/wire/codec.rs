@@ -29,6 +29,16 @@ pub const HEADER: usize = 40;
 
 /// The one flag there is, valid on CheckpointBegin: the checkpoint builds on none before.
 const FULL: u16 = 1;
+const PROVISIONAL: u16 = 2;
+/// The flags that a kind may have.
+fn flags_of(kind: Kind) -> u16 {
+    if kind == Kind::CheckpointBegin { FULL | PROVISIONAL } else { 0 }
+}
+
+/// The flags of the begin of a checkpoint.
+pub(super) fn begin_flags(full: bool, provisional: bool) -> u16 {
+    (if full { FULL } else { 0 }) | if provisional { PROVISIONAL } else { 0 }
+}
 
 /// What is wrong with a frame.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -147,7 +157,7 @@ pub(super) fn close(
     out: &mut [u8],
     start: usize,
     kind: Kind,
-    full: bool,
+    flags: u16,
     generation: Generation,
     epoch: Epoch,
 ) -> Seal {
@@ -156,7 +166,7 @@ pub(super) fn close(
     head[..4].copy_from_slice(&MAGIC);
     head[4] = PROTOCOL;
     head[5] = kind as u8;
-    head[6..8].copy_from_slice(&if full { FULL } else { 0 }.to_le_bytes());
+    head[6..8].copy_from_slice(&flags.to_le_bytes());
     head[8..16].copy_from_slice(&generation.0.to_le_bytes());
     head[16..24].copy_from_slice(&epoch.0.to_le_bytes());
     head[24..28].copy_from_slice(&(payload.len() as u32).to_le_bytes());
@@ -179,11 +189,11 @@ fn seal_of(head: &[u8]) -> Seal {
 pub fn encode(generation: Generation, epoch: Epoch, message: &Message) -> Result<Bytes, WireError> {
     let mut out = Vec::with_capacity(HEADER + 64);
     open(&mut out);
-    let mut full = false;
+    let mut flags = 0;
     match message {
         Message::Hello(m) => put(&mut out, m),
         Message::Welcome(m) => put(&mut out, m),
-        Message::CheckpointBegin { full: f } => full = *f,
+        Message::CheckpointBegin { full, provisional } => flags = begin_flags(*full, *provisional),
         Message::StateChunk(b) | Message::PageChunk(b) | Message::Input(b) => {
             out.extend_from_slice(b);
         }
@@ -197,7 +207,7 @@ pub fn encode(generation: Generation, epoch: Epoch, message: &Message) -> Result
     if len > kind.cap() {
         return Err(WireError { at: 0, fault: Fault::TooLong { kind, len: len as u32 } });
     }
-    close(&mut out, 0, kind, full, generation, epoch);
+    close(&mut out, 0, kind, flags, generation, epoch);
     Ok(out.into())
 }
 
@@ -221,7 +231,7 @@ fn get<T: DeserializeOwned>(at: u64, kind: Kind, payload: &[u8]) -> Result<T, Wi
 /// The checked fields of a header.
 struct Head {
     kind: Kind,
-    full: bool,
+    flags: u16,
     generation: Generation,
     epoch: Epoch,
     len: usize,
@@ -247,7 +257,7 @@ impl Head {
             return fail(5, Fault::Kind { found: h[5] });
         };
         let flags = u16::from_le_bytes([h[6], h[7]]);
-        if flags & !(if kind == Kind::CheckpointBegin { FULL } else { 0 }) != 0 {
+        if flags & !flags_of(kind) != 0 {
             return fail(6, Fault::Flags { kind, found: flags });
         }
         let len = half(24);
@@ -256,7 +266,7 @@ impl Head {
         }
         Ok(Self {
             kind,
-            full: flags & FULL != 0,
+            flags,
             generation: Generation(word(8)),
             epoch: Epoch(word(16)),
             len: len as usize,
@@ -270,7 +280,8 @@ impl Head {
             Kind::Hello => Message::Hello(get::<Hello>(at, kind, &payload)?),
             Kind::Welcome => Message::Welcome(get::<Welcome>(at, kind, &payload)?),
             Kind::CheckpointBegin if payload.is_empty() => {
-                Message::CheckpointBegin { full: self.full }
+                let (full, provisional) = (self.flags & FULL != 0, self.flags & PROVISIONAL != 0);
+                Message::CheckpointBegin { full, provisional }
             }
             Kind::CheckpointBegin => {
                 return Err(WireError::payload(at, kind, "it has no payload"));
@@ -396,8 +407,9 @@ mod tests {
                 clocks: Clocks { monotonic: 5, boottime: 6 },
             }),
             Message::Welcome(Welcome { host: "beta".into(), depth: 4 }),
-            Message::CheckpointBegin { full: true },
-            Message::CheckpointBegin { full: false },
+            Message::CheckpointBegin { full: true, provisional: false },
+            Message::CheckpointBegin { full: true, provisional: true },
+            Message::CheckpointBegin { full: false, provisional: false },
             Message::StateChunk(Bytes::from_static(b"state")),
             Message::PageChunk(Bytes::from_static(b"pages")),
             Message::CheckpointEnd(CheckpointEnd { digest: u64::MAX, ..Default::default() }),
@@ -480,7 +492,7 @@ mod tests {
     fn a_length_is_checked_before_it_is_believed() {
         let mut out = Vec::new();
         open(&mut out);
-        close(&mut out, 0, Kind::Ack, false, Generation(1), Epoch(1));
+        close(&mut out, 0, Kind::Ack, 0, Generation(1), Epoch(1));
         out[24..28].copy_from_slice(&u32::MAX.to_le_bytes());
         let check = (xxh3_64(&out[..28]) as u32).to_le_bytes();
         out[28..32].copy_from_slice(&check);

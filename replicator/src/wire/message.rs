@@ -23,7 +23,8 @@ pub struct Hello {
     pub container: String,
     /// Name of the host that sends it.
     pub host: String,
-    /// What it is; a backup never says hello.
+    /// What it is. A backup only asks who runs the container; its hello is always refused, and
+    /// the code is the answer.
     pub role: Role,
     /// The container's addresses, in the gateway's own encoding.
     pub network: Vec<u8>,
@@ -77,6 +78,9 @@ pub enum RefuseCode {
     WrongPeer,
     /// The message cannot be used.
     Protocol,
+    /// To one that asks: nobody runs the container as far as is known here, and no copy of it is
+    /// kept.
+    Vacant,
 }
 
 /// The backup does not take the container. The frame's generation is the newest that it knows.
@@ -163,6 +167,8 @@ pub enum Message {
     CheckpointBegin {
         /// Whether it builds on no checkpoint before.
         full: bool,
+        /// Its output does not wait for it: nobody may promote from it.
+        provisional: bool,
     },
     /// Part of the state, coded; see [`super::Assembly`].
     StateChunk(Bytes),

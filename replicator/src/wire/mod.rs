@@ -4,7 +4,7 @@
 //! primary                                                   backup
 //!   Hello {container, clocks, network}        ->
 //!                                             <-  Welcome | Refuse {reason}
-//!   CheckpointBegin {full}                    ->
+//!   CheckpointBegin {full, provisional}       ->
 //!   PageChunk ...  (any number, pre-copy too) ->
 //!   StateChunk ...                            ->
 //!   CheckpointEnd {digest, counts}            ->

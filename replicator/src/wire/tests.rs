@@ -212,7 +212,7 @@ fn memory_rebuilt_from_checkpoints_equals_the_model() {
             let (receipt, checkpoint) = receive(&mut assembly, &bytes);
             assert_eq!(
                 receipt,
-                Receipt { generation: GENERATION, epoch: Epoch(epoch), digest },
+                Receipt { generation: GENERATION, epoch: Epoch(epoch), digest, provisional: false },
                 "seed {seed}"
             );
             assert_eq!((checkpoint.full, &checkpoint.state), (full, &model.state));

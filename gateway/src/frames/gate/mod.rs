@@ -152,6 +152,8 @@ impl Outbound {
 #[derive(Debug)]
 struct Inbound {
     plugged: bool,
+    /// Input goes to the log and nowhere else; see [`InputHold::divert`].
+    diverted: bool,
     backlog: Backlog,
     log: Option<LogWriter>,
     buffer: Box<[u8]>,
@@ -188,7 +190,16 @@ pub struct Gate {
 #[derive(Debug)]
 #[must_use = "input flows again as soon as this is dropped"]
 pub struct InputHold<'a> {
-    _guard: UrgentGuard<'a, Inbound>,
+    guard: UrgentGuard<'a, Inbound>,
+}
+
+impl InputHold<'_> {
+    /// From now on, the end of the hold included, input goes to the input log only: the container
+    /// stands still for good, and whoever runs it next gets it. [`Gate::plug`] ends it.
+    pub fn divert(&mut self) {
+        self.guard.plugged = false;
+        self.guard.diverted = true;
+    }
 }
 
 impl Gate {
@@ -209,6 +220,7 @@ impl Gate {
             outer,
             inbound: UrgentLock::new(Inbound {
                 plugged: false,
+                diverted: false,
                 backlog: Backlog::new(config.backlog, config.mac),
                 log: config.input_log,
                 buffer: vec![0; MAX_FRAME].into_boxed_slice(),
@@ -264,7 +276,7 @@ impl Gate {
     /// The same thread must not call [`Gate::plug`], [`Gate::unplug`], [`Gate::probe`] or
     /// [`Gate::hold_input`] while it has the guard: it would wait for itself.
     pub fn hold_input(&self) -> InputHold<'_> {
-        InputHold { _guard: self.shared.inbound.lock_urgent() }
+        InputHold { guard: self.shared.inbound.lock_urgent() }
     }
 
     /// Protects the output from now on: see [`CommitCore::protect`].
@@ -354,8 +366,9 @@ impl Gate {
     pub fn plug(&self) -> Result<(), GateError> {
         self.open_output()?;
         let mut inbound = self.shared.inbound.lock_urgent();
-        let Inbound { plugged, backlog, log, .. } = &mut *inbound;
+        let Inbound { plugged, diverted, backlog, log, .. } = &mut *inbound;
         *plugged = true;
+        *diverted = false;
         for frame in backlog.take(Instant::now()) {
             self.shared.deliver(&frame, log.as_mut());
         }
@@ -367,6 +380,7 @@ impl Gate {
     pub fn unplug(&self) {
         let mut inbound = self.shared.inbound.lock_urgent();
         inbound.plugged = false;
+        inbound.diverted = false;
         inbound.backlog.clear();
         let mut out = self.shared.outbound.lock_urgent();
         out.output = OutputState::Discard;

@@ -133,7 +133,7 @@ impl Shared {
     /// Moves a batch from the clients to the container or to the backlog.
     fn step_in(&self) -> Result<Step, GateError> {
         let mut inbound = self.inbound.lock();
-        let Inbound { plugged, backlog, log, buffer } = &mut *inbound;
+        let Inbound { plugged, diverted, backlog, log, buffer } = &mut *inbound;
         for _ in 0..BATCH {
             if self.inbound.is_wanted() {
                 return Ok(Step::More);
@@ -142,6 +142,8 @@ impl Shared {
             let frame = &buffer[..n];
             if *plugged {
                 self.deliver(frame, log.as_mut());
+            } else if *diverted {
+                self.log(frame, log.as_mut());
             } else {
                 backlog.push(Instant::now(), frame);
             }
@@ -151,16 +153,20 @@ impl Shared {
 
     /// Gives a frame to the container, and a copy to the input log if there is a backup for it.
     pub(super) fn deliver(&self, frame: &[u8], log: Option<&mut LogWriter>) {
-        let epoch = Epoch(self.open_epoch.load(Acquire));
-        if let (Some(log), true) = (log, epoch != Epoch::NONE) {
-            log.push(epoch, frame);
-        }
+        self.log(frame, log);
         let counter = match self.inner.write(frame) {
             Ok(()) => &self.totals.in_frames,
             // A full backlog of the kernel or a device that is down: as on a wire, it is lost.
             Err(_) => &self.totals.in_dropped,
         };
         counter.fetch_add(1, Relaxed);
+    }
+
+    fn log(&self, frame: &[u8], log: Option<&mut LogWriter>) {
+        let epoch = Epoch(self.open_epoch.load(Acquire));
+        if let (Some(log), true) = (log, epoch != Epoch::NONE) {
+            log.push(epoch, frame);
+        }
     }
 
     /// Writes frames to the outer TAP in order, with the writer lock held. Returns how many the

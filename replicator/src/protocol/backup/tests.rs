@@ -1,0 +1,200 @@
+//! The backup's core, input by input.
+
+use super::*;
+
+const G: Generation = Generation(1);
+const LINK: LinkId = LinkId(5);
+
+fn ms(n: u64) -> Duration {
+    Duration::from_millis(n)
+}
+
+fn receipt(epoch: u64) -> Receipt {
+    Receipt { generation: G, epoch: Epoch(epoch), digest: epoch, provisional: false }
+}
+
+fn ask(base: u64, wanted: u64) -> Action {
+    Action::Ask { base: Generation(base), wanted: Generation(wanted) }
+}
+
+fn complete(epoch: u64) -> Input {
+    Input::Complete { link: LINK, receipt: receipt(epoch) }
+}
+
+fn syncing() -> Backup {
+    let mut b = Backup::new(Config::default(), Generation(0), ms(0));
+    let hello = Input::Hello { link: LINK, generation: G };
+    assert_eq!(b.handle(ms(0), hello), [Action::Welcome(LINK)]);
+    b
+}
+
+fn ready() -> Backup {
+    let mut b = syncing();
+    assert_eq!(
+        b.handle(ms(1), complete(1)),
+        [Action::Apply(receipt(1)), Action::Ack { link: LINK, receipt: receipt(1) }]
+    );
+    b
+}
+
+fn until_it_acts(b: &mut Backup) -> Vec<Action> {
+    loop {
+        let at = b.next_deadline().expect("it waits for something");
+        let actions = b.handle(at, Input::Tick);
+        if !actions.is_empty() {
+            return actions;
+        }
+    }
+}
+
+fn grant(b: &mut Backup, generation: u64) -> Vec<Action> {
+    let generation = Generation(generation);
+    b.handle(ms(500), Input::Verdict { generation, verdict: Verdict::Granted })
+}
+
+#[test]
+fn silence_leads_to_a_promotion_from_the_last_complete_epoch() {
+    let mut b = ready();
+    b.handle(ms(2), complete(2));
+    assert_eq!(until_it_acts(&mut b), [ask(1, 2)]);
+    let promote = Action::Promote { generation: Generation(2), from: Epoch(2) };
+    assert_eq!(grant(&mut b, 2), [Action::Close(LINK), promote]);
+    assert_eq!(b.handle(ms(501), complete(3)), [], "nothing is acknowledged any more");
+    b.handle(ms(502), Input::Running);
+    assert_eq!(b.state(), State::Promoted { generation: Generation(2) });
+    let link = LinkId(6);
+    assert_eq!(
+        b.handle(ms(503), Input::Hello { link, generation: G }),
+        [Action::Refuse { link, code: RefuseCode::Promoted, newest: Generation(2) }]
+    );
+}
+
+#[test]
+fn without_a_complete_checkpoint_nothing_is_promoted() {
+    let mut b = syncing();
+    assert_eq!(until_it_acts(&mut b), [Action::Close(LINK), Action::Lost]);
+    assert_eq!(b.state(), State::Waiting);
+    assert_eq!(b.handle(ms(300), Input::Promote), []);
+    assert_eq!(grant(&mut b, 2), []);
+}
+
+#[test]
+fn life_takes_a_suspicion_back_and_its_grant_is_void() {
+    let mut b = ready();
+    until_it_acts(&mut b);
+    b.handle(ms(300), Input::Heard(LINK));
+    assert_eq!(b.state(), State::Ready { last: Epoch(1) });
+    assert_eq!(grant(&mut b, 2), []);
+    assert_eq!(b.handle(ms(510), complete(2)).len(), 2, "it goes on as backup");
+    assert_eq!(until_it_acts(&mut b), [ask(1, 3)], "2 is used up");
+}
+
+/// Somebody has acted alone in a newer generation: what is held here is of the past.
+#[test]
+fn a_denial_makes_the_copy_void() {
+    let mut b = ready();
+    until_it_acts(&mut b);
+    let verdict = Verdict::Denied { newest: Generation(2) };
+    let denied = Input::Verdict { generation: Generation(2), verdict };
+    assert_eq!(b.handle(ms(100), denied), [Action::Close(LINK), Action::Discard]);
+    assert_eq!((b.state(), b.next_deadline()), (State::Waiting, None));
+    let link = LinkId(6);
+    let old = Input::Hello { link, generation: G };
+    assert!(matches!(b.handle(ms(101), old)[..], [Action::Refuse { .. }]));
+    let new = Input::Hello { link, generation: Generation(2) };
+    assert_eq!(b.handle(ms(102), new), [Action::Welcome(link)]);
+}
+
+#[test]
+fn a_primary_of_a_newer_generation_makes_the_copy_void() {
+    let mut b = ready();
+    let link = LinkId(6);
+    let hello = Input::Hello { link, generation: Generation(2) };
+    assert_eq!(
+        b.handle(ms(2), hello),
+        [Action::Close(LINK), Action::Discard, Action::Welcome(link)]
+    );
+    assert_eq!(b.state(), State::Syncing);
+}
+
+#[test]
+fn nobody_promotes_from_a_provisional_checkpoint() {
+    let mut b = syncing();
+    let receipt = Receipt { provisional: true, ..receipt(1) };
+    assert_eq!(
+        b.handle(ms(1), Input::Complete { link: LINK, receipt }),
+        [Action::Apply(receipt), Action::Ack { link: LINK, receipt }]
+    );
+    assert_eq!(b.state(), State::Syncing);
+    assert_eq!(until_it_acts(&mut b), [Action::Close(LINK), Action::Lost]);
+    let mut b = ready();
+    let provisional =
+        Input::Complete { link: LINK, receipt: Receipt { epoch: Epoch(2), ..receipt } };
+    assert_eq!(b.handle(ms(2), provisional), [Action::Close(LINK)], "out of place");
+}
+
+#[test]
+fn one_that_asks_is_told_who_runs_the_container() {
+    let link = LinkId(6);
+    let answer = |code, newest| Action::Refuse { link, code, newest: Generation(newest) };
+    let mut b = Backup::new(Config::default(), Generation(3), ms(0));
+    assert_eq!(b.handle(ms(0), Input::Inquiry(link)), [answer(RefuseCode::Vacant, 3)]);
+    b.handle(ms(1), Input::Begin(Generation(3)));
+    assert_eq!(b.state(), State::Waiting, "not in a generation that was");
+    b.handle(ms(1), Input::Begin(Generation(4)));
+    assert_eq!(b.handle(ms(2), Input::Inquiry(link)), [answer(RefuseCode::Promoted, 4)]);
+    b.handle(ms(3), Input::Demoted(Generation(5)));
+    assert_eq!(b.handle(ms(4), Input::Inquiry(link)), [answer(RefuseCode::Vacant, 5)]);
+}
+
+/// The agent of the primary has died and started again within the detector's time-out.
+#[test]
+fn one_that_asks_while_its_copy_is_here_has_died() {
+    let mut b = ready();
+    let link = LinkId(6);
+    let answer = Action::Refuse { link, code: RefuseCode::Promoted, newest: G };
+    assert_eq!(b.handle(ms(3), Input::Inquiry(link)), [answer, ask(1, 2)]);
+    b.handle(ms(4), Input::Heard(LINK));
+    assert_eq!(grant(&mut b, 2).len(), 2);
+}
+
+#[test]
+fn a_switchover_promotes_at_once_and_life_does_not_stop_it() {
+    let mut b = ready();
+    let bye = |last| Input::Bye { link: LINK, bye: Bye::Switchover, last: Epoch(last) };
+    assert_eq!(b.handle(ms(2), bye(2)), [], "not the epoch that is held");
+    assert_eq!(b.handle(ms(2), bye(1)), [ask(1, 2)]);
+    b.handle(ms(3), Input::Heard(LINK));
+    assert_eq!(b.handle(ms(3), complete(2)), []);
+    assert_eq!(grant(&mut b, 2).len(), 2);
+}
+
+#[test]
+fn a_stop_is_no_death() {
+    let mut b = ready();
+    let bye = Input::Bye { link: LINK, bye: Bye::Stop, last: Epoch(1) };
+    assert_eq!(b.handle(ms(2), bye), [Action::Discard]);
+    assert_eq!((b.state(), b.next_deadline()), (State::Waiting, None));
+}
+
+#[test]
+fn a_primary_that_comes_back_resyncs_and_the_old_copy_stays_good_meanwhile() {
+    let mut b = ready();
+    b.handle(ms(2), Input::Lost(LINK));
+    let link = LinkId(6);
+    let hello = Input::Hello { link, generation: G };
+    assert_eq!(b.handle(ms(20), hello), [Action::Welcome(link)]);
+    assert_eq!(b.state(), State::Ready { last: Epoch(1) });
+    assert_eq!(b.handle(ms(21), complete(2)), [], "of the old connection");
+    assert_eq!(until_it_acts(&mut b), [ask(1, 2)]);
+    let promote = Action::Promote { generation: Generation(2), from: Epoch(1) };
+    assert_eq!(grant(&mut b, 2), [Action::Close(link), promote]);
+}
+
+#[test]
+fn an_older_generation_is_refused() {
+    let mut b = Backup::new(Config::default(), Generation(4), ms(0));
+    let code = RefuseCode::StaleGeneration;
+    let refused = Action::Refuse { link: LINK, code, newest: Generation(4) };
+    assert_eq!(b.handle(ms(0), Input::Hello { link: LINK, generation: Generation(3) }), [refused]);
+}
