@@ -77,8 +77,7 @@ fn ship(
         }
     };
     send(builder.begin(generation, taken.epoch, taken.full));
-    let pids: Vec<i32> = taken.state.processes.iter().map(|p| p.pid).collect();
-    builder.pages(&taken.pages, &pids, &mut send)?;
+    builder.pages(&taken.pages, &taken.state.owners(), &mut send)?;
     let finished = builder.finish(&taken.state, &mut send)?;
     sent?;
     shell.note(taken, finished.bytes);

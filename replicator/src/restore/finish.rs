@@ -148,7 +148,8 @@ impl Spare {
 
     fn prepare_all(&mut self) -> Result<(), RestoreError> {
         let start = Instant::now();
-        let place = Place { init: self.pid(), elapsed: self.elapsed() };
+        self.held.seal().doing(1, "seal the memory objects")?;
+        let place = Place { held: &self.held, init: self.pid(), elapsed: self.elapsed() };
         let made = objects::create_all(&self.state, &place).map_err(|(index, source)| {
             let holds = |p: &&Process| p.fds.iter().any(|f| f.description as usize == index);
             let pid = self.state.processes.iter().find(holds).map_or(1, |p| p.pid);

@@ -25,6 +25,7 @@ mod pages;
 mod plan;
 mod process;
 mod script;
+mod shared;
 mod sockets;
 mod space;
 mod spare;

@@ -14,6 +14,7 @@ pub mod procmap;
 pub mod ptrace;
 pub mod remote;
 pub mod sched;
+pub mod shmem;
 pub mod sockopt;
 pub mod tap;
 pub mod uffd;

@@ -1,0 +1,288 @@
+"""Programs that hold one kind of memory each, for ../memory.rs: python3 memory.py KIND
+
+Each sets its kind up and pauses a few times; at a pause the test takes checkpoints and lets it go
+on by making a file. After the last pause it runs elsewhere, and looks at all that it can read.
+"""
+
+import ctypes
+import ctypes.util
+import fcntl
+import mmap
+import os
+import signal
+import sys
+import time
+
+PAGE = 4096
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
+libc.shmat.restype = ctypes.c_void_p
+libc.shmat.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
+for name in ("munmap", "madvise", "mprotect", "mlock", "mlock2", "shmdt", "mremap"):
+    getattr(libc, name).argtypes = None
+
+steps = 0
+
+
+def pause(word="ready"):
+    """Waits until the test has taken its checkpoints."""
+    global steps
+    steps += 1
+    print(word, steps, flush=True)
+    while not os.path.exists(f"go-{steps}"):
+        time.sleep(0.002)
+
+
+def last():
+    pause("last")
+
+
+def same(what, got, wanted):
+    if got != wanted:
+        print(f"{what}: {got!r}, not {wanted!r}", flush=True)
+        raise SystemExit(f"panicked: {what}: {got!r}, not {wanted!r}")
+
+
+def call(name, *args):
+    result = getattr(libc, name)(*args)
+    if result in (-1, ctypes.c_void_p(-1).value):
+        number = ctypes.get_errno()
+        raise OSError(number, f"{name}: {os.strerror(number)}")
+    return result
+
+
+class Child:
+    """A process that runs a function for each line it is told, and answers with what it gives."""
+
+    def __init__(self, serve, before=None):
+        down, up = os.pipe(), os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(down[1])
+            os.close(up[0])
+            if before:
+                before()
+            with os.fdopen(down[0]) as orders, os.fdopen(up[1], "w") as answers:
+                for line in orders:
+                    if line == "end\n":
+                        break
+                    print(serve(*line.split()), file=answers, flush=True)
+            os._exit(0)
+        os.close(down[0])
+        os.close(up[1])
+        self.orders, self.answers = os.fdopen(down[1], "w"), os.fdopen(up[0])
+
+    def ask(self, *words):
+        print(*words, file=self.orders, flush=True)
+        return self.answers.readline().strip()
+
+    def end(self):
+        print("end", file=self.orders, flush=True)
+        os.waitpid(self.pid, 0)
+
+
+def at(memory):
+    """A server that reads and writes bytes of shared memory."""
+
+    def serve(verb, offset, value="0"):
+        if verb == "set":
+            memory[int(offset)] = int(value)
+        return memory[int(offset)]
+
+    return serve
+
+
+def map_line(address):
+    """The line of /proc/self/maps for an address."""
+    with open("/proc/self/maps") as maps:
+        for line in maps:
+            start, end = (int(n, 16) for n in line.split()[0].split("-"))
+            if start <= address < end:
+                return line.split(maxsplit=5)
+    return None
+
+
+def address_of(memory):
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+
+def shared_anonymous():
+    size = 64 * PAGE
+    memory = mmap.mmap(-1, size)
+    memory[0:5] = b"first"
+    memory[10 * PAGE] = 10
+    a, b = Child(at(memory)), Child(at(memory))
+    same("a child's store", a.ask("set", 20 * PAGE, 20), "20")
+    pause()
+    # Stores of each process, one over the other's, and a page that is given back.
+    a.ask("set", 10 * PAGE, 11)
+    b.ask("set", 10 * PAGE + 1, 12)
+    memory[30 * PAGE] = 30
+    b.ask("set", 30 * PAGE, 31)
+    pause()
+    call("madvise", ctypes.c_void_p(address_of(memory) + 20 * PAGE), PAGE, mmap.MADV_REMOVE)
+    # Processes that live between two checkpoints only.
+    for i in range(3):
+        short = Child(at(memory))
+        short.ask("set", (40 + i) * PAGE, 40 + i)
+        short.end()
+    os.waitpid(os.posix_spawn("/bin/true", ["true"], {}), 0)
+    pause()
+    a.ask("set", 5 * PAGE, 5)
+    a.end()
+    last()
+    same("the start", memory[0:5], b"first")
+    same("a's store", memory[10 * PAGE], 11)
+    same("b's store", memory[10 * PAGE + 1], 12)
+    same("b's store over mine", memory[30 * PAGE], 31)
+    same("a page given back", memory[20 * PAGE], 0)
+    same("short lives", [memory[(40 + i) * PAGE] for i in range(3)], [40, 41, 42])
+    same("the store of one that ended", memory[5 * PAGE], 5)
+    same("sight of b", b.ask("get", 5 * PAGE), "5")
+    b.ask("set", 6 * PAGE, 66)
+    same("shared still", memory[6 * PAGE], 66)
+    line = map_line(address_of(memory))
+    same("rights and name", (line[1], line[5].strip()), ("rw-s", "/dev/zero (deleted)"))
+    late = Child(at(memory))
+    late.ask("set", 7 * PAGE, 77)
+    same("shared with new children", memory[7 * PAGE], 77)
+
+
+def shared_anonymous_moves():
+    """Parts unmapped, moved and mapped read-only; pages written before that stay."""
+    size = 32 * PAGE
+    memory = mmap.mmap(-1, size)
+    child = Child(at(memory))
+    base = address_of(memory)
+    for i in range(32):
+        memory[i * PAGE] = 100 + i
+    pause()
+    memory[3 * PAGE] = 33
+    call("munmap", ctypes.c_void_p(base + 3 * PAGE), 2 * PAGE)
+    call("mprotect", ctypes.c_void_p(base + 10 * PAGE), PAGE, mmap.PROT_READ)
+    call("mprotect", ctypes.c_void_p(base + 11 * PAGE), PAGE, 0)
+    pause()
+    child.ask("set", 3 * PAGE, 34)
+    child.ask("set", 4 * PAGE, 44)
+    child.ask("set", 11 * PAGE, 111)
+    last()
+    same("unmapped here", map_line(base + 3 * PAGE), None)
+    same("mapped there", child.ask("get", 3 * PAGE), "34")
+    same("read-only", map_line(base + 10 * PAGE)[1], "r--s")
+    same("no access", map_line(base + 11 * PAGE)[1], "---s")
+    call("mprotect", ctypes.c_void_p(base + 10 * PAGE), 2 * PAGE, mmap.PROT_READ | mmap.PROT_WRITE)
+    same("contents without access", memory[11 * PAGE], 111)
+    memory[10 * PAGE] = 7
+    same("writable again", child.ask("get", 10 * PAGE), "7")
+
+
+def seals(fd):
+    return fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+
+
+def memfd():
+    fd = os.memfd_create("a name", os.MFD_ALLOW_SEALING)
+    other = os.memfd_create("other", os.MFD_CLOEXEC)
+    os.ftruncate(fd, 16 * PAGE)
+    os.fchmod(fd, 0o640)
+    memory = mmap.mmap(fd, 16 * PAGE)
+    private = mmap.mmap(fd, 16 * PAGE, mmap.MAP_PRIVATE)
+    memory[0:4] = b"mapd"
+    os.pwrite(fd, b"written", 5 * PAGE)
+    private[PAGE : PAGE + 4] = b"mine"
+    os.write(other, b"no mapping at all")
+    child = Child(at(memory))
+    pause()
+    os.pwrite(fd, b"again", 6 * PAGE)
+    child.ask("set", 7 * PAGE, 7)
+    os.write(other, b", grown")
+    late = os.memfd_create("late", os.MFD_ALLOW_SEALING)
+    os.write(late, b"late" * 3000)
+    pause()
+    os.ftruncate(fd, 12 * PAGE)
+    os.pwrite(fd, b"at the end", 12 * PAGE - 10)
+    os.ftruncate(late, 5000)
+    fcntl.fcntl(late, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK)
+    view = mmap.mmap(late, 5000, mmap.MAP_SHARED, mmap.PROT_READ)
+    pause()
+    os.lseek(other, 3, os.SEEK_SET)
+    last()
+    same("the mapping", memory[0:4], b"mapd")
+    same("written by descriptor", memory[5 * PAGE : 5 * PAGE + 7], b"written")
+    same("written again", os.pread(fd, 5, 6 * PAGE), b"again")
+    same("a child's store", memory[7 * PAGE], 7)
+    same("a private page", private[PAGE : PAGE + 4], b"mine")
+    same("the page behind it", memory[PAGE : PAGE + 4], bytes(4))
+    same("a private mapping's view", private[5 * PAGE : 5 * PAGE + 7], b"written")
+    same("the end", os.pread(fd, 100, 12 * PAGE - 10), b"at the end")
+    same("size", os.fstat(fd).st_size, 12 * PAGE)
+    same("mode", os.fstat(fd).st_mode & 0o7777, 0o640)
+    same("name", os.readlink(f"/proc/self/fd/{fd}"), "/memfd:a name (deleted)")
+    same("offset", os.read(other, 100), b"mapping at all, grown")
+    same("no seals allowed", seals(other), fcntl.F_SEAL_SEAL)
+    same("seals allowed", seals(fd), 0)
+    same("sealed", seals(late), fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK)
+    same("sealed contents", os.pread(late, 9000, 0), (b"late" * 3000)[:5000])
+    same("a view of it", view[4990:5000], (b"late" * 3000)[4990:5000])
+    os.pwrite(fd, b"x", 0)
+    same("one object still", (memory[0], child.ask("get", 0)), (ord("x"), str(ord("x"))))
+
+
+def deleted_files():
+    with open("shared", "wb") as file:
+        file.write(b"s" * 3 * PAGE)
+    os.chmod("shared", 0o604)
+    with open("library", "wb") as file:
+        file.write(b"l" * 2 * PAGE)
+    shared = os.open("shared", os.O_RDWR)
+    memory = mmap.mmap(shared, 3 * PAGE)
+    library = os.open("library", os.O_RDONLY)
+    text = mmap.mmap(library, 2 * PAGE, mmap.MAP_PRIVATE, mmap.PROT_READ)
+    os.close(library)
+    os.unlink("shared")
+    # As an upgrade does: another file takes its place.
+    with open("library.new", "wb") as file:
+        file.write(b"N" * 2 * PAGE)
+    os.rename("library.new", "library")
+    temporary = os.open(".", os.O_RDWR | os.O_TMPFILE, 0o600)
+    os.write(temporary, b"temporary")
+    log = os.open("log", os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
+    os.write(log, b"one ")
+    os.unlink("log")
+    reader = os.open(f"/proc/self/fd/{log}", os.O_RDONLY)
+    pause()
+    memory[PAGE] = ord("m")
+    os.pwrite(shared, b"w", 2 * PAGE)
+    os.write(log, b"two ")
+    pause()
+    os.write(log, b"three ")
+    os.ftruncate(shared, 4 * PAGE)
+    last()
+    same("a store", os.pread(shared, 1, PAGE), b"m")
+    same("a write", memory[2 * PAGE], ord("w"))
+    same("the rest", memory[0:PAGE], b"s" * PAGE)
+    same("size", os.fstat(shared).st_size, 4 * PAGE)
+    same("mode", os.fstat(shared).st_mode & 0o7777, 0o604)
+    same("links", os.fstat(shared).st_nlink, 0)
+    where = os.path.join(os.getcwd(), "shared (deleted)")
+    same("name", os.readlink(f"/proc/self/fd/{shared}"), where)
+    same("the old library", text[:], b"l" * 2 * PAGE)
+    with open("library", "rb") as file:
+        same("the new library", file.read(1), b"N")
+    same("a nameless file", os.pread(temporary, 100, 0), b"temporary")
+    os.write(log, b"four")
+    same("a log", os.read(reader, 100), b"one two three four")
+
+
+KINDS = {
+    f.__name__: f
+    for f in (shared_anonymous, shared_anonymous_moves, memfd, deleted_files)
+}
+
+if __name__ == "__main__":
+    signal.alarm(0)
+    KINDS[sys.argv[1]]()
+    print("kind", sys.argv[1], "ok", flush=True)
+    while True:
+        time.sleep(1)
