@@ -82,4 +82,6 @@ kinds! {
     shared_anonymous_moves
     memfd
     deleted_files
+    posix_shm
+    multiprocessing
 }

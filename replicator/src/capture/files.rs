@@ -10,6 +10,7 @@ use crate::image::{Description, EpollTarget, Fd, Kind, Pipe, State, TimerFd, Uni
 use crate::sys::sockopt::{get_i32, in_queue};
 use crate::sys::unix_diag::UnixDiag;
 use crate::sys::{SysError, pidfd};
+use nix::sys::stat::{major, minor};
 use std::collections::HashMap;
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -360,7 +361,8 @@ fn deleted(
         let why = format!("{name}, which was deleted and is no regular file");
         return Err(CaptureError::unsupported(what.into(), why));
     }
-    if stat.st_nlink > 0 && !name.starts_with("/memfd:") {
+    let own = objects.own_devices().contains(&(major(stat.st_dev) << 32 | minor(stat.st_dev)));
+    if stat.st_nlink > 0 && !own && !name.starts_with("/memfd:") {
         let why = format!("the file {name}, which was deleted but has other names");
         return Err(CaptureError::unsupported(what.into(), why));
     }

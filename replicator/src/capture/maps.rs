@@ -70,7 +70,9 @@ impl Vma {
 }
 
 /// Reads all mappings of a process.
-pub(super) fn read(pid: i32) -> SysResult<Vec<Vma>> {
+///
+/// `own` are devices of tmpfs mounts that belong to the container.
+pub(super) fn read(pid: i32, own: &[u64]) -> SysResult<Vec<Vma>> {
     let path = format!("/proc/{pid}/maps");
     let text = fs::read(&path).map_err(|source| SysError {
         call: "read",
@@ -79,7 +81,7 @@ pub(super) fn read(pid: i32) -> SysResult<Vec<Vma>> {
     })?;
     let text = String::from_utf8_lossy(&text);
     text.lines()
-        .map(|l| parse(l).ok_or_else(|| SysError::errno("parse", path.clone(), libc::EINVAL)))
+        .map(|l| parse(l, own).ok_or_else(|| SysError::errno("parse", path.clone(), libc::EINVAL)))
         .collect()
 }
 
@@ -102,7 +104,7 @@ pub(super) fn agree(vmas: &[Vma], extents: &[Extent]) -> bool {
     }
 }
 
-fn parse(line: &str) -> Option<Vma> {
+fn parse(line: &str, own: &[u64]) -> Option<Vma> {
     let mut fields = line.splitn(6, ' ');
     let (start, end) = fields.next()?.split_once('-')?;
     let rights = fields.next()?.as_bytes();
@@ -117,7 +119,7 @@ fn parse(line: &str) -> Option<Vma> {
     let mut refused = None;
     let number = |hex| u64::from_str_radix(hex, 16).ok();
     let device = number(major)? << 32 | number(minor)?;
-    let object = object(name, device, inode, shared);
+    let object = object(name, device, inode, shared, own);
     let source = match name {
         "[vdso]" => Source::Vdso(VdsoPart::Vdso),
         "[vvar]" => Source::Vdso(VdsoPart::Vvar),
@@ -145,7 +147,11 @@ fn parse(line: &str) -> Option<Vma> {
 }
 
 /// The object that a mapping of this name is a part of, if it is an object that can be captured.
-fn object(name: &str, device: u64, inode: u64, shared: bool) -> Option<Object> {
+fn object(name: &str, device: u64, inode: u64, shared: bool, own: &[u64]) -> Option<Object> {
+    if own.contains(&device) {
+        let key = Key { class: Class::Tmpfs, device, inode };
+        return Some(Object { key, name: unescape(name.trim_end_matches(DELETED)) });
+    }
     let name = name.strip_suffix(DELETED)?;
     let class = match name {
         "/dev/zero" if shared => Class::Anonymous,
@@ -182,32 +188,35 @@ mod tests {
 
     #[test]
     fn lines_of_maps() {
-        let v =
-            parse("55d0c000-55d0d000 r-xp 00001000 fd:00 1234                       /usr/bin/x")
-                .expect("a file");
+        let v = parse(
+            "55d0c000-55d0d000 r-xp 00001000 fd:00 1234                       /usr/bin/x",
+            &[],
+        )
+        .expect("a file");
         assert_eq!((v.mapping.start, v.mapping.end, v.mapping.prot), (0x55d0c000, 0x55d0d000, 5));
         assert!(
             matches!(v.mapping.source, Source::File { ref path, offset: 0x1000, shared: false } if path == "/usr/bin/x")
         );
-        let v = parse("7ffd0000-7ffd2000 rw-p 00000000 00:00 0                          [stack]")
-            .expect("a stack");
+        let v =
+            parse("7ffd0000-7ffd2000 rw-p 00000000 00:00 0                          [stack]", &[])
+                .expect("a stack");
         assert!(v.mapping.grows_down && v.mapping.source == Source::Anonymous);
-        let v = parse("7000-8000 rw-s 00000000 00:01 55   /memfd:x (deleted)").expect("memfd");
+        let v = parse("7000-8000 rw-s 00000000 00:01 55   /memfd:x (deleted)", &[]).expect("memfd");
         let object = v.object.expect("an object");
         assert_eq!((object.key.class, object.key.inode), (Class::Memfd, 55));
         assert_eq!(object.name, "/memfd:x");
         let refused = |name: &str| {
-            parse(&format!("7000-8000 rw-s 00000000 00:01 0   {name}")).and_then(|v| v.refused)
+            parse(&format!("7000-8000 rw-s 00000000 00:01 0   {name}"), &[]).and_then(|v| v.refused)
         };
         assert!(refused("/SYSV00000000 (deleted)").is_some(), "its first inode is 0");
         assert!(refused("/dev/zero (deleted)").is_none());
-        assert!(parse("garbage").is_none());
+        assert!(parse("garbage", &[]).is_none());
     }
 
     #[test]
     fn a_mapping_that_grew_between_two_looks_shows() {
         let text = ["1000-3000 rw-p 00000000 00:00 0", "3000-9000 ---p 00000000 00:00 0"];
-        let vmas: Vec<Vma> = text.iter().filter_map(|line| parse(line)).collect();
+        let vmas: Vec<Vma> = text.iter().filter_map(|line| parse(line, &[])).collect();
         let extent = |start, end, flags| Extent { start, end, flags, offset: 0, inode: 0 };
         assert!(agree(&vmas, &[extent(0x1000, 0x3000, 3), extent(0x3000, 0x9000, 0)]));
         assert!(!agree(&vmas, &[extent(0x1000, 0x4000, 3), extent(0x4000, 0x9000, 0)]));

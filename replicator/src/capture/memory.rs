@@ -167,7 +167,7 @@ impl AddressSpace {
         stopped: bool,
     ) -> Result<(), CaptureError> {
         self.changed = true;
-        self.vmas = maps::read(self.pid)?;
+        self.vmas = maps::read(self.pid, objects.own_devices())?;
         let named = self.name_objects(objects, stopped)?;
         self.procmap.list(&mut self.extents)?;
         let agreed = maps::agree(&self.vmas, &self.extents);

@@ -20,12 +20,14 @@ mod process;
 mod tcp;
 mod threads;
 mod timers;
+mod tmpfs;
 mod tracer;
 mod waits;
 
 use crate::Epoch;
 use crate::image::pages::PageSet;
 use crate::image::task::Timers;
+use crate::image::tree::EntryKind;
 use crate::image::{Clocks, Kind, Process, Source, State};
 use crate::sys::remote::{self, Batch, Call, SCRATCH};
 use crate::sys::unix_diag::UnixDiag;
@@ -150,6 +152,7 @@ pub struct Capturer {
     tracer: Tracer,
     processes: BTreeMap<i32, Tracked>,
     objects: objects::Objects,
+    tmpfs: tmpfs::Mounts,
     root: i32,
     offsets: (i64, i64),
     diag: UnixDiag,
@@ -181,10 +184,12 @@ impl Capturer {
     }
 
     fn empty(root: i32, diag: UnixDiag) -> Result<Self, CaptureError> {
+        let tmpfs = tmpfs::Mounts::find(root)?;
         Ok(Self {
             tracer: Tracer::new(),
             processes: BTreeMap::new(),
-            objects: objects::Objects::default(),
+            objects: objects::Objects::new(tmpfs.devices()),
+            tmpfs,
             root,
             offsets: clock_offsets(root)?,
             diag,
@@ -308,7 +313,7 @@ impl Capturer {
 
     fn attach(&mut self, pid: i32) -> Result<Tracked, CaptureError> {
         let attributes = process::read(pid, None)?;
-        let vmas = maps::read(pid)?;
+        let vmas = maps::read(pid, self.objects.own_devices())?;
         let (start, end) = AddressSpace::vdso(&vmas).ok_or_else(|| {
             CaptureError::unsupported(format!("pid {pid}"), "it has no vdso".into())
         })?;
@@ -357,6 +362,12 @@ impl Capturer {
                 (Err(e), _) | (_, Err(e)) if e.is_gone() => {}
                 (Err(e), _) | (_, Err(e)) => return Err(e),
             }
+        }
+        match self.tmpfs.walk(&mut self.objects) {
+            Ok(_) => {}
+            // A name that went away meanwhile: the stop sees what is there.
+            Err(e) if e.is_gone() => {}
+            Err(e) => return Err(e),
         }
         self.objects.copy(&mut self.pages)?;
         Ok(self.pages.pages() - before)
@@ -471,6 +482,7 @@ impl Capturer {
 
     /// The objects that mappings and descriptors of the state refer to, with their last pages.
     fn take_objects(&mut self, state: &mut State) -> Result<(), CaptureError> {
+        state.tmpfs = self.tmpfs.walk(&mut self.objects)?;
         self.objects.copy(&mut self.pages)?;
         let mappings = state.processes.iter().flat_map(|p| &p.mappings);
         let mapped = mappings.filter_map(|m| match m.source {
@@ -481,7 +493,11 @@ impl Capturer {
             Kind::Object { id, .. } => Some(id),
             _ => None,
         });
-        state.objects = self.objects.take(mapped.chain(open))?;
+        let named = state.tmpfs.iter().filter_map(|e| match e.kind {
+            EntryKind::File(id) => Some(id),
+            _ => None,
+        });
+        state.objects = self.objects.take(mapped.chain(open).chain(named))?;
         Ok(())
     }
 

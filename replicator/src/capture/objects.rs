@@ -29,6 +29,8 @@ pub(super) enum Class {
     Anonymous,
     Memfd,
     Deleted,
+    /// In a tmpfs of the container's own, deleted or not.
+    Tmpfs,
 }
 
 /// What identifies an object while it lives.
@@ -61,9 +63,19 @@ pub(super) struct Objects {
     by_key: BTreeMap<Key, u32>,
     known: BTreeMap<u32, Known>,
     next: u32,
+    own: Vec<u64>,
 }
 
 impl Objects {
+    /// None yet. `own` are the devices of the container's own tmpfs mounts.
+    pub(super) fn new(own: &[u64]) -> Self {
+        Self { own: own.to_vec(), ..Self::default() }
+    }
+
+    pub(super) fn own_devices(&self) -> &[u64] {
+        &self.own
+    }
+
     /// The next checkpoint is a full one: every object is new.
     pub(super) fn clear(&mut self) {
         self.by_key.clear();
@@ -103,6 +115,7 @@ impl Objects {
         use nix::sys::stat::{major, minor};
         let stat = stat(&dup)?;
         let device = major(stat.st_dev) << 32 | minor(stat.st_dev);
+        let class = if self.own.contains(&device) { Class::Tmpfs } else { class };
         let key = Key { class, device, inode: stat.st_ino };
         self.number(key, name, || {
             // A duplicate would share the offset, and keep seals and the last close from working.
@@ -112,7 +125,7 @@ impl Objects {
         })
     }
 
-    fn number(
+    pub(super) fn number(
         &mut self,
         key: Key,
         name: &str,
@@ -319,6 +332,7 @@ impl Known {
                 attributes,
             },
             Class::Deleted => ObjectKind::Deleted { path: name, attributes },
+            Class::Tmpfs => ObjectKind::Tmpfs { path: name, attributes },
         };
         Ok(Object { id, kind, size: self.size, fresh: self.fresh })
     }

@@ -10,9 +10,11 @@ pub mod net;
 pub mod object;
 pub mod pages;
 pub mod task;
+pub mod tree;
 
 use object::Object;
 use serde::{Deserialize, Serialize};
+use tree::TmpfsEntry;
 
 /// The state of a container at a stop.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -29,6 +31,8 @@ pub struct State {
     pub clocks: Clocks,
     /// Memory that processes may share, which mappings and descriptions refer to by number.
     pub objects: Vec<Object>,
+    /// All names in the container's own tmpfs mounts.
+    pub tmpfs: Vec<TmpfsEntry>,
 }
 
 impl State {

@@ -40,6 +40,14 @@ pub enum ObjectKind {
         /// Mode, user and group.
         attributes: Attributes,
     },
+    /// A regular file in a tmpfs of the container's own; its names are in
+    /// [`State::tmpfs`](super::State::tmpfs).
+    Tmpfs {
+        /// The path at which it was first seen.
+        path: String,
+        /// Mode, user and group.
+        attributes: Attributes,
+    },
 }
 
 /// What stat(2) tells of an object's inode.

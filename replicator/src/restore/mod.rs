@@ -31,6 +31,7 @@ mod space;
 mod spare;
 mod tcp;
 mod timers;
+mod tree;
 
 pub use error::RestoreError;
 pub use finish::{FinishTimes, Restored, Resumption};

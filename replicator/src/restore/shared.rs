@@ -4,6 +4,7 @@
 use super::error::sys;
 use super::script::Script;
 use super::spare::CHANNEL;
+use super::tree::outside;
 use crate::image::object::{Attributes, Object, ObjectKind};
 use crate::image::pages::{Content, PAGE, Run};
 use crate::sys::{SysError, SysResult, shmem};
@@ -140,12 +141,22 @@ impl Held {
         sys(sent, "sendmsg", || named(object)).map(drop)
     }
 
+    /// An object's inode, and a path by which another name for it can be made.
+    pub(super) fn link(&self, id: u32) -> SysResult<(u64, String)> {
+        use std::os::unix::fs::MetadataExt;
+        let (object, file) = self.get(id)?;
+        let meta = file.metadata().map_err(|source| failed("fstat", object, source))?;
+        Ok((meta.ino(), format!("/proc/self/fd/{}", file.as_raw_fd())))
+    }
+
     /// Puts seals and modes on, now that no page will be written by us any more.
     pub(super) fn seal(&self) -> SysResult<()> {
         for (object, file) in self.all.values() {
             let done = match &object.kind {
                 ObjectKind::Anonymous => Ok(()),
-                ObjectKind::Deleted { attributes, .. } => give(file, attributes),
+                ObjectKind::Deleted { attributes, .. } | ObjectKind::Tmpfs { attributes, .. } => {
+                    give(file, attributes)
+                }
                 ObjectKind::Memfd { seals, attributes, .. } => {
                     give(file, attributes).and_then(|()| {
                         let seals = SealFlag::from_bits_retain(*seals as i32);
@@ -174,6 +185,7 @@ fn named(object: &Object) -> String {
         ObjectKind::Anonymous => format!("shared memory of {} bytes", object.size),
         ObjectKind::Memfd { name, .. } => format!("memfd {name:?}"),
         ObjectKind::Deleted { path, .. } => format!("the deleted file {path}"),
+        ObjectKind::Tmpfs { path, .. } => path.clone(),
     }
 }
 
@@ -185,6 +197,9 @@ fn make(init: i32, object: &Object) -> SysResult<File> {
     match &object.kind {
         ObjectKind::Anonymous => shmem::anonymous(object.size),
         ObjectKind::Memfd { name, .. } => memfd(name, object),
+        ObjectKind::Tmpfs { path, .. } => {
+            tmpfs_file(init, path).map_err(|source| failed("open", object, source))
+        }
         ObjectKind::Deleted { path, .. } => match deleted(init, path) {
             Ok(file) => Ok(file),
             Err(error) => {
@@ -203,9 +218,30 @@ fn memfd(name: &str, object: &Object) -> SysResult<File> {
     memfd_create(name, flags).map(File::from).map_err(|e| failed("memfd_create", object, e.into()))
 }
 
+/// Mode and owner of a path.
+pub(super) fn give_path(path: &str, a: &Attributes) -> std::io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    std::os::unix::fs::chown(path, Some(a.uid), Some(a.gid))?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(a.mode))
+}
+
+/// A file in the spare's own tmpfs. Another file that has its name keeps a different one.
+fn tmpfs_file(init: i32, path: &str) -> std::io::Result<File> {
+    use std::fs;
+    use std::os::unix::fs::MetadataExt;
+    let outside = outside(init, path);
+    if let Some(parent) = Path::new(&outside).parent() {
+        fs::create_dir_all(parent)?;
+    }
+    if let Ok(there) = fs::symlink_metadata(&outside) {
+        fs::rename(&outside, format!("{outside}.nilicon-{}", there.ino()))?;
+    }
+    File::options().read(true).write(true).create_new(true).open(&outside)
+}
+
 /// A file that has no name any more: made under the one it had if that is free.
 fn deleted(init: i32, path: &str) -> nix::Result<File> {
-    let outside = format!("/proc/{init}/root{path}");
+    let outside = outside(init, path);
     let flags = OFlag::O_RDWR | OFlag::O_CLOEXEC;
     let mode = Mode::S_IRUSR | Mode::S_IWUSR;
     match open(outside.as_str(), flags | OFlag::O_CREAT | OFlag::O_EXCL, mode) {

@@ -275,9 +275,120 @@ def deleted_files():
     same("a log", os.read(reader, 100), b"one two three four")
 
 
+def posix_shm():
+    base = "/dev/shm/"
+    same("empty at first", os.listdir(base), [])
+    def make(name, text):
+        fd = os.open(base + name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o640)
+        os.write(fd, text)
+        os.ftruncate(fd, 4 * PAGE)
+        return fd, mmap.mmap(fd, 4 * PAGE)
+    one, one_memory = make("one", b"one")
+    os.close(one)
+    two, two_memory = make("two", b"two")
+    three, three_memory = make("three", b"three")
+    os.mkdir(base + "directory", 0o750)
+    with open(base + "directory/unopened", "w") as file:
+        file.write("nobody has it open")
+    os.symlink("one", base + "link")
+    os.mkfifo(base + "fifo", 0o600)
+    child = Child(at(one_memory))
+    pause()
+    child.ask("set", PAGE, 1)
+    os.rename(base + "two", base + "renamed")
+    os.link(base + "three", base + "hard")
+    os.unlink(base + "three")
+    fresh, fresh_memory = make("two", b"another two")
+    os.chmod(base + "renamed", 0o600)
+    pause()
+    os.unlink(base + "one")
+    with open(base + "directory/unopened", "a") as file:
+        file.write(", still")
+    os.unlink(base + "fifo")
+    child.ask("set", 2 * PAGE, 2)
+    last()
+    names = sorted(os.listdir(base))
+    same("names", names, ["directory", "hard", "link", "renamed", "two"])
+    same("memory without name", one_memory[0:3], b"one")
+    same("a child's stores", (one_memory[PAGE], one_memory[2 * PAGE]), (1, 2))
+    child.ask("set", 0, 9)
+    same("shared still", one_memory[0], 9)
+    two_memory[1] = ord("W")
+    with open(base + "renamed", "rb") as file:
+        same("a renamed file", file.read(3), b"tWo")
+    same("its mode", os.stat(base + "renamed").st_mode & 0o7777, 0o600)
+    three_memory[0:1] = b"T"
+    with open(base + "hard", "rb") as file:
+        same("a linked file", file.read(5), b"Three")
+    same("its other name's mode", os.fstat(three).st_mode & 0o7777, 0o640)
+    same("a file in place of another", os.pread(fresh, 11, 0), b"another two")
+    with open(base + "directory/unopened") as file:
+        same("an unopened file", file.read(), "nobody has it open, still")
+    same("directory mode", os.stat(base + "directory").st_mode & 0o7777, 0o750)
+    same("a link", os.readlink(base + "link"), "one")
+
+
+def work(lock, queue, answers, value, name):
+    from multiprocessing import shared_memory
+
+    memory = shared_memory.SharedMemory(name)
+    for job in iter(queue.get, None):
+        with lock:
+            value.value += job
+        memory.buf[job] = job
+        answers.put(job * job)
+
+
+def multiprocessing():
+    import multiprocessing as mp
+    from multiprocessing import shared_memory
+
+    context = mp.get_context("fork")
+    lock, queue, answers = context.Lock(), context.Queue(), context.Queue()
+    value = context.Value("l", 0)
+    memory = shared_memory.SharedMemory(create=True, size=1000)
+    held = context.Semaphore(2)
+    held.acquire()
+    workers = [
+        context.Process(target=work, args=(lock, queue, answers, value, memory.name))
+        for _ in range(3)
+    ]
+    for worker in workers:
+        worker.start()
+    def run(jobs):
+        for job in jobs:
+            queue.put(job)
+        same("answers", sorted(answers.get() for _ in jobs), [j * j for j in jobs])
+    run(range(1, 10))
+    pause()
+    run(range(10, 50))
+    pause()
+    run(range(50, 60))
+    last()
+    same("a value", value.value, sum(range(60)))
+    same("shared memory", list(memory.buf[:60]), list(range(60)))
+    run(range(60, 100))
+    same("a value later", value.value, sum(range(100)))
+    same("a semaphore", (held.acquire(False), held.acquire(False)), (True, False))
+    for _ in workers:
+        queue.put(None)
+    for worker in workers:
+        worker.join()
+    same("ends", [w.exitcode for w in workers], [0, 0, 0])
+    memory.close()
+    memory.unlink()
+
+
 KINDS = {
     f.__name__: f
-    for f in (shared_anonymous, shared_anonymous_moves, memfd, deleted_files)
+    for f in (
+        shared_anonymous,
+        shared_anonymous_moves,
+        memfd,
+        deleted_files,
+        posix_shm,
+        multiprocessing,
+    )
 }
 
 if __name__ == "__main__":
