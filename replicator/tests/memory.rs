@@ -84,4 +84,7 @@ kinds! {
     deleted_files
     posix_shm
     multiprocessing
+    system_v_memory
+    system_v_messages
+    system_v_semaphores
 }

@@ -15,7 +15,7 @@ const DELETED: &str = " (deleted)";
 
 /// The device (major above minor) of the kernel's own tmpfs, where memfds, shared anonymous memory
 /// and System V segments are.
-fn kernel_tmpfs() -> Option<u64> {
+pub(super) fn kernel_tmpfs() -> Option<u64> {
     static DEVICE: OnceLock<Option<u64>> = OnceLock::new();
     *DEVICE.get_or_init(|| {
         let memfd = memfd_create("nilicon", MFdFlags::MFD_CLOEXEC).ok()?;
@@ -156,7 +156,8 @@ fn object(name: &str, device: u64, inode: u64, shared: bool, own: &[u64]) -> Opt
     let class = match name {
         "/dev/zero" if shared => Class::Anonymous,
         "/[aio]" | "/anon_hugepage" => return None,
-        _ if name.starts_with("/SYSV") && Some(device) == kernel_tmpfs() => return None,
+        _ if name.starts_with("/SYSV") && Some(device) == kernel_tmpfs() => Class::SystemV,
+        _ if name.starts_with("/SYSV") => return None,
         _ if name.starts_with("/memfd:") && Some(device) == kernel_tmpfs() => Class::Memfd,
         _ if name.starts_with("/memfd:") => return None,
         _ => Class::Deleted,
@@ -169,7 +170,7 @@ fn why_refused(name: &str, written: bool) -> Option<&'static str> {
     match name.strip_suffix(DELETED) {
         Some("/[aio]") => Some("an asynchronous I/O context (io_setup)"),
         Some("/anon_hugepage") => Some("huge pages that it reserved (MAP_HUGETLB)"),
-        Some(n) if n.starts_with("/SYSV") => Some("a System V shared memory segment"),
+        Some(n) if n.starts_with("/SYSV") => Some("a System V segment of huge pages (SHM_HUGETLB)"),
         Some(n) if n.starts_with("/memfd:") => Some("a memfd of huge pages (MFD_HUGETLB)"),
         _ if !name.starts_with('/') => Some("memory of a kernel object (io_uring, perf, a socket)"),
         _ if written => Some("a file mapped shared and writable"),
@@ -208,7 +209,6 @@ mod tests {
         let refused = |name: &str| {
             parse(&format!("7000-8000 rw-s 00000000 00:01 0   {name}"), &[]).and_then(|v| v.refused)
         };
-        assert!(refused("/SYSV00000000 (deleted)").is_some(), "its first inode is 0");
         assert!(refused("/dev/zero (deleted)").is_none());
         assert!(parse("garbage", &[]).is_none());
     }

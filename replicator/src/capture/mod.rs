@@ -17,6 +17,7 @@ mod maps;
 mod memory;
 mod objects;
 mod process;
+mod sysv;
 mod tcp;
 mod threads;
 mod timers;
@@ -153,6 +154,7 @@ pub struct Capturer {
     processes: BTreeMap<i32, Tracked>,
     objects: objects::Objects,
     tmpfs: tmpfs::Mounts,
+    sysv: Option<sysv::SystemV>,
     root: i32,
     offsets: (i64, i64),
     diag: UnixDiag,
@@ -190,6 +192,7 @@ impl Capturer {
             processes: BTreeMap::new(),
             objects: objects::Objects::new(tmpfs.devices()),
             tmpfs,
+            sysv: sysv::SystemV::open(root)?,
             root,
             offsets: clock_offsets(root)?,
             diag,
@@ -363,6 +366,7 @@ impl Capturer {
                 (Err(e), _) | (_, Err(e)) => return Err(e),
             }
         }
+        self.look_at_segments()?;
         match self.tmpfs.walk(&mut self.objects) {
             Ok(_) => {}
             // A name that went away meanwhile: the stop sees what is there.
@@ -480,9 +484,26 @@ impl Capturer {
         Ok(state)
     }
 
+    /// Makes all segments of System V shared memory known; gives their numbers.
+    fn look_at_segments(&mut self) -> Result<Vec<u32>, CaptureError> {
+        let Some(sysv) = &mut self.sysv else { return Ok(Vec::new()) };
+        let segments = sysv.segments(&mut self.objects)?;
+        for (id, segment) in &segments {
+            self.objects.note_segment(*id, *segment);
+        }
+        Ok(segments.into_keys().collect())
+    }
+
     /// The objects that mappings and descriptors of the state refer to, with their last pages.
     fn take_objects(&mut self, state: &mut State) -> Result<(), CaptureError> {
         state.tmpfs = self.tmpfs.walk(&mut self.objects)?;
+        let segments = self.look_at_segments()?;
+        if let Some(sysv) = &mut self.sysv {
+            (state.semaphores, state.message_queues) = sysv.take()?;
+        }
+        for process in &state.processes {
+            sysv::check_attached(process, &self.objects)?;
+        }
         self.objects.copy(&mut self.pages)?;
         let mappings = state.processes.iter().flat_map(|p| &p.mappings);
         let mapped = mappings.filter_map(|m| match m.source {
@@ -497,7 +518,7 @@ impl Capturer {
             EntryKind::File(id) => Some(id),
             _ => None,
         });
-        state.objects = self.objects.take(mapped.chain(open).chain(named))?;
+        state.objects = self.objects.take(mapped.chain(open).chain(named).chain(segments))?;
         Ok(())
     }
 

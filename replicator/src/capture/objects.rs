@@ -6,6 +6,7 @@
 //! written in such a way is *suspect*, and is compared page by page with what the last checkpoints
 //! said. A checkpoint has each object's pages once, whoever maps it.
 
+use super::sysv::Segment;
 use super::{CaptureError, maps};
 use crate::image::object::{Attributes, Object, ObjectKind};
 use crate::image::pages::{Content, PAGE, PageSet, Run};
@@ -31,6 +32,8 @@ pub(super) enum Class {
     Deleted,
     /// In a tmpfs of the container's own, deleted or not.
     Tmpfs,
+    /// The inode is the segment's id.
+    SystemV,
 }
 
 /// What identifies an object while it lives.
@@ -55,6 +58,7 @@ struct Known {
     changed: (i64, i64),
     fresh: bool,
     used: bool,
+    segment: Option<Segment>,
 }
 
 /// All objects of a container.
@@ -148,10 +152,29 @@ impl Objects {
             changed: (0, 0),
             fresh: true,
             used: false,
+            segment: None,
         };
         self.known.insert(id, known);
         self.by_key.insert(key, id);
         Ok(id)
+    }
+
+    /// What the list of segments says of an object.
+    pub(super) fn note_segment(&mut self, id: u32, segment: Segment) {
+        if let Some(known) = self.known.get_mut(&id) {
+            known.segment = Some(segment);
+        }
+    }
+
+    /// For an object that is a segment, what the list says of it, if it is in the list.
+    pub(super) fn segment(&self, id: u32) -> Option<Option<Segment>> {
+        let known = self.known.get(&id)?;
+        (known.key.class == Class::SystemV).then_some(known.segment)
+    }
+
+    /// The device of the kernel's own tmpfs.
+    pub(super) fn kernel_tmpfs(&self) -> u64 {
+        maps::kernel_tmpfs().unwrap_or(u64::MAX)
     }
 
     /// The object may have been written unseen.
@@ -333,6 +356,11 @@ impl Known {
             },
             Class::Deleted => ObjectKind::Deleted { path: name, attributes },
             Class::Tmpfs => ObjectKind::Tmpfs { path: name, attributes },
+            Class::SystemV => {
+                let missing = || SysError::errno("search in /proc/sysvipc/shm", name, libc::ENOENT);
+                let Segment { identity, deleted, .. } = self.segment.ok_or_else(missing)?;
+                ObjectKind::SystemV { identity, deleted }
+            }
         };
         Ok(Object { id, kind, size: self.size, fresh: self.fresh })
     }

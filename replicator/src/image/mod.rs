@@ -9,11 +9,13 @@
 pub mod net;
 pub mod object;
 pub mod pages;
+pub mod sysv;
 pub mod task;
 pub mod tree;
 
 use object::Object;
 use serde::{Deserialize, Serialize};
+use sysv::{MessageQueue, Semaphores};
 use tree::TmpfsEntry;
 
 /// The state of a container at a stop.
@@ -33,6 +35,10 @@ pub struct State {
     pub objects: Vec<Object>,
     /// All names in the container's own tmpfs mounts.
     pub tmpfs: Vec<TmpfsEntry>,
+    /// System V semaphores of the container's ipc namespace.
+    pub semaphores: Vec<Semaphores>,
+    /// System V message queues of it.
+    pub message_queues: Vec<MessageQueue>,
 }
 
 impl State {

@@ -4,6 +4,7 @@
 //! An object's pages travel once, whoever maps it. They are keyed like pages of a process: by an
 //! *owner*, which is a pid (above 0) or stands for an object (below 0), and by their offset.
 
+use super::sysv::Identity;
 use serde::{Deserialize, Serialize};
 
 /// An object, by a number that is never used again in the same capture.
@@ -47,6 +48,13 @@ pub enum ObjectKind {
         path: String,
         /// Mode, user and group.
         attributes: Attributes,
+    },
+    /// A segment of System V shared memory, see shmget(2).
+    SystemV {
+        /// Id, key and rights.
+        identity: Identity,
+        /// It was deleted, and goes when the last process that has it attached detaches.
+        deleted: bool,
     },
 }
 

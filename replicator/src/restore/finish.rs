@@ -6,7 +6,7 @@ use super::script::Script;
 use super::space::Special;
 use super::spare::{Spare, Stub};
 use super::tcp::{self, Connected, Peer, Segment};
-use super::{install, process, space, timers, tree};
+use super::{install, process, space, sysv, timers, tree};
 use crate::container::SHM;
 use crate::image::net::{TcpConnection, TcpState};
 use crate::image::task::{TimeUnit, Wait};
@@ -155,6 +155,7 @@ impl Spare {
             .doing(1, "name the files of a tmpfs")?;
         tree::remove_others(init, &[SHM.to_owned()], &self.state.tmpfs)
             .doing(1, "remove files of a tmpfs")?;
+        sysv::make_all(init, &self.state).doing(1, "make System V objects")?;
         let place = Place { held: &self.held, init: self.pid(), elapsed: self.elapsed() };
         let made = objects::create_all(&self.state, &place).map_err(|(index, source)| {
             let holds = |p: &&Process| p.fds.iter().any(|f| f.description as usize == index);

@@ -29,6 +29,7 @@ mod shared;
 mod sockets;
 mod space;
 mod spare;
+mod sysv;
 mod tcp;
 mod timers;
 mod tree;

@@ -114,7 +114,9 @@ fn alike(old: &Mapping, new: &Mapping) -> bool {
             Source::Object { id: b, offset: j, shared: t },
         ) => {
             let (i, j) = (i.wrapping_sub(old.start), j.wrapping_sub(new.start));
-            a == b && i == j && s == t
+            // A segment attached for reading alone cannot be made writable.
+            let writes = |m: &Mapping| m.prot & PROT_WRITE != 0;
+            a == b && i == j && s == t && (!s || writes(old) || !writes(new))
         }
         (a, b) => a == b,
     };
@@ -210,7 +212,11 @@ mod tests {
                     let wanted = part(m, at, at + PAGE);
                     let stays = !m.fresh && before.get(&at).is_some_and(|b| {
                         let was_readonly = b.0 & PROT_WRITE == 0 && m.prot & PROT_WRITE != 0;
-                        let reopen = matches!(&b.1, Source::File { shared: true, .. }) && was_readonly;
+                        let shared = matches!(
+                            &b.1,
+                            Source::File { shared: true, .. } | Source::Object { shared: true, .. }
+                        );
+                        let reopen = shared && was_readonly;
                         b.1 == wanted.source && b.2 == m.grows_down && !reopen
                     });
                     prop_assert_eq!(have[&at].3, u32::from(!stays));

@@ -4,6 +4,7 @@
 use super::error::sys;
 use super::script::Script;
 use super::spare::CHANNEL;
+use super::sysv;
 use super::tree::outside;
 use crate::image::object::{Attributes, Object, ObjectKind};
 use crate::image::pages::{Content, PAGE, Run};
@@ -40,7 +41,7 @@ impl Held {
                 Some((_, file)) => file,
                 None => make(init, object)?,
             };
-            if !matches!(object.kind, ObjectKind::Anonymous) {
+            if !matches!(object.kind, ObjectKind::Anonymous | ObjectKind::SystemV { .. }) {
                 file.set_len(object.size).map_err(|source| failed("ftruncate", object, source))?;
             }
             self.all.insert(object.id, (object.clone(), file));
@@ -48,9 +49,39 @@ impl Held {
         Ok(())
     }
 
-    /// Lets go of what the checkpoint does not have.
-    pub(super) fn prune(&mut self, objects: &[Object]) {
+    /// Lets go of what the checkpoint does not have. `before` are those of the checkpoint before.
+    pub(super) fn prune(
+        &mut self,
+        init: i32,
+        before: &[Object],
+        objects: &[Object],
+    ) -> SysResult<()> {
+        let lives = |o: &&Object| matches!(o.kind, ObjectKind::SystemV { deleted: false, .. });
+        let find = |all: &[Object], id| all.iter().find(|o: &&Object| o.id == id).cloned();
+        for old in before.iter().filter(lives) {
+            if !find(objects, old.id).as_ref().is_some_and(|o| lives(&o))
+                && let ObjectKind::SystemV { identity, .. } = &old.kind
+            {
+                sysv::delete_segment(init, identity)?;
+            }
+        }
+        for new in objects {
+            if let ObjectKind::SystemV { identity, deleted: true } = &new.kind
+                && find(before, new.id).is_none()
+            {
+                sysv::delete_segment(init, identity)?;
+            }
+        }
         self.all.retain(|id, _| objects.iter().any(|o| o.id == *id));
+        Ok(())
+    }
+
+    /// The id to attach an object by, if it is a segment of System V shared memory.
+    pub(super) fn segment(&self, id: u32) -> Option<i32> {
+        match self.all.get(&id)?.0.kind {
+            ObjectKind::SystemV { identity, .. } => Some(identity.id),
+            _ => None,
+        }
     }
 
     /// Brings pages in. Runs count owners from `first` on as the objects.
@@ -153,7 +184,7 @@ impl Held {
     pub(super) fn seal(&self) -> SysResult<()> {
         for (object, file) in self.all.values() {
             let done = match &object.kind {
-                ObjectKind::Anonymous => Ok(()),
+                ObjectKind::Anonymous | ObjectKind::SystemV { .. } => Ok(()),
                 ObjectKind::Deleted { attributes, .. } | ObjectKind::Tmpfs { attributes, .. } => {
                     give(file, attributes)
                 }
@@ -186,6 +217,7 @@ fn named(object: &Object) -> String {
         ObjectKind::Memfd { name, .. } => format!("memfd {name:?}"),
         ObjectKind::Deleted { path, .. } => format!("the deleted file {path}"),
         ObjectKind::Tmpfs { path, .. } => path.clone(),
+        ObjectKind::SystemV { identity, .. } => format!("System V segment {}", identity.id),
     }
 }
 
@@ -197,6 +229,7 @@ fn make(init: i32, object: &Object) -> SysResult<File> {
     match &object.kind {
         ObjectKind::Anonymous => shmem::anonymous(object.size),
         ObjectKind::Memfd { name, .. } => memfd(name, object),
+        ObjectKind::SystemV { identity, .. } => sysv::segment(init, identity, object.size),
         ObjectKind::Tmpfs { path, .. } => {
             tmpfs_file(init, path).map_err(|source| failed("open", object, source))
         }

@@ -179,6 +179,10 @@ fn push_map(script: &mut Script, givers: &Givers<'_>, m: &Mapping) -> SysResult<
         }
         Source::Vdso(_) => {}
         Source::Object { id, offset, shared } => {
+            if let Some(segment) = givers.held.segment(*id) {
+                attach(script, m, segment);
+                return Ok(());
+            }
             flags |= if *shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
             // As with a file: it became 0.
             givers.held.pass(script, givers.channel, *id)?;
@@ -188,6 +192,22 @@ fn push_map(script: &mut Script, givers: &Givers<'_>, m: &Mapping) -> SysResult<
         }
     }
     Ok(())
+}
+
+/// Attaches a segment of System V shared memory, whole.
+fn attach(script: &mut Script, m: &Mapping, segment: i32) {
+    let rights = match m.prot & (libc::PROT_READ | libc::PROT_WRITE) as u8 {
+        // It may be attached for reading only, or be protected since: the former is usual.
+        1 => libc::SHM_RDONLY,
+        _ => 0,
+    };
+    let flags = (rights | libc::SHM_REMAP) as u64;
+    let object = format!("segment {segment} at {:#x}", m.start);
+    script.call_on("shmat", object, libc::SYS_shmat, &[segment as u64, m.start, flags]);
+    if rights == 0 && m.prot != (libc::PROT_READ | libc::PROT_WRITE) as u8 {
+        let args = [m.start, m.end - m.start, u64::from(m.prot)];
+        script.call("mprotect", libc::SYS_mprotect, &args);
+    }
 }
 
 /// Brings a checkpoint's pages of this process in.

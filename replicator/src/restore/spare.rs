@@ -148,7 +148,9 @@ impl Spare {
         self.held
             .fill(&state.objects, first, runs, &pages.bytes)
             .doing(1, "fill the memory objects")?;
-        self.held.prune(&state.objects);
+        self.held
+            .prune(self.launched.pid, &self.state.objects, &state.objects)
+            .doing(1, "delete memory objects")?;
         self.state.clone_from(state);
         Ok(())
     }

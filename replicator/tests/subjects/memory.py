@@ -379,6 +379,134 @@ def multiprocessing():
     memory.unlink()
 
 
+IPC_CREAT, IPC_RMID, IPC_SET, IPC_STAT = 0o1000, 0, 1, 2
+GETVAL, SETVAL = 12, 16
+
+
+def sysvipc(kind):
+    """The lines of a list, by id: key, perms and the fields behind them."""
+    with open(f"/proc/sysvipc/{kind}") as file:
+        lines = [line.split() for line in file][1:]
+    return {int(f[1]): [int(f[0]), f[2]] + [int(n) for n in f[3:]] for f in lines}
+
+
+def segment(address, size):
+    return (ctypes.c_char * size).from_address(address)
+
+
+def system_v_memory():
+    burnt = call("shmget", 0, PAGE, 0o600)
+    call("shmctl", burnt, IPC_RMID, None)
+    one = call("shmget", 0x1234, 3 * PAGE - 100, IPC_CREAT | 0o640)
+    unattached = call("shmget", 0x1235, PAGE, IPC_CREAT | 0o600)
+    deleted = call("shmget", 0, 2 * PAGE, 0o600)
+    here = call("shmat", one, None, 0)
+    again = call("shmat", one, None, 0o10000)
+    lost = call("shmat", deleted, None, 0)
+    brief = call("shmat", unattached, None, 0)
+    segment(brief, PAGE)[0:4] = b"left"
+    call("shmdt", ctypes.c_void_p(brief))
+    child = Child(at(memoryview(segment(here, 3 * PAGE)).cast("B")))
+    call("shmctl", deleted, IPC_RMID, None)
+    segment(here, 100)[0:5] = b"first"
+    segment(lost, 100)[0:4] = b"lost"
+    pause()
+    child.ask("set", PAGE, 1)
+    late = call("shmget", 0x1236, 100, IPC_CREAT | 0o666)
+    brief = call("shmat", late, None, 0)
+    segment(brief, 100)[0:4] = b"late"
+    call("shmdt", ctypes.c_void_p(brief))
+    gone = call("shmget", 0x1237, 100, IPC_CREAT | 0o600)
+    pause()
+    call("shmctl", gone, IPC_RMID, None)
+    segment(lost, 100)[4:8] = b", no"
+    brief = call("shmat", unattached, None, 0)
+    segment(brief, PAGE)[4:8] = b" too"
+    call("shmdt", ctypes.c_void_p(brief))
+    last()
+    listed = sysvipc("shm")
+    same("ids", sorted(listed), sorted([one, unattached, deleted, late]))
+    fields = {i: (f[0], f[1], f[2], f[5]) for i, f in listed.items()}
+    same("one", fields[one], (0x1234, "640", 3 * PAGE - 100, 4))
+    same("unattached", fields[unattached], (0x1235, "600", PAGE, 0))
+    same("deleted", fields[deleted], (0, "1600", 2 * PAGE, 2))
+    same("late", fields[late], (0x1236, "666", 100, 0))
+    same("contents", segment(here, 100)[0:5], b"first")
+    same("seen twice", segment(again, 2 * PAGE)[PAGE : PAGE + 1], b"\x01")
+    same("rights", map_line(again)[1], "r--s")
+    same("of the deleted", segment(lost, 100)[0:8], b"lost, no")
+    brief = call("shmat", unattached, None, 0)
+    same("unattached contents", segment(brief, PAGE)[0:8], b"left too")
+    brief = call("shmat", call("shmget", 0x1236, 0, 0), None, 0)
+    same("late contents", segment(brief, 100)[0:4], b"late")
+    child.ask("set", 0, ord("F"))
+    same("shared still", segment(here, 100)[0:1], b"F")
+    call("shmdt", ctypes.c_void_p(here))
+    same("attached counts", sysvipc("shm")[one][5], 3)
+
+
+class Message(ctypes.Structure):
+    _fields_ = [("kind", ctypes.c_long), ("text", ctypes.c_char * 5000)]
+
+
+def system_v_messages():
+    burnt = call("msgget", 0, 0o600)
+    call("msgctl", burnt, IPC_RMID, None)
+    queue = call("msgget", 0x4321, IPC_CREAT | 0o640)
+    empty = call("msgget", 0, 0o600)
+    def put(kind, text):
+        call("msgsnd", queue, ctypes.byref(Message(kind, text)), len(text), 0)
+    def get(kind):
+        message = Message()
+        size = call("msgrcv", queue, ctypes.byref(message), 5000, ctypes.c_long(kind), 0)
+        return message.kind, message.text[:size]
+    put(1, b"one")
+    put(7, b"x" * 4000)
+    put(2, b"")
+    pause()
+    same("the first", get(0), (1, b"one"))
+    put(1, b"another")
+    last()
+    listed = sysvipc("msg")
+    same("ids", sorted(listed), sorted([queue, empty]))
+    same("key, rights, bytes, number", listed[queue][:4], [0x4321, "640", 4007, 3])
+    same("by type", get(1), (1, b"another"))
+    same("in order", get(0), (7, b"x" * 4000))
+    same("the empty one", get(0), (2, b""))
+    put(3, b"new")
+    same("a new one", get(3), (3, b"new"))
+
+
+class Operation(ctypes.Structure):
+    _fields_ = [("n", ctypes.c_ushort), ("by", ctypes.c_short), ("flags", ctypes.c_short)]
+
+
+def system_v_semaphores():
+    burnt = call("semget", 0, 1, 0o600)
+    call("semctl", burnt, 0, IPC_RMID)
+    one = call("semget", 0x5555, 3, IPC_CREAT | 0o660)
+    other = call("semget", 0, 250, 0o600)
+    call("semctl", one, 1, SETVAL, 5)
+    call("semctl", other, 249, SETVAL, 32767)
+    def wait(*_):
+        call("semop", one, ctypes.byref(Operation(0, -1, 0)), 1)
+        return call("semctl", one, 0, GETVAL)
+    child = Child(wait)
+    pause()
+    call("semop", one, ctypes.byref(Operation(1, -2, 0)), 1)
+    print("wait", file=child.orders, flush=True)
+    late = call("semget", 0x5556, 1, IPC_CREAT | 0o600)
+    last()
+    listed = sysvipc("sem")
+    same("ids", sorted(listed), sorted([one, other, late]))
+    same("key, rights, number", listed[one][:3], [0x5555, "660", 3])
+    values = [call("semctl", one, i, GETVAL) for i in range(3)]
+    same("values", values, [0, 3, 0])
+    same("the last of many", call("semctl", other, 249, GETVAL), 32767)
+    call("semop", one, ctypes.byref(Operation(0, 1, 0)), 1)
+    same("one who waited goes on", child.answers.readline().strip(), "0")
+
+
 KINDS = {
     f.__name__: f
     for f in (
@@ -388,6 +516,9 @@ KINDS = {
         deleted_files,
         posix_shm,
         multiprocessing,
+        system_v_memory,
+        system_v_messages,
+        system_v_semaphores,
     )
 }
 
