@@ -114,9 +114,10 @@ fn assert_names(error: &CaptureError, object: &str, reason: &str) {
 }
 
 #[test]
-fn a_deleted_file_is_refused_by_name() {
+fn a_deleted_file_with_other_names_is_refused_by_name() {
     let path = format!("/tmp/nilicon-stops-{}", std::process::id());
-    let error = refusal(&format!("exec 9>{path}; rm {path}; exec sleep 600"));
+    let error = refusal(&format!("exec 9>{path}; ln {path} {path}.too; rm {path}; exec sleep 600"));
+    let _ = std::fs::remove_file(format!("{path}.too"));
     assert_names(&error, "descriptor 9", &path);
 }
 

@@ -69,9 +69,8 @@ fn ship(
             sent = link.send(frame);
         }
     };
-    send(builder.begin_as(taken.generation, taken.epoch, taken.full, taken.provisional));
-    let pids: Vec<i32> = taken.state.processes.iter().map(|p| p.pid).collect();
-    builder.pages(&taken.pages, &pids, &mut send)?;
+send(builder.begin_as(taken.generation, taken.epoch, taken.full, taken.provisional));
+    builder.pages(&taken.pages, &taken.state.owners(), &mut send)?;
     let finished = builder.finish(&taken.state, &mut send)?;
     sent?;
     shell.note(taken, finished.bytes);

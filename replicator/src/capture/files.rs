@@ -4,11 +4,13 @@
 //! eventfd and timerfd, all of their state. The link in /proc/PID/fd is read when the inode
 //! behind a number changes.
 
+use super::objects::{Class, Objects};
 use super::{CaptureError, tcp};
 use crate::image::{Description, EpollTarget, Fd, Kind, Pipe, State, TimerFd, UnixPair};
 use crate::sys::sockopt::{get_i32, in_queue};
 use crate::sys::unix_diag::UnixDiag;
 use crate::sys::{SysError, pidfd};
+use nix::sys::stat::{major, minor};
 use std::collections::HashMap;
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -69,15 +71,25 @@ impl Files {
         &mut self,
         pid: i32,
         handle: BorrowedFd<'_>,
+        objects: &mut Objects,
     ) -> Result<(), CaptureError> {
         for number in numbers(pid)? {
             // A descriptor that is closed meanwhile is looked at in the stop, if it is there.
             let Ok(info) = info(pid, number) else { continue };
             let Ok(seen) = self.look(pid, handle, number, &info) else { continue };
-            if !seen.is_tcp() {
+            let is_deleted = seen.link.ends_with(" (deleted)");
+            if !seen.is_tcp() && !is_deleted {
                 continue;
             }
+            let link = seen.link.clone();
             let Ok(dup) = pidfd::get_fd(handle, number) else { continue };
+            if is_deleted {
+                // Known now, its contents are copied before the stop. What is wrong with it is
+                // said in the stop, if it is there still.
+                let name = link.trim_end_matches(" (deleted)");
+                let _ = deleted(name, dup, &info, objects, "");
+                continue;
+            }
             let what = format!("descriptor {number} of pid {pid}");
             let ahead = tcp::ahead(dup.as_fd(), &what)?.map(|ahead| (info.flags, ahead));
             if let Some(seen) = self.seen.get_mut(&number) {
@@ -118,6 +130,7 @@ impl Files {
         builder: &mut Builder,
         state: &mut State,
         diag: &UnixDiag,
+        objects: &mut Objects,
     ) -> Result<Vec<Fd>, CaptureError> {
         let mut out = Vec::new();
         let numbers = numbers(pid)?;
@@ -136,7 +149,8 @@ impl Files {
             let description = match builder.known(pid, number, &info, state)? {
                 Some(at) => at,
                 None => {
-                    let kind = self.describe(pid, handle, number, &info, builder, state, diag)?;
+                    let kind =
+                        self.describe(pid, handle, number, &info, builder, state, diag, objects)?;
                     builder.add(pid, number, &info, kind, state)
                 }
             };
@@ -157,6 +171,7 @@ impl Files {
         builder: &mut Builder,
         state: &mut State,
         diag: &UnixDiag,
+        objects: &mut Objects,
     ) -> Result<Kind, CaptureError> {
         let what = || format!("descriptor {number} of pid {pid}");
         if info.locked {
@@ -191,7 +206,13 @@ impl Files {
             }
             "anon_inode:[timerfd]" => Ok(Kind::TimerFd(info.timer)),
             _ if link.starts_with("pipe:") => pipe(handle, number, info.inode, builder, state),
-            _ if link.starts_with('/') => file(link, info, &what()),
+            _ if link.starts_with('/') => {
+                if let Some(name) = link.strip_suffix(" (deleted)") {
+                    let dup = pidfd::get_fd(handle, number)?;
+                    return deleted(name, dup, info, objects, &what());
+                }
+                file(link, info, &what())
+            }
             other => Err(CaptureError::unsupported(what(), format!("a descriptor of {other}"))),
         }
     }
@@ -326,11 +347,35 @@ fn timespec(value: &str) -> Option<u64> {
     Some(s.trim().parse::<u64>().ok()? * 1_000_000_000 + ns.trim().parse::<u64>().ok()?)
 }
 
-fn file(link: &str, info: &Info, what: &str) -> Result<Kind, CaptureError> {
-    if link.ends_with(" (deleted)") {
-        let why = format!("the file {link}, which is open and deleted");
+/// A memfd, or a file that was deleted: its contents are part of the checkpoint.
+fn deleted(
+    name: &str,
+    dup: OwnedFd,
+    info: &Info,
+    objects: &mut Objects,
+    what: &str,
+) -> Result<Kind, CaptureError> {
+    let stat = nix::sys::stat::fstat(&dup)
+        .map_err(|e| SysError::errno("fstat", what.to_owned(), e as i32))?;
+    if stat.st_mode & libc::S_IFMT != libc::S_IFREG {
+        let why = format!("{name}, which was deleted and is no regular file");
         return Err(CaptureError::unsupported(what.into(), why));
     }
+    let own = objects.own_devices().contains(&(major(stat.st_dev) << 32 | minor(stat.st_dev)));
+    if stat.st_nlink > 0 && !own && !name.starts_with("/memfd:") {
+        let why = format!("the file {name}, which was deleted but has other names");
+        return Err(CaptureError::unsupported(what.into(), why));
+    }
+    if info.flags & libc::O_PATH != 0 {
+        let why = format!("the file {name}, which was deleted, by O_PATH");
+        return Err(CaptureError::unsupported(what.into(), why));
+    }
+    let class = if name.starts_with("/memfd:") { Class::Memfd } else { Class::Deleted };
+    let id = objects.of_descriptor(class, name, dup)?;
+    Ok(Kind::Object { id, offset: info.pos })
+}
+
+fn file(link: &str, info: &Info, what: &str) -> Result<Kind, CaptureError> {
     if link.starts_with("/dev/pts/") || link.starts_with("/dev/tty") {
         return Err(CaptureError::unsupported(what.into(), format!("the terminal {link}")));
     }

@@ -1,10 +1,27 @@
 //! /proc/PID/maps as mappings of the image.
 
 use super::memory::is_scratch;
+use super::objects::{Class, Key};
 use crate::image::{Mapping, Source, VdsoPart};
 use crate::sys::procmap::Extent;
 use crate::sys::{SysError, SysResult};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::stat::{fstat, major, minor};
 use std::fs;
+use std::sync::OnceLock;
+
+/// What the kernel puts behind the path of a file that was deleted.
+const DELETED: &str = " (deleted)";
+
+/// The device (major above minor) of the kernel's own tmpfs, where memfds, shared anonymous memory
+/// and System V segments are.
+pub(super) fn kernel_tmpfs() -> Option<u64> {
+    static DEVICE: OnceLock<Option<u64>> = OnceLock::new();
+    *DEVICE.get_or_init(|| {
+        let memfd = memfd_create("nilicon", MFdFlags::MFD_CLOEXEC).ok()?;
+        fstat(&memfd).ok().map(|s| major(s.st_dev) << 32 | minor(s.st_dev))
+    })
+}
 
 /// One line of /proc/PID/maps.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -13,15 +30,19 @@ pub(super) struct Vma {
     /// Why it cannot be part of a checkpoint, if so.
     pub(super) refused: Option<&'static str>,
     vsyscall: bool,
-    inode: u64,
+    /// The object that it maps, whose number in `mapping` is not known by reading alone.
+    pub(super) object: Option<Object>,
+}
+
+/// An object by what its mapping tells of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Object {
+    pub(super) key: Key,
+    /// Path or name, without "(deleted)".
+    pub(super) name: String,
 }
 
 impl Vma {
-    /// Which memory it is that other processes may share.
-    pub(super) fn shared_memory(&self) -> Option<u64> {
-        (self.mapping.source == Source::SharedAnonymous).then_some(self.inode)
-    }
-
     /// Whether its pages can be written and so must be watched.
     pub(super) fn is_trackable(&self) -> bool {
         !self.vsyscall
@@ -34,13 +55,24 @@ impl Vma {
         !self.vsyscall && !is_scratch(self.mapping.start, self.mapping.end)
     }
 
+    /// The object's number and the offset in it, if its pages are the object's.
+    pub(super) fn shared_object(&self) -> Option<(u32, u64)> {
+        match self.mapping.source {
+            Source::Object { id, offset, shared: true } => Some((id, offset)),
+            _ => None,
+        }
+    }
+
     pub(super) fn is_shared_file(&self) -> bool {
-        matches!(self.mapping.source, Source::File { shared: true, .. })
+        use Source::{File, Object};
+        matches!(self.mapping.source, File { shared: true, .. } | Object { shared: true, .. })
     }
 }
 
 /// Reads all mappings of a process.
-pub(super) fn read(pid: i32) -> SysResult<Vec<Vma>> {
+///
+/// `own` are devices of tmpfs mounts that belong to the container.
+pub(super) fn read(pid: i32, own: &[u64]) -> SysResult<Vec<Vma>> {
     let path = format!("/proc/{pid}/maps");
     let text = fs::read(&path).map_err(|source| SysError {
         call: "read",
@@ -49,7 +81,7 @@ pub(super) fn read(pid: i32) -> SysResult<Vec<Vma>> {
     })?;
     let text = String::from_utf8_lossy(&text);
     text.lines()
-        .map(|l| parse(l).ok_or_else(|| SysError::errno("parse", path.clone(), libc::EINVAL)))
+        .map(|l| parse(l, own).ok_or_else(|| SysError::errno("parse", path.clone(), libc::EINVAL)))
         .collect()
 }
 
@@ -72,12 +104,12 @@ pub(super) fn agree(vmas: &[Vma], extents: &[Extent]) -> bool {
     }
 }
 
-fn parse(line: &str) -> Option<Vma> {
+fn parse(line: &str, own: &[u64]) -> Option<Vma> {
     let mut fields = line.splitn(6, ' ');
     let (start, end) = fields.next()?.split_once('-')?;
     let rights = fields.next()?.as_bytes();
     let offset = u64::from_str_radix(fields.next()?, 16).ok()?;
-    let _device = fields.next()?;
+    let (major, minor) = fields.next()?.split_once(':')?;
     let inode: u64 = fields.next()?.parse().ok()?;
     let name = fields.next().unwrap_or("").trim_start();
     let prot = u8::from(rights[0] == b'r')
@@ -85,17 +117,16 @@ fn parse(line: &str) -> Option<Vma> {
         | u8::from(rights[2] == b'x') << 2;
     let shared = rights[3] == b's';
     let mut refused = None;
+    let number = |hex| u64::from_str_radix(hex, 16).ok();
+    let device = number(major)? << 32 | number(minor)?;
+    let object = object(name, device, inode, shared, own);
     let source = match name {
         "[vdso]" => Source::Vdso(VdsoPart::Vdso),
         "[vvar]" => Source::Vdso(VdsoPart::Vvar),
         "[vvar_vclock]" => Source::Vdso(VdsoPart::VvarVclock),
-        "/dev/zero (deleted)" if shared => Source::SharedAnonymous,
-        _ if inode != 0 => {
-            if name.ends_with(" (deleted)") {
-                refused = Some("a mapped file that was deleted, or memory shared by descriptor");
-            } else if shared && prot & 2 != 0 {
-                refused = Some("a file mapped shared and writable");
-            }
+        _ if object.is_some() => Source::Object { id: u32::MAX, offset, shared },
+        _ if inode != 0 || name.starts_with('/') => {
+            refused = why_refused(name, shared && prot & 2 != 0);
             Source::File { path: unescape(name), offset, shared }
         }
         _ => Source::Anonymous,
@@ -111,8 +142,40 @@ fn parse(line: &str) -> Option<Vma> {
         },
         refused,
         vsyscall: name == "[vsyscall]",
-        inode,
+        object,
     })
+}
+
+/// The object that a mapping of this name is a part of, if it is an object that can be captured.
+fn object(name: &str, device: u64, inode: u64, shared: bool, own: &[u64]) -> Option<Object> {
+    if own.contains(&device) {
+        let key = Key { class: Class::Tmpfs, device, inode };
+        return Some(Object { key, name: unescape(name.trim_end_matches(DELETED)) });
+    }
+    let name = name.strip_suffix(DELETED)?;
+    let class = match name {
+        "/dev/zero" if shared => Class::Anonymous,
+        "/[aio]" | "/anon_hugepage" => return None,
+        _ if name.starts_with("/SYSV") && Some(device) == kernel_tmpfs() => Class::SystemV,
+        _ if name.starts_with("/SYSV") => return None,
+        _ if name.starts_with("/memfd:") && Some(device) == kernel_tmpfs() => Class::Memfd,
+        _ if name.starts_with("/memfd:") => return None,
+        _ => Class::Deleted,
+    };
+    Some(Object { key: Key { class, device, inode }, name: unescape(name) })
+}
+
+/// Why a mapping of a file cannot be part of a checkpoint, if so.
+fn why_refused(name: &str, written: bool) -> Option<&'static str> {
+    match name.strip_suffix(DELETED) {
+        Some("/[aio]") => Some("an asynchronous I/O context (io_setup)"),
+        Some("/anon_hugepage") => Some("huge pages that it reserved (MAP_HUGETLB)"),
+        Some(n) if n.starts_with("/SYSV") => Some("a System V segment of huge pages (SHM_HUGETLB)"),
+        Some(n) if n.starts_with("/memfd:") => Some("a memfd of huge pages (MFD_HUGETLB)"),
+        _ if !name.starts_with('/') => Some("memory of a kernel object (io_uring, perf, a socket)"),
+        _ if written => Some("a file mapped shared and writable"),
+        _ => None,
+    }
 }
 
 /// The kernel writes a line feed in a path as \012.
@@ -126,25 +189,34 @@ mod tests {
 
     #[test]
     fn lines_of_maps() {
-        let v =
-            parse("55d0c000-55d0d000 r-xp 00001000 fd:00 1234                       /usr/bin/x")
-                .expect("a file");
+        let v = parse(
+            "55d0c000-55d0d000 r-xp 00001000 fd:00 1234                       /usr/bin/x",
+            &[],
+        )
+        .expect("a file");
         assert_eq!((v.mapping.start, v.mapping.end, v.mapping.prot), (0x55d0c000, 0x55d0d000, 5));
         assert!(
             matches!(v.mapping.source, Source::File { ref path, offset: 0x1000, shared: false } if path == "/usr/bin/x")
         );
-        let v = parse("7ffd0000-7ffd2000 rw-p 00000000 00:00 0                          [stack]")
-            .expect("a stack");
+        let v =
+            parse("7ffd0000-7ffd2000 rw-p 00000000 00:00 0                          [stack]", &[])
+                .expect("a stack");
         assert!(v.mapping.grows_down && v.mapping.source == Source::Anonymous);
-        let v = parse("7000-8000 rw-s 00000000 00:01 55   /memfd:x (deleted)").expect("memfd");
-        assert!(v.refused.is_some());
-        assert!(parse("garbage").is_none());
+        let v = parse("7000-8000 rw-s 00000000 00:01 55   /memfd:x (deleted)", &[]).expect("memfd");
+        let object = v.object.expect("an object");
+        assert_eq!((object.key.class, object.key.inode), (Class::Memfd, 55));
+        assert_eq!(object.name, "/memfd:x");
+        let refused = |name: &str| {
+            parse(&format!("7000-8000 rw-s 00000000 00:01 0   {name}"), &[]).and_then(|v| v.refused)
+        };
+        assert!(refused("/dev/zero (deleted)").is_none());
+        assert!(parse("garbage", &[]).is_none());
     }
 
     #[test]
     fn a_mapping_that_grew_between_two_looks_shows() {
         let text = ["1000-3000 rw-p 00000000 00:00 0", "3000-9000 ---p 00000000 00:00 0"];
-        let vmas: Vec<Vma> = text.iter().filter_map(|line| parse(line)).collect();
+        let vmas: Vec<Vma> = text.iter().filter_map(|line| parse(line, &[])).collect();
         let extent = |start, end, flags| Extent { start, end, flags, offset: 0, inode: 0 };
         assert!(agree(&vmas, &[extent(0x1000, 0x3000, 3), extent(0x3000, 0x9000, 0)]));
         assert!(!agree(&vmas, &[extent(0x1000, 0x4000, 3), extent(0x4000, 0x9000, 0)]));

@@ -8,6 +8,7 @@
 //! Mappings that are new, or that replaced an old one at the same place, are not registered for
 //! write protection; the scan says so, and such a mapping is taken whole and marked fresh.
 
+use super::objects::Objects;
 use super::{CaptureError, maps};
 use crate::image::pages::{Content, PAGE, PageSet, Run};
 use crate::image::{Mapping, Source};
@@ -33,12 +34,23 @@ pub(super) struct AddressSpace {
     look: Vec<Extent>,
     vmas: Vec<Vma>,
     spans: Vec<(u64, u64)>,
+    /// Watched mappings of objects, whose pages are the objects'.
+    shared: Vec<Shared>,
     /// Ranges first seen since the last checkpoint.
     fresh: Vec<(u64, u64)>,
     /// Runs to copy again: they were marked clean but could not be read while running.
     carry: Vec<Region>,
     regions: Vec<Region>,
     changed: bool,
+}
+
+/// A mapping of an object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Shared {
+    start: u64,
+    end: u64,
+    id: u32,
+    offset: u64,
 }
 
 impl AddressSpace {
@@ -56,6 +68,7 @@ impl AddressSpace {
             look: Vec::new(),
             vmas: Vec::new(),
             spans: Vec::new(),
+            shared: Vec::new(),
             fresh: Vec::new(),
             carry: Vec::new(),
             regions: Vec::new(),
@@ -65,9 +78,15 @@ impl AddressSpace {
 
     /// Takes the pages written since the last round and copies them into `pages`. `stopped` says
     /// that no thread runs: then what cannot be copied is an error.
-    pub(super) fn round(&mut self, pages: &mut PageSet, stopped: bool) -> Result<(), CaptureError> {
-        let result = self.try_round(pages, stopped);
+    pub(super) fn round(
+        &mut self,
+        pages: &mut PageSet,
+        objects: &mut Objects,
+        stopped: bool,
+    ) -> Result<(), CaptureError> {
+        let result = self.try_round(pages, objects, stopped);
         if result.is_err() {
+            objects.suspect_all();
             // What was scanned counts as clean from now on, so it must not be forgotten.
             self.carry.append(&mut self.regions);
             self.extents.clear();
@@ -75,19 +94,27 @@ impl AddressSpace {
         result
     }
 
-    fn try_round(&mut self, pages: &mut PageSet, stopped: bool) -> Result<(), CaptureError> {
+    fn try_round(
+        &mut self,
+        pages: &mut PageSet,
+        objects: &mut Objects,
+        stopped: bool,
+    ) -> Result<(), CaptureError> {
         self.regions.clear();
         self.regions.append(&mut self.carry);
         self.procmap.list(&mut self.look)?;
-        if self.look != self.extents || self.spans.is_empty() {
-            self.relist(pages)?;
+        if self.look != self.extents
+            || self.spans.is_empty()
+            || self.scan_shared(objects)? != Scan::Complete
+        {
+            self.relist(pages, objects, stopped)?;
         } else {
             for at in 0..self.spans.len() {
                 let (start, end) = self.spans[at];
                 let scan =
                     self.pagemap.take_written(start, end, pagemap::WRITTEN, &mut self.regions)?;
                 if scan != Scan::Complete {
-                    self.relist(pages)?;
+                    self.relist(pages, objects, stopped)?;
                     break;
                 }
             }
@@ -95,16 +122,67 @@ impl AddressSpace {
         self.copy(pages, stopped)
     }
 
+    /// Tells the objects what was written through mappings of this process.
+    fn scan_shared(&mut self, objects: &mut Objects) -> SysResult<Scan> {
+        let mut found = Vec::new();
+        for Shared { start, end, id, offset } in self.shared.iter().copied() {
+            found.clear();
+            let scan = self.pagemap.take_written(start, end, pagemap::WRITTEN, &mut found)?;
+            objects.written(id, start, offset, &found);
+            if scan != Scan::Complete {
+                return Ok(scan);
+            }
+        }
+        Ok(Scan::Complete)
+    }
+
+    /// Gives mappings of objects the numbers of these.
+    fn name_objects(&mut self, objects: &mut Objects, stopped: bool) -> Result<bool, CaptureError> {
+        let mut complete = true;
+        for vma in &mut self.vmas {
+            let Some(object) = &vma.object else { continue };
+            match objects.of_mapping(self.pid, vma, object) {
+                Ok(number) => {
+                    if let Source::Object { id, .. } = &mut vma.mapping.source {
+                        *id = number;
+                    }
+                }
+                Err(e) if e.is_gone() && !stopped => complete = false,
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(complete)
+    }
+
+    /// Objects whose pages may be written through mappings of this process.
+    pub(super) fn shared_objects(&self) -> impl Iterator<Item = u32> {
+        self.shared.iter().map(|s| s.id)
+    }
+
     /// Reads all mappings anew, registers those that are not, and takes their pages.
-    fn relist(&mut self, pages: &mut PageSet) -> Result<(), CaptureError> {
+    fn relist(
+        &mut self,
+        pages: &mut PageSet,
+        objects: &mut Objects,
+        stopped: bool,
+    ) -> Result<(), CaptureError> {
         self.changed = true;
-        self.vmas = maps::read(self.pid)?;
+        self.vmas = maps::read(self.pid, objects.own_devices())?;
+        let named = self.name_objects(objects, stopped)?;
         self.procmap.list(&mut self.extents)?;
         let agreed = maps::agree(&self.vmas, &self.extents);
         self.spans.clear();
+        let shared_before = std::mem::take(&mut self.shared);
         for at in 0..self.vmas.len() {
             let (start, end) = (self.vmas[at].mapping.start, self.vmas[at].mapping.end);
             if !self.vmas[at].is_trackable() {
+                continue;
+            }
+            if let Some((id, offset)) = self.vmas[at].shared_object() {
+                let shared = Shared { start, end, id, offset };
+                if self.list_shared(shared, objects)? {
+                    self.shared.push(shared);
+                }
                 continue;
             }
             let before = self.regions.len();
@@ -141,12 +219,47 @@ impl AddressSpace {
                 _ => self.spans.push((start, end)),
             }
         }
-        if !agreed {
+        for gone in shared_before.iter().filter(|s| !self.shared.contains(s)) {
+            objects.suspect(gone.id);
+        }
+        if !agreed || !named {
             // A thread changed its mappings between the two looks: the next look must not find
             // them as they were.
             self.extents.clear();
         }
         Ok(())
+    }
+
+    /// Watches a mapping of an object and tells the object what was written through it. Says
+    /// whether the mapping is one to look at again.
+    fn list_shared(&mut self, shared: Shared, objects: &mut Objects) -> SysResult<bool> {
+        let Shared { start, end, id, offset } = shared;
+        let mut found = Vec::new();
+        let scan = self.pagemap.take_written(start, end, pagemap::WRITTEN, &mut found)?;
+        if scan == Scan::Complete {
+            objects.written(id, start, offset, &found);
+            return Ok(true);
+        }
+        // What was written while it was not watched is found by comparison, from now on.
+        objects.suspect(id);
+        self.fresh.push((start, end));
+        cut_out(&mut self.regions, start, end);
+        match uffd::register(self.uffd.as_fd(), start, end) {
+            Ok(()) => {}
+            // It cannot be written through.
+            Err(e) if e.code() == libc::EPERM => return Ok(false),
+            Err(e) if e.code() == libc::ENOMEM || e.code() == libc::EINVAL => {
+                self.extents.clear();
+                return Ok(false);
+            }
+            Err(e) => return Err(e),
+        }
+        found.clear();
+        let scan = self.pagemap.take_written(start, end, pagemap::WRITTEN, &mut found)?;
+        if scan != Scan::Complete {
+            self.extents.clear();
+        }
+        Ok(scan == Scan::Complete)
     }
 
     /// Takes every page of a mapping that was just registered.
@@ -166,8 +279,10 @@ impl AddressSpace {
             | pagemap::FILE
             | pagemap::PFNZERO;
         let scan = self.pagemap.take_written(start, end, wanted, &mut self.regions)?;
-        let private_file =
-            matches!(self.vmas[at].mapping.source, Source::File { shared: false, .. });
+        let private_file = matches!(
+            self.vmas[at].mapping.source,
+            Source::File { shared: false, .. } | Source::Object { shared: false, .. }
+        );
         let mut kept = before;
         for i in before..self.regions.len() {
             let r = self.regions[i];
@@ -330,9 +445,7 @@ fn split_fresh(mapping: &Mapping, fresh: &[(u64, u64)], out: &mut Vec<Mapping>) 
         part.start = start;
         part.end = end;
         part.fresh = is_fresh;
-        if let Source::File { offset, .. } = &mut part.source {
-            *offset += start - mapping.start;
-        }
+        part.source = mapping.source.behind(start - mapping.start);
         match out.last_mut() {
             // Neighbours cut from one mapping with the same mark are one.
             Some(last) if last.end == start && last.fresh == is_fresh && start > mapping.start => {

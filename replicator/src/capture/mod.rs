@@ -15,17 +15,21 @@
 mod files;
 mod maps;
 mod memory;
+mod objects;
 mod process;
+mod sysv;
 mod tcp;
 mod threads;
 mod timers;
+mod tmpfs;
 mod tracer;
 mod waits;
 
 use crate::Epoch;
 use crate::image::pages::PageSet;
 use crate::image::task::Timers;
-use crate::image::{Clocks, Process, State};
+use crate::image::tree::EntryKind;
+use crate::image::{Clocks, Kind, Process, Source, State};
 use crate::sys::remote::{self, Batch, Call, SCRATCH};
 use crate::sys::unix_diag::UnixDiag;
 use crate::sys::{SysError, pidfd, uffd};
@@ -148,6 +152,9 @@ struct Tracked {
 pub struct Capturer {
     tracer: Tracer,
     processes: BTreeMap<i32, Tracked>,
+    objects: objects::Objects,
+    tmpfs: tmpfs::Mounts,
+    sysv: Option<sysv::SystemV>,
     root: i32,
     offsets: (i64, i64),
     diag: UnixDiag,
@@ -181,9 +188,13 @@ impl Capturer {
     }
 
     fn empty(root: i32, diag: UnixDiag) -> Result<Self, CaptureError> {
+        let tmpfs = tmpfs::Mounts::find(root)?;
         Ok(Self {
             tracer: Tracer::new(),
             processes: BTreeMap::new(),
+            objects: objects::Objects::new(tmpfs.devices()),
+            tmpfs,
+            sysv: sysv::SystemV::open(root)?,
             root,
             offsets: clock_offsets(root)?,
             diag,
@@ -233,7 +244,11 @@ impl Capturer {
             match change {
                 Change::Started(_) => {}
                 Change::Executed(pid) | Change::Ended(pid, _) => {
-                    self.processes.remove(&pid);
+                    match self.processes.remove(&pid) {
+                        Some(t) => t.space.shared_objects().for_each(|o| self.objects.suspect(o)),
+                        // It came and went unseen.
+                        None => self.objects.suspect_all(),
+                    }
                 }
             }
         }
@@ -242,6 +257,7 @@ impl Capturer {
     /// Forgets what was captured before: the next checkpoint is a full one.
     pub fn begin_full(&mut self) {
         self.processes.clear();
+        self.objects.clear();
         self.pages.clear();
     }
 
@@ -315,7 +331,7 @@ impl Capturer {
 
     fn attach(&mut self, pid: i32) -> Result<Tracked, CaptureError> {
         let attributes = process::read(pid, None)?;
-        let vmas = maps::read(pid)?;
+        let vmas = maps::read(pid, self.objects.own_devices())?;
         let (start, end) = AddressSpace::vdso(&vmas).ok_or_else(|| {
             CaptureError::unsupported(format!("pid {pid}"), "it has no vdso".into())
         })?;
@@ -352,9 +368,11 @@ impl Capturer {
     pub fn precopy(&mut self) -> Result<usize, CaptureError> {
         let before = self.pages.pages();
         for (pid, tracked) in &mut self.processes {
-            let round = tracked.space.round(&mut self.pages, false);
+            let round = tracked.space.round(&mut self.pages, &mut self.objects, false);
             let read = process::read(*pid, Some(&tracked.attributes)).and_then(|attributes| {
-                tracked.files.look_ahead(*pid, tracked.handle.as_fd()).map(|()| attributes)
+                let handle = tracked.handle.as_fd();
+                let looked = tracked.files.look_ahead(*pid, handle, &mut self.objects);
+                looked.map(|()| attributes)
             });
             match (round, read) {
                 (Ok(()), Ok(attributes)) => tracked.attributes = attributes,
@@ -363,6 +381,14 @@ impl Capturer {
                 (Err(e), _) | (_, Err(e)) => return Err(e),
             }
         }
+        self.look_at_segments()?;
+        match self.tmpfs.walk(&mut self.objects) {
+            Ok(_) => {}
+            // A name that went away meanwhile: the stop sees what is there.
+            Err(e) if e.is_gone() => {}
+            Err(e) => return Err(e),
+        }
+        self.objects.copy(&mut self.pages)?;
         Ok(self.pages.pages() - before)
     }
 
@@ -429,12 +455,19 @@ impl Capturer {
             let posix = tracked.timers.capture(*pid, &tids, &threads, &mut self.batch)?;
             let mut timers = Timers { interval: inner.timers, posix };
             timers.count_from(self.interrupted.since_clocks());
-            tracked.space.round(&mut self.pages, true)?;
+            tracked.space.round(&mut self.pages, &mut self.objects, true)?;
             refuse_mappings(*pid, tracked.space.vmas())?;
             let mappings = tracked.space.mappings();
             times.memory += lap.next();
             let handle = tracked.handle.as_fd();
-            let fds = tracked.files.capture(*pid, handle, &mut builder, &mut state, &self.diag)?;
+            let fds = tracked.files.capture(
+                *pid,
+                handle,
+                &mut builder,
+                &mut state,
+                &self.diag,
+                &mut self.objects,
+            )?;
             times.files += lap.next();
             let a = &tracked.attributes;
             let mut mm = a.mm;
@@ -461,28 +494,47 @@ impl Capturer {
             });
             times.threads += lap.next();
         }
-        self.refuse_shared_memory()?;
+        self.take_objects(&mut state)?;
+        times.memory += lap.next();
         files::check_whole(&state)?;
         Ok(state)
     }
 
-    /// Anonymous memory that several processes share would come back as one for each.
-    fn refuse_shared_memory(&self) -> Result<(), CaptureError> {
-        let mut seen = BTreeMap::new();
-        for (pid, tracked) in &self.processes {
-            for vma in tracked.space.vmas() {
-                if let Some(inode) = vma.shared_memory()
-                    && let Some(other) = seen.insert(inode, *pid)
-                    && other != *pid
-                {
-                    let m = &vma.mapping;
-                    return Err(CaptureError::unsupported(
-                        format!("mapping {:#x}-{:#x} of pid {pid}", m.start, m.end),
-                        format!("memory that it shares with pid {other}; not protected yet"),
-                    ));
-                }
-            }
+    /// Makes all segments of System V shared memory known; gives their numbers.
+    fn look_at_segments(&mut self) -> Result<Vec<u32>, CaptureError> {
+        let Some(sysv) = &mut self.sysv else { return Ok(Vec::new()) };
+        let segments = sysv.segments(&mut self.objects)?;
+        for (id, segment) in &segments {
+            self.objects.note_segment(*id, *segment);
         }
+        Ok(segments.into_keys().collect())
+    }
+
+    /// The objects that mappings and descriptors of the state refer to, with their last pages.
+    fn take_objects(&mut self, state: &mut State) -> Result<(), CaptureError> {
+        state.tmpfs = self.tmpfs.walk(&mut self.objects)?;
+        let segments = self.look_at_segments()?;
+        if let Some(sysv) = &mut self.sysv {
+            (state.semaphores, state.message_queues) = sysv.take()?;
+        }
+        for process in &state.processes {
+            sysv::check_attached(process, &self.objects)?;
+        }
+        self.objects.copy(&mut self.pages)?;
+        let mappings = state.processes.iter().flat_map(|p| &p.mappings);
+        let mapped = mappings.filter_map(|m| match m.source {
+            Source::Object { id, .. } => Some(id),
+            _ => None,
+        });
+        let open = state.descriptions.iter().filter_map(|d| match d.kind {
+            Kind::Object { id, .. } => Some(id),
+            _ => None,
+        });
+        let named = state.tmpfs.iter().filter_map(|e| match e.kind {
+            EntryKind::File(id) => Some(id),
+            _ => None,
+        });
+        state.objects = self.objects.take(mapped.chain(open).chain(named).chain(segments))?;
         Ok(())
     }
 
@@ -503,9 +555,10 @@ impl Capturer {
         }
     }
 
-    /// After the thaw: runs get the index of their process instead of its pid, and what lies
+    /// After the thaw: runs get the index of their owner instead of its number, and what lies
     /// outside the mappings goes.
     fn finish_pages(&mut self, state: &State) {
+        self.objects.finish(&state.objects);
         for tracked in self.processes.values_mut() {
             if tracked.space.finish()
                 && let Some(p) = state.processes.iter().find(|p| p.pid == tracked.attributes.pid)
@@ -513,8 +566,9 @@ impl Capturer {
                 memory::clip(&mut self.pages.runs, p.pid, &p.mappings);
             }
         }
+        let owners = state.owners();
         self.pages.runs.retain_mut(|run| {
-            let index = state.processes.iter().position(|p| p.pid as u32 == run.process);
+            let index = owners.iter().position(|o| *o as u32 == run.process);
             run.process = index.unwrap_or(0) as u32;
             index.is_some()
         });

@@ -1,7 +1,7 @@
 //! Pid 1 of a new container, before it becomes the command: the other half of
 //! [`launch`](super::launch), in a process of its own with a single thread.
 
-use super::{GO, Order, Report, Role, receive, send};
+use super::{GO, Order, Report, Role, SHM, receive, send};
 use crate::sys::{descriptors, loopback};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
@@ -83,6 +83,11 @@ fn enter_namespaces(hostname: &str) -> Result<(), Failure> {
         .map_err(failed("make mounts private"))?;
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     mount(Some("proc"), "/proc", Some("proc"), flags, none).map_err(failed("mount /proc"))?;
+    if std::path::Path::new(SHM).is_dir() {
+        let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+        mount(Some("tmpfs"), SHM, Some("tmpfs"), flags, Some("mode=1777"))
+            .map_err(failed(format_args!("mount a tmpfs at {SHM}")))?;
+    }
     sethostname(hostname).map_err(failed(format_args!("set the host name {hostname:?}")))?;
     let any = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)
         .map_err(failed("make a socket"))?;

@@ -28,6 +28,9 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
+/// Where a container has a tmpfs of its own, for POSIX shared memory and semaphores.
+pub const SHM: &str = "/dev/shm";
+
 /// What to launch, and where.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ContainerSpec {

@@ -7,10 +7,16 @@
 //! Pids, tids and descriptor numbers are those that the container itself sees.
 
 pub mod net;
+pub mod object;
 pub mod pages;
+pub mod sysv;
 pub mod task;
+pub mod tree;
 
+use object::Object;
 use serde::{Deserialize, Serialize};
+use sysv::{MessageQueue, Semaphores};
+use tree::TmpfsEntry;
 
 /// The state of a container at a stop.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -25,6 +31,23 @@ pub struct State {
     pub unix_pairs: Vec<UnixPair>,
     /// The container's clocks at the stop.
     pub clocks: Clocks,
+    /// Memory that processes may share, which mappings and descriptions refer to by number.
+    pub objects: Vec<Object>,
+    /// All names in the container's own tmpfs mounts.
+    pub tmpfs: Vec<TmpfsEntry>,
+    /// System V semaphores of the container's ipc namespace.
+    pub semaphores: Vec<Semaphores>,
+    /// System V message queues of it.
+    pub message_queues: Vec<MessageQueue>,
+}
+
+impl State {
+    /// Whom pages belong to, in the order that [`pages::Run::process`] counts: processes by pid,
+    /// then objects by their (negative) owner number.
+    pub fn owners(&self) -> Vec<i32> {
+        let processes = self.processes.iter().map(|p| p.pid);
+        processes.chain(self.objects.iter().map(Object::owner)).collect()
+    }
 }
 
 /// The container's clocks, in nanoseconds, as its processes read them (time namespace included).
@@ -132,8 +155,6 @@ pub struct Mapping {
 pub enum Source {
     /// Private anonymous memory, heap and stacks included.
     Anonymous,
-    /// Shared anonymous memory that one process alone maps.
-    SharedAnonymous,
     /// A file by its path in the container.
     File {
         /// Path in the container's mount namespace.
@@ -145,6 +166,28 @@ pub enum Source {
     },
     /// The kernel's vdso code page or its data pages; they are moved, never copied.
     Vdso(VdsoPart),
+    /// A part of an [`Object`].
+    Object {
+        /// Its number.
+        id: u32,
+        /// Offset of `start` in it, in bytes.
+        offset: u64,
+        /// MAP_SHARED: all pages are the object's. Otherwise pages that the process wrote are
+        /// its own.
+        shared: bool,
+    },
+}
+
+impl Source {
+    /// The source of what lies `bytes` behind.
+    #[must_use]
+    pub fn behind(&self, bytes: u64) -> Self {
+        let mut source = self.clone();
+        if let Source::File { offset, .. } | Source::Object { offset, .. } = &mut source {
+            *offset += bytes;
+        }
+        source
+    }
 }
 
 /// Which of the kernel's own mappings.
@@ -270,6 +313,13 @@ pub enum Kind {
     Tcp(Box<net::TcpConnection>),
     /// A TCP or UDP socket neither connected nor listening.
     InetIdle(net::InetIdle),
+    /// An [`Object`] opened like a file: a memfd, a deleted file.
+    Object {
+        /// Its number.
+        id: u32,
+        /// File offset.
+        offset: u64,
+    },
 }
 
 /// A timerfd, see timerfd_create(2).

@@ -9,16 +9,17 @@ pub enum Content {
     /// New contents, at this byte offset of [`PageSet::bytes`].
     Data(usize),
     /// The pages were given back (madvise(2) MADV_DONTNEED): a private anonymous page reads as
-    /// zero, a private file page as the file.
+    /// zero, a private file page as the file, an object's page as zero.
     Dropped,
 }
 
-/// Adjacent pages of one process with one kind of content.
+/// Adjacent pages of one owner with one kind of content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Run {
-    /// Index of the process in [`super::State::processes`].
+    /// Whose pages: index of the process in [`super::State::processes`], or behind those of the
+    /// object in [`super::State::objects`].
     pub process: u32,
-    /// Address of the first page.
+    /// Address of the first page; in an object, its offset.
     pub start: u64,
     /// Number of pages.
     pub count: u32,

@@ -6,7 +6,8 @@ use super::script::Script;
 use super::space::Special;
 use super::spare::{Spare, Stub};
 use super::tcp::{self, Connected, Peer, Segment};
-use super::{install, process, space, timers};
+use super::{install, process, space, sysv, timers, tree};
+use crate::container::SHM;
 use crate::image::net::{TcpConnection, TcpState};
 use crate::image::task::{TimeUnit, Wait};
 use crate::image::{Kind, Mapping, Process, Regs, Source, Thread, VdsoPart};
@@ -148,7 +149,14 @@ impl Spare {
 
     fn prepare_all(&mut self) -> Result<(), RestoreError> {
         let start = Instant::now();
-        let place = Place { init: self.pid(), elapsed: self.elapsed() };
+        self.held.seal().doing(1, "seal the memory objects")?;
+        let init = self.pid();
+        tree::rename_all(init, &self.held, &self.state.tmpfs)
+            .doing(1, "name the files of a tmpfs")?;
+        tree::remove_others(init, &[SHM.to_owned()], &self.state.tmpfs)
+            .doing(1, "remove files of a tmpfs")?;
+        sysv::make_all(init, &self.state).doing(1, "make System V objects")?;
+        let place = Place { held: &self.held, init: self.pid(), elapsed: self.elapsed() };
         let made = objects::create_all(&self.state, &place).map_err(|(index, source)| {
             let holds = |p: &&Process| p.fds.iter().any(|f| f.description as usize == index);
             let pid = self.state.processes.iter().find(holds).map_or(1, |p| p.pid);

@@ -25,11 +25,14 @@ mod pages;
 mod plan;
 mod process;
 mod script;
+mod shared;
 mod sockets;
 mod space;
 mod spare;
+mod sysv;
 mod tcp;
 mod timers;
+mod tree;
 
 pub use error::RestoreError;
 pub use finish::{FinishTimes, Restored, Resumption};

@@ -3,6 +3,7 @@
 //! that a description which several of them share is one.
 
 use super::error::sys;
+use super::shared::Held;
 use super::sockets;
 use crate::image::{Description, Kind, Pipe, State, TimerFd, UnixPair};
 use crate::sys::{SysError, SysResult, descriptors, sockopt};
@@ -23,7 +24,9 @@ use std::time::Duration;
 pub(super) type Failed = (usize, SysError);
 
 /// Where descriptions are made.
-pub(super) struct Place {
+pub(super) struct Place<'a> {
+    /// The memory objects.
+    pub(super) held: &'a Held,
     /// Pid of the container's init as the host sees it.
     pub(super) init: i32,
     /// How far the container's clock is past the checkpoint.
@@ -32,7 +35,7 @@ pub(super) struct Place {
 
 /// Makes all descriptions of a checkpoint, in order. TCP connections are sockets without
 /// addresses yet.
-pub(super) fn create_all(state: &State, place: &Place) -> Result<Vec<OwnedFd>, Failed> {
+pub(super) fn create_all(state: &State, place: &Place<'_>) -> Result<Vec<OwnedFd>, Failed> {
     let mut pipes = Pipes::new(state);
     let mut pairs: Vec<Option<[Option<OwnedFd>; 2]>> =
         state.unix_pairs.iter().map(|_| None).collect();
@@ -47,6 +50,7 @@ pub(super) fn create_all(state: &State, place: &Place) -> Result<Vec<OwnedFd>, F
                 sys(Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC), "epoll_create1", text).map(|e| e.0)
             }
             Kind::UnixPair { pair, side } => unix_end(state, &mut pairs, *pair, *side),
+            Kind::Object { id, offset } => object(place.held, *id, d.flags, *offset),
             Kind::TcpListener(_) | Kind::Tcp(_) | Kind::InetIdle(_) => continue,
         };
         made[i] = Some(fd.and_then(|fd| with_flags(fd, d)).map_err(|e| (i, e))?);
@@ -89,7 +93,7 @@ fn in_network_of<T>(pid: i32, f: impl FnOnce() -> T) -> SysResult<T> {
 fn with_flags(fd: OwnedFd, d: &Description) -> SysResult<OwnedFd> {
     const CAN_CHANGE: i32 = libc::O_APPEND | libc::O_ASYNC | libc::O_DIRECT | libc::O_NONBLOCK;
     let wanted = d.flags & CAN_CHANGE;
-    if matches!(d.kind, Kind::File { .. }) || wanted == 0 {
+    if matches!(d.kind, Kind::File { .. } | Kind::Object { .. }) || wanted == 0 {
         return Ok(fd);
     }
     let arg = FcntlArg::F_SETFL(OFlag::from_bits_retain(wanted));
@@ -106,6 +110,15 @@ fn file(init: i32, flags: i32, path: &str, offset: u64) -> SysResult<OwnedFd> {
     let fd = sys(open(outside.as_str(), flags, Mode::empty()), "open", || path.to_string())?;
     if offset != 0 {
         sys(lseek(&fd, offset as i64, Whence::SeekSet), "lseek", || path.to_string())?;
+    }
+    Ok(fd)
+}
+
+/// A memory object as a file.
+fn object(held: &Held, id: u32, flags: i32, offset: u64) -> SysResult<OwnedFd> {
+    let fd = held.open(id, flags)?;
+    if offset != 0 {
+        sys(lseek(&fd, offset as i64, Whence::SeekSet), "lseek", text)?;
     }
     Ok(fd)
 }
@@ -280,7 +293,8 @@ mod tests {
     }
 
     fn make(state: &State, elapsed: Duration) -> Vec<OwnedFd> {
-        let place = Place { init: std::process::id() as i32, elapsed };
+        let held = Held::default();
+        let place = Place { held: &held, init: std::process::id() as i32, elapsed };
         create_all(state, &place).expect("made")
     }
 

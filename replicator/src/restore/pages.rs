@@ -19,8 +19,6 @@ pub(super) enum Way {
     Plain,
     /// Read-only and private: past the protection.
     Forced,
-    /// Read-only and shared: only while it is made writable for a moment.
-    Unprotected(u8),
 }
 
 /// Bytes to write to an address, by their offset in the page set.
@@ -48,7 +46,7 @@ pub(super) fn arrange(runs: &[Run], mappings: &[Mapping]) -> (Vec<Span>, Vec<Wri
         for m in mappings[first..].iter().take_while(|m| m.start < whole.1) {
             let piece = (whole.0.max(m.start), whole.1.min(m.end));
             match run.content {
-                Content::Dropped if !matches!(m.source, Source::Vdso(_)) => drops.push(piece),
+                Content::Dropped if can_drop(m) => drops.push(piece),
                 Content::Dropped => {}
                 Content::Data(offset) => {
                     let Some(way) = way(m) else { continue };
@@ -71,12 +69,15 @@ fn span(run: &Run) -> Span {
 fn way(m: &Mapping) -> Option<Way> {
     match &m.source {
         Source::Vdso(_) => None,
+        // The file or object itself holds what a shared mapping shows.
+        Source::File { shared: true, .. } | Source::Object { shared: true, .. } => None,
         _ if m.prot & PROT_WRITE != 0 => Some(Way::Plain),
-        Source::SharedAnonymous => Some(Way::Unprotected(m.prot)),
-        // The file itself holds what a read-only shared mapping shows.
-        Source::File { shared: true, .. } => None,
-        Source::Anonymous | Source::File { shared: false, .. } => Some(Way::Forced),
+        Source::Anonymous | Source::File { .. } | Source::Object { .. } => Some(Way::Forced),
     }
+}
+
+fn can_drop(m: &Mapping) -> bool {
+    !matches!(m.source, Source::Vdso(_) | Source::Object { shared: true, .. })
 }
 
 /// What is left of `piece` without the spans `holes`.
@@ -114,7 +115,7 @@ mod tests {
         vec![
             mapping(10, 4, rw, Source::Anonymous),
             mapping(14, 3, libc::PROT_READ, file),
-            mapping(20, 5, rw, Source::SharedAnonymous),
+            mapping(20, 5, rw, Source::Object { id: 1, offset: 0, shared: false }),
             mapping(30, 2, libc::PROT_READ, Source::Vdso(crate::image::VdsoPart::Vdso)),
         ]
     }

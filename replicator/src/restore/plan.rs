@@ -94,11 +94,7 @@ fn push(steps: &mut Vec<Step>, start: u64, end: u64, old: Option<&Mapping>, new:
 
 /// The part of a mapping between two addresses.
 fn part(m: &Mapping, start: u64, end: u64) -> Mapping {
-    let mut part = Mapping { start, end, ..m.clone() };
-    if let Source::File { offset, .. } = &mut part.source {
-        *offset += start - m.start;
-    }
-    part
+    Mapping { start, end, source: m.source.behind(start - m.start), ..m.clone() }
 }
 
 /// Whether pages of the one mapping may stay for the other, whose range overlaps.
@@ -112,6 +108,15 @@ fn alike(old: &Mapping, new: &Mapping) -> bool {
             let opens = |m: &Mapping| *s && m.prot & PROT_WRITE != 0;
             let (i, j) = (i.wrapping_sub(old.start), j.wrapping_sub(new.start));
             i == j && s == t && a == b && (opens(old) || !opens(new))
+        }
+        (
+            Source::Object { id: a, offset: i, shared: s },
+            Source::Object { id: b, offset: j, shared: t },
+        ) => {
+            let (i, j) = (i.wrapping_sub(old.start), j.wrapping_sub(new.start));
+            // A segment attached for reading alone cannot be made writable.
+            let writes = |m: &Mapping| m.prot & PROT_WRITE != 0;
+            a == b && i == j && s == t && (!s || writes(old) || !writes(new))
         }
         (a, b) => a == b,
     };
@@ -145,7 +150,7 @@ mod tests {
         let file = |path: &str, shared| Source::File { path: path.into(), offset: start, shared };
         match choice {
             0 | 1 => Source::Anonymous,
-            2 => Source::SharedAnonymous,
+            2 => Source::Object { id: 1, offset: start, shared: true },
             3 => file("/a", false),
             4 => file("/b", false),
             _ => file("/a", true),
@@ -207,7 +212,11 @@ mod tests {
                     let wanted = part(m, at, at + PAGE);
                     let stays = !m.fresh && before.get(&at).is_some_and(|b| {
                         let was_readonly = b.0 & PROT_WRITE == 0 && m.prot & PROT_WRITE != 0;
-                        let reopen = matches!(&b.1, Source::File { shared: true, .. }) && was_readonly;
+                        let shared = matches!(
+                            &b.1,
+                            Source::File { shared: true, .. } | Source::Object { shared: true, .. }
+                        );
+                        let reopen = shared && was_readonly;
                         b.1 == wanted.source && b.2 == m.grows_down && !reopen
                     });
                     prop_assert_eq!(have[&at].3, u32::from(!stays));

@@ -4,14 +4,16 @@
 //! scratch area and behind it the kernel's own mappings (vdso, vvar), moved aside until the end.
 
 use super::error::{Doing, RestoreError};
-use super::pages::{Way, Write, arrange};
+use super::pages::{Way, arrange};
 use super::plan::{Step, plan};
 use super::script::Script;
+use super::shared::Held;
 use crate::image::pages::{PAGE, Run};
 use crate::image::{Mapping, Source, VdsoPart};
 use crate::sys::memory::{self, ForcedMemory};
 use crate::sys::remote::{SCRATCH, SCRATCH_LEN};
 use crate::sys::{SysError, SysResult};
+use std::os::unix::net::UnixStream;
 
 /// Where the kernel's mappings lie meanwhile.
 pub(super) const ASIDE: u64 = SCRATCH + SCRATCH_LEN;
@@ -92,6 +94,15 @@ pub(super) fn check_reserved(pid: i32, mappings: &[Mapping]) -> Result<(), Resto
     }
 }
 
+/// Descriptors in flight at a time, few enough for the socket's buffer.
+const MAX_PASSED: usize = 32;
+
+/// Where processes get the objects that they map.
+pub(super) struct Givers<'a> {
+    pub(super) held: &'a Held,
+    pub(super) channel: &'a UnixStream,
+}
+
 /// The process whose memory is changed.
 pub(super) struct Target<'a> {
     pub(super) pid: i32,
@@ -103,15 +114,21 @@ pub(super) struct Target<'a> {
 pub(super) fn remap(
     target: &Target<'_>,
     script: &mut Script,
+    givers: &Givers<'_>,
     old: &[Mapping],
     new: &[Mapping],
 ) -> Result<(), RestoreError> {
     const DOING: &str = "change the memory mappings";
+    let mut passed = 0;
     for step in plan(old, new) {
-        if !script.has_room(libc::PATH_MAX as usize, 3) {
+        if !script.has_room(libc::PATH_MAX as usize, 3) || passed == MAX_PASSED {
             script.run_ok(target.host).doing(target.pid, DOING)?;
+            passed = 0;
         }
-        push_step(script, &step);
+        if matches!(&step, Step::Map(m) if matches!(m.source, Source::Object { .. })) {
+            passed += 1;
+        }
+        push_step(script, givers, &step).doing(target.pid, DOING)?;
     }
     if script.is_empty() {
         return Ok(());
@@ -119,7 +136,7 @@ pub(super) fn remap(
     script.run_ok(target.host).doing(target.pid, DOING).map(drop)
 }
 
-fn push_step(script: &mut Script, step: &Step) {
+fn push_step(script: &mut Script, givers: &Givers<'_>, step: &Step) -> SysResult<()> {
     match step {
         Step::Unmap { start, end } => {
             script.call("munmap", libc::SYS_munmap, &[*start, end - start]);
@@ -127,11 +144,12 @@ fn push_step(script: &mut Script, step: &Step) {
         Step::Protect { start, end, prot } => {
             script.call("mprotect", libc::SYS_mprotect, &[*start, end - start, u64::from(*prot)]);
         }
-        Step::Map(m) => push_map(script, m),
+        Step::Map(m) => return push_map(script, givers, m),
     }
+    Ok(())
 }
 
-fn push_map(script: &mut Script, m: &Mapping) {
+fn push_map(script: &mut Script, givers: &Givers<'_>, m: &Mapping) -> SysResult<()> {
     let (len, prot) = (m.end - m.start, u64::from(m.prot));
     let object = || format!("{:#x}-{:#x}", m.start, m.end);
     let mut flags = libc::MAP_FIXED;
@@ -144,11 +162,6 @@ fn push_map(script: &mut Script, m: &Mapping) {
             if len >= NO_RESERVE {
                 flags |= libc::MAP_NORESERVE;
             }
-            let args = [m.start, len, prot, flags as u64, u64::MAX, 0];
-            script.call_on("mmap", object(), libc::SYS_mmap, &args);
-        }
-        Source::SharedAnonymous => {
-            flags |= libc::MAP_SHARED | libc::MAP_ANONYMOUS;
             let args = [m.start, len, prot, flags as u64, u64::MAX, 0];
             script.call_on("mmap", object(), libc::SYS_mmap, &args);
         }
@@ -165,6 +178,35 @@ fn push_map(script: &mut Script, m: &Mapping) {
             script.call("close", libc::SYS_close, &[0]);
         }
         Source::Vdso(_) => {}
+        Source::Object { id, offset, shared } => {
+            if let Some(segment) = givers.held.segment(*id) {
+                attach(script, m, segment);
+                return Ok(());
+            }
+            flags |= if *shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
+            // As with a file: it became 0.
+            givers.held.pass(script, givers.channel, *id)?;
+            let args = [m.start, len, prot, flags as u64, 0, *offset];
+            script.call_on("mmap", object(), libc::SYS_mmap, &args);
+            script.call("close", libc::SYS_close, &[0]);
+        }
+    }
+    Ok(())
+}
+
+/// Attaches a segment of System V shared memory, whole.
+fn attach(script: &mut Script, m: &Mapping, segment: i32) {
+    let rights = match m.prot & (libc::PROT_READ | libc::PROT_WRITE) as u8 {
+        // It may be attached for reading only, or be protected since: the former is usual.
+        1 => libc::SHM_RDONLY,
+        _ => 0,
+    };
+    let flags = (rights | libc::SHM_REMAP) as u64;
+    let object = format!("segment {segment} at {:#x}", m.start);
+    script.call_on("shmat", object, libc::SYS_shmat, &[segment as u64, m.start, flags]);
+    if rights == 0 && m.prot != (libc::PROT_READ | libc::PROT_WRITE) as u8 {
+        let args = [m.start, m.end - m.start, u64::from(m.prot)];
+        script.call("mprotect", libc::SYS_mprotect, &args);
     }
 }
 
@@ -184,11 +226,6 @@ pub(super) fn fill(
         }
         let args = [start, end - start, libc::MADV_DONTNEED as u64];
         script.call("madvise(MADV_DONTNEED)", libc::SYS_madvise, &args);
-    }
-    for w in &writes {
-        if let Way::Unprotected(_) = w.way {
-            protect(target, script, w, PROT_WRITE | libc::PROT_READ as u8)?;
-        }
     }
     if !script.is_empty() {
         script.run_ok(target.host).doing(target.pid, DOING)?;
@@ -216,26 +253,5 @@ pub(super) fn fill(
         }
     }
     memory::write_scattered(target.host, &pieces).doing(target.pid, DOING)?;
-    for w in &writes {
-        if let Way::Unprotected(prot) = w.way {
-            protect(target, script, w, prot)?;
-        }
-    }
-    if !script.is_empty() {
-        script.run_ok(target.host).doing(target.pid, DOING)?;
-    }
-    Ok(())
-}
-
-fn protect(
-    target: &Target<'_>,
-    script: &mut Script,
-    w: &Write,
-    prot: u8,
-) -> Result<(), RestoreError> {
-    if !script.has_room(0, 1) {
-        script.run_ok(target.host).doing(target.pid, "protect pages")?;
-    }
-    script.call("mprotect", libc::SYS_mprotect, &[w.start, w.len, u64::from(prot)]);
     Ok(())
 }

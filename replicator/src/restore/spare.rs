@@ -3,7 +3,8 @@
 use super::error::{Doing, RestoreError};
 use super::finish::Finishing;
 use super::script::Script;
-use super::space::{self, ASIDE, Special, Target};
+use super::shared::Held;
+use super::space::{self, ASIDE, Givers, Special, Target};
 use crate::container::Launched;
 use crate::image::pages::PageSet;
 use crate::image::{Process, State, VdsoPart};
@@ -51,6 +52,7 @@ pub struct Spare {
     pub(super) specials: Vec<Special>,
     pub(super) finishing: Finishing,
     pub(super) affinity: CpuSet,
+    pub(super) held: Held,
     lost: bool,
     // Last, so that it is dropped last.
     pub(super) launched: Launched,
@@ -72,6 +74,7 @@ impl Spare {
             specials,
             finishing: Finishing::default(),
             affinity,
+            held: Held::default(),
             lost: false,
             launched,
         })
@@ -110,6 +113,7 @@ impl Spare {
 
     fn fold(&mut self, state: &State, pages: &PageSet) -> Result<(), RestoreError> {
         self.remove_gone(state)?;
+        self.held.follow(self.launched.pid, &state.objects).doing(1, "make the memory objects")?;
         let mut order = Vec::with_capacity(state.processes.len());
         for process in &state.processes {
             let known = self.stubs.iter().position(|s| s.pid == process.pid);
@@ -133,12 +137,20 @@ impl Spare {
             let target = Target { pid: stub.pid, host: stub.host, forced: &stub.forced };
             let known = self.state.processes.iter().find(|p| p.pid == process.pid);
             let old = known.map_or(&[][..], |p| &p.mappings);
-            space::remap(&target, &mut self.script, old, &process.mappings)?;
+            let givers = Givers { held: &self.held, channel: self.launched.control() };
+            space::remap(&target, &mut self.script, &givers, old, &process.mappings)?;
             let count = runs.partition_point(|r| r.process <= index as u32);
             let (mine, rest) = runs.split_at(count);
             runs = rest;
             space::fill(&target, &mut self.script, &process.mappings, mine, &pages.bytes)?;
         }
+        let first = state.processes.len() as u32;
+        self.held
+            .fill(&state.objects, first, runs, &pages.bytes)
+            .doing(1, "fill the memory objects")?;
+        self.held
+            .prune(self.launched.pid, &self.state.objects, &state.objects)
+            .doing(1, "delete memory objects")?;
         self.state.clone_from(state);
         Ok(())
     }

@@ -151,15 +151,16 @@ impl Assembly {
     pub fn fold(&mut self) {
         let Some(checkpoint) = self.complete.take() else { return };
         let Checkpoint { state, pages, .. } = &*checkpoint;
+        let owners = state.owners();
         for run in &pages.runs {
-            let Some(process) = state.processes.get(run.process as usize) else { continue };
+            let Some(&pid) = owners.get(run.process as usize) else { continue };
             match run.content {
-                Content::Dropped => self.shadow.forget(process.pid, run.start, run.count.into()),
+                Content::Dropped => self.shadow.forget(pid, run.start, run.count.into()),
                 Content::Data(offset) => {
                     let bytes = &pages.bytes[offset..][..run.count as usize * PAGE];
                     for (i, page) in bytes.as_chunks::<PAGE>().0.iter().enumerate() {
                         let address = run.start.wrapping_add((i * PAGE) as u64);
-                        self.shadow.put(PageKey { pid: process.pid, address }, page);
+                        self.shadow.put(PageKey { pid, address }, page);
                     }
                 }
             }
@@ -288,15 +289,16 @@ fn expect_open<'a>(
     }
 }
 
-/// While a checkpoint arrives, runs name their process by pid; now the order of processes is
-/// known. Pages of processes that ended before the stop fall away.
+/// While a checkpoint arrives, runs name their owner by its key; now the order of owners is
+/// known. Pages of those that ended before the stop fall away.
 fn by_index(pages: &mut PageSet, state: &State) {
+    let owners = state.owners();
     let mut last = None;
     pages.runs.retain_mut(|run| {
         let pid = run.process as i32;
         let index = match last {
             Some((p, index)) if p == pid => index,
-            _ => state.processes.iter().position(|p| p.pid == pid),
+            _ => owners.iter().position(|p| *p == pid),
         };
         last = Some((pid, index));
         run.process = index.unwrap_or(0) as u32;

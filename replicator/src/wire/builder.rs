@@ -147,7 +147,8 @@ impl CheckpointBuilder {
         out.into()
     }
 
-    /// Adds pages; `pids` names the processes that the runs refer to by index. Full chunks, and
+    /// Adds pages; `pids` names the owners that the runs refer to by index ([`State::owners`],
+    /// if it is known already). Full chunks, and
     /// the last one, go to `send`.
     pub fn pages(
         &mut self,
@@ -203,8 +204,9 @@ impl CheckpointBuilder {
         self.sums.state_bytes = encoded.len() as u64;
         self.state = encoded;
         // The backup drops pages of processes that ended before the stop; so does the shadow.
+        let owners = state.owners();
         for pid in self.touched.drain(..) {
-            if !state.processes.iter().any(|p| p.pid == pid) {
+            if !owners.contains(&pid) {
                 self.shadow.forget(pid, 0, u64::MAX);
             }
         }

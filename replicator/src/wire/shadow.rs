@@ -23,9 +23,10 @@ static ZERO_PAGE: Page = [0; PAGE];
 /// Names a page of the container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PageKey {
-    /// The process, by its pid in the container.
+    /// The process, by its pid in the container; below 0 an object (see
+    /// [`image::object`](crate::image::object)).
     pub pid: i32,
-    /// Address of its first byte.
+    /// Address of its first byte; in an object, its offset.
     pub address: u64,
 }
 
@@ -159,6 +160,10 @@ impl Shadow {
                     _ => layout.push((process.pid, m.start, m.end)),
                 }
             }
+        }
+        for object in &state.objects {
+            let pages = object.size.div_ceil(PAGE as u64);
+            layout.push((object.owner(), 0, pages.saturating_mul(PAGE as u64)));
         }
         layout.sort_unstable();
         if layout == self.layout {

@@ -1,0 +1,396 @@
+//! Memory objects: shared anonymous memory, memfds, deleted files; and their pages.
+//!
+//! Stores through a mapping that is watched are seen by the scan of each process that has it.
+//! Other ways to write an object are not: a mapping that came or went since the last look (its
+//! process may have ended, too), and write(2) on a descriptor. An object that may have been
+//! written in such a way is *suspect*, and is compared page by page with what the last checkpoints
+//! said. A checkpoint has each object's pages once, whoever maps it.
+
+use super::sysv::Segment;
+use super::{CaptureError, maps};
+use crate::image::object::{Attributes, Object, ObjectKind};
+use crate::image::pages::{Content, PAGE, PageSet, Run};
+use crate::sys::pagemap::Region;
+use crate::sys::{SysError, SysResult};
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::sys::stat::{FileStat, fstat};
+use nix::unistd::{Whence, lseek};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use xxhash_rust::xxh3::xxh3_64;
+
+/// Pages read at a time.
+const BLOCK: usize = 64;
+
+/// Which kind of object an inode is; numbers of different kinds may be the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Class {
+    Anonymous,
+    Memfd,
+    Deleted,
+    /// In a tmpfs of the container's own, deleted or not.
+    Tmpfs,
+    /// The inode is the segment's id.
+    SystemV,
+}
+
+/// What identifies an object while it lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Key {
+    pub(super) class: Class,
+    pub(super) device: u64,
+    pub(super) inode: u64,
+}
+
+#[derive(Debug)]
+struct Known {
+    key: Key,
+    name: String,
+    /// Keeps the inode, so that its number stays its own; and reads it.
+    file: File,
+    size: u64,
+    /// For each page, what stands for the version last taken; 0: all zero.
+    versions: Vec<u64>,
+    dirty: Vec<(u64, u64)>,
+    suspect: bool,
+    changed: (i64, i64),
+    fresh: bool,
+    used: bool,
+    segment: Option<Segment>,
+}
+
+/// All objects of a container.
+#[derive(Debug, Default)]
+pub(super) struct Objects {
+    by_key: BTreeMap<Key, u32>,
+    known: BTreeMap<u32, Known>,
+    next: u32,
+    own: Vec<u64>,
+}
+
+impl Objects {
+    /// None yet. `own` are the devices of the container's own tmpfs mounts.
+    pub(super) fn new(own: &[u64]) -> Self {
+        Self { own: own.to_vec(), ..Self::default() }
+    }
+
+    pub(super) fn own_devices(&self) -> &[u64] {
+        &self.own
+    }
+
+    /// The next checkpoint is a full one: every object is new.
+    pub(super) fn clear(&mut self) {
+        self.by_key.clear();
+        self.known.clear();
+    }
+
+    /// The number of the object that a mapping is a part of.
+    pub(super) fn of_mapping(
+        &mut self,
+        pid: i32,
+        vma: &maps::Vma,
+        object: &maps::Object,
+    ) -> Result<u32, CaptureError> {
+        self.number(object.key, &object.name, || {
+            let (start, end) = (vma.mapping.start, vma.mapping.end);
+            let path = format!("/proc/{pid}/map_files/{start:x}-{end:x}");
+            let file = File::open(&path).map_err(|e| CaptureError::proc(&path, e))?;
+            let stat = stat(&file)?;
+            // Another mapping may have taken its place.
+            if stat.st_ino != object.key.inode {
+                return Err(CaptureError::proc(
+                    &path,
+                    std::io::Error::from_raw_os_error(libc::ENOENT),
+                ));
+            }
+            Ok(file)
+        })
+    }
+
+    /// The number of the object that a descriptor is of, given a duplicate of it.
+    pub(super) fn of_descriptor(
+        &mut self,
+        class: Class,
+        name: &str,
+        dup: OwnedFd,
+    ) -> Result<u32, CaptureError> {
+        use nix::sys::stat::{major, minor};
+        let stat = stat(&dup)?;
+        let device = major(stat.st_dev) << 32 | minor(stat.st_dev);
+        let class = if self.own.contains(&device) { Class::Tmpfs } else { class };
+        let key = Key { class, device, inode: stat.st_ino };
+        self.number(key, name, || {
+            // A duplicate would share the offset, and keep seals and the last close from working.
+            use std::os::fd::AsRawFd;
+            let path = format!("/proc/self/fd/{}", dup.as_raw_fd());
+            File::open(&path).map_err(|e| CaptureError::proc(&path, e))
+        })
+    }
+
+    pub(super) fn number(
+        &mut self,
+        key: Key,
+        name: &str,
+        open: impl FnOnce() -> Result<File, CaptureError>,
+    ) -> Result<u32, CaptureError> {
+        if let Some(id) = self.by_key.get(&key) {
+            return Ok(*id);
+        }
+        let file = open()?;
+        let id = self.next;
+        self.next += 1;
+        let known = Known {
+            key,
+            name: name.to_owned(),
+            file,
+            size: 0,
+            versions: Vec::new(),
+            dirty: Vec::new(),
+            suspect: true,
+            changed: (0, 0),
+            fresh: true,
+            used: false,
+            segment: None,
+        };
+        self.known.insert(id, known);
+        self.by_key.insert(key, id);
+        Ok(id)
+    }
+
+    /// What the list of segments says of an object.
+    pub(super) fn note_segment(&mut self, id: u32, segment: Segment) {
+        if let Some(known) = self.known.get_mut(&id) {
+            known.segment = Some(segment);
+        }
+    }
+
+    /// For an object that is a segment, what the list says of it, if it is in the list.
+    pub(super) fn segment(&self, id: u32) -> Option<Option<Segment>> {
+        let known = self.known.get(&id)?;
+        (known.key.class == Class::SystemV).then_some(known.segment)
+    }
+
+    /// The device of the kernel's own tmpfs.
+    pub(super) fn kernel_tmpfs(&self) -> u64 {
+        maps::kernel_tmpfs().unwrap_or(u64::MAX)
+    }
+
+    /// The object may have been written unseen.
+    pub(super) fn suspect(&mut self, id: u32) {
+        if let Some(known) = self.known.get_mut(&id) {
+            known.suspect = true;
+        }
+    }
+
+    /// Any object may have been written unseen.
+    pub(super) fn suspect_all(&mut self) {
+        self.known.values_mut().for_each(|k| k.suspect = true);
+    }
+
+    /// Pages that were written through a mapping: `offset` is that of the address `base`.
+    pub(super) fn written(&mut self, id: u32, base: u64, offset: u64, regions: &[Region]) {
+        if let Some(known) = self.known.get_mut(&id) {
+            let range = |r: &Region| (r.start - base + offset, r.end - base + offset);
+            known.dirty.extend(regions.iter().map(range));
+        }
+    }
+
+    /// Copies what was written since the last look.
+    pub(super) fn copy(&mut self, pages: &mut PageSet) -> Result<(), CaptureError> {
+        for (id, known) in &mut self.known {
+            known.copy(*id, pages)?;
+        }
+        Ok(())
+    }
+
+    /// The objects that mappings and descriptors of this checkpoint refer to.
+    pub(super) fn take(&mut self, used: impl Iterator<Item = u32>) -> SysResult<Vec<Object>> {
+        if self.known.is_empty() {
+            return Ok(Vec::new());
+        }
+        for id in used {
+            if let Some(known) = self.known.get_mut(&id) {
+                known.used = true;
+            }
+        }
+        let mut all = Vec::new();
+        for (id, known) in &mut self.known {
+            if std::mem::take(&mut known.used) {
+                all.push(known.describe(*id)?);
+            }
+        }
+        Ok(all)
+    }
+
+    /// The checkpoint with these objects is whole.
+    pub(super) fn finish(&mut self, taken: &[Object]) {
+        self.known.retain(|id, known| {
+            known.fresh = false;
+            taken.iter().any(|o| o.id == *id)
+        });
+        self.by_key.retain(|_, id| self.known.contains_key(id));
+    }
+}
+
+impl Known {
+    fn copy(&mut self, id: u32, pages: &mut PageSet) -> Result<(), CaptureError> {
+        // Shared anonymous memory has no name by which it could be written but its mappings.
+        if self.key.class != Class::Anonymous || self.suspect {
+            let stat = stat(&self.file)?;
+            let changed = (stat.st_ctime, stat.st_ctime_nsec);
+            self.suspect |= changed != self.changed;
+            self.changed = changed;
+            self.size = stat.st_size as u64;
+        }
+        let count = self.size.div_ceil(PAGE as u64) as usize;
+        if count < self.versions.len() {
+            let gone = self.versions.len() - count;
+            let start = (count * PAGE) as u64;
+            push(pages, id, start, gone as u32, Content::Dropped);
+        }
+        self.versions.resize(count, 0);
+        if self.suspect {
+            self.dirty.clear();
+            self.compare(id, pages)?;
+            self.suspect = false;
+            return Ok(());
+        }
+        let dirty = std::mem::take(&mut self.dirty);
+        for (start, end) in &dirty {
+            if let Err(e) = self.copy_range(id, *start, *end, pages) {
+                self.suspect = true;
+                return Err(e);
+            }
+        }
+        self.dirty = dirty;
+        self.dirty.clear();
+        Ok(())
+    }
+
+    /// Takes every page that differs from what was taken last.
+    fn compare(&mut self, id: u32, pages: &mut PageSet) -> Result<(), CaptureError> {
+        let mut at = 0;
+        while at < self.size {
+            let seek = |from: u64, whence| match lseek(&self.file, from as i64, whence) {
+                Ok(at) => Ok(at as u64),
+                Err(nix::Error::ENXIO) => Ok(self.size),
+                Err(e) => Err(SysError::errno("lseek", self.name.clone(), e as i32)),
+            };
+            let data = seek(at, Whence::SeekData)?;
+            let hole = seek(data, Whence::SeekHole)?;
+            // What was a page of data and is a hole now reads as zero.
+            let (first, last) =
+                (at as usize / PAGE, (data as usize / PAGE).min(self.versions.len()));
+            for page in first..last {
+                if std::mem::take(&mut self.versions[page]) != 0 {
+                    push(pages, id, (page * PAGE) as u64, 1, Content::Dropped);
+                }
+            }
+            self.copy_range(id, data / PAGE as u64 * PAGE as u64, hole, pages)?;
+            at = hole;
+        }
+        Ok(())
+    }
+
+    /// Takes the pages in a range that differ from what was taken last.
+    fn copy_range(
+        &mut self,
+        id: u32,
+        start: u64,
+        end: u64,
+        pages: &mut PageSet,
+    ) -> Result<(), CaptureError> {
+        let mut block = [0; BLOCK * PAGE];
+        let end = end.min(self.size);
+        let mut at = start;
+        while at < end {
+            let wanted = (end - at).min(block.len() as u64) as usize;
+            let got = self.fill(&mut block[..wanted], at)?;
+            block[got..wanted.next_multiple_of(PAGE)].fill(0);
+            for page in block[..wanted.next_multiple_of(PAGE)].as_chunks::<PAGE>().0 {
+                let version = version(page);
+                let slot = &mut self.versions[at as usize / PAGE];
+                if std::mem::replace(slot, version) != version {
+                    if version == 0 {
+                        push(pages, id, at, 1, Content::Dropped);
+                    } else {
+                        let offset = pages.bytes.len();
+                        pages.bytes.extend_from_slice(page);
+                        push(pages, id, at, 1, Content::Data(offset));
+                    }
+                }
+                at += PAGE as u64;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads up to the end of the object.
+    fn fill(&self, block: &mut [u8], at: u64) -> Result<usize, CaptureError> {
+        let mut got = 0;
+        while got < block.len() {
+            let read = self.file.read_at(&mut block[got..], at + got as u64);
+            match read.map_err(|e| CaptureError::proc(&self.name, e))? {
+                0 => break,
+                n => got += n,
+            }
+        }
+        Ok(got)
+    }
+
+    fn describe(&self, id: u32) -> SysResult<Object> {
+        let stat = stat(&self.file)?;
+        let attributes =
+            Attributes { mode: stat.st_mode & 0o7777, uid: stat.st_uid, gid: stat.st_gid };
+        let name = self.name.clone();
+        let kind = match self.key.class {
+            Class::Anonymous => ObjectKind::Anonymous,
+            Class::Memfd => ObjectKind::Memfd {
+                name: name.trim_start_matches("/memfd:").to_owned(),
+                seals: fcntl(&self.file, FcntlArg::F_GET_SEALS)
+                    .map_err(|e| SysError::errno("F_GET_SEALS", name, e as i32))?
+                    as u32,
+                attributes,
+            },
+            Class::Deleted => ObjectKind::Deleted { path: name, attributes },
+            Class::Tmpfs => ObjectKind::Tmpfs { path: name, attributes },
+            Class::SystemV => {
+                let missing = || SysError::errno("search in /proc/sysvipc/shm", name, libc::ENOENT);
+                let Segment { identity, deleted, .. } = self.segment.ok_or_else(missing)?;
+                ObjectKind::SystemV { identity, deleted }
+            }
+        };
+        Ok(Object { id, kind, size: self.size, fresh: self.fresh })
+    }
+}
+
+fn stat(file: impl std::os::fd::AsFd) -> SysResult<FileStat> {
+    fstat(file).map_err(|e| SysError::errno("fstat", "a memory object", e as i32))
+}
+
+/// What stands for the contents of a page: 0 for zero, else a hash that is not 0.
+fn version(page: &[u8; PAGE]) -> u64 {
+    if page.iter().all(|b| *b == 0) { 0 } else { xxh3_64(page) | 1 }
+}
+
+/// Adds a run of an object's pages, or makes the last run longer.
+fn push(pages: &mut PageSet, id: u32, start: u64, count: u32, content: Content) {
+    let process = Object::owner_of(id) as u32;
+    if let Some(last) = pages.runs.last_mut()
+        && last.process == process
+        && last.start + u64::from(last.count) * PAGE as u64 == start
+    {
+        let follows = match (last.content, content) {
+            (Content::Data(from), Content::Data(at)) => from + last.count as usize * PAGE == at,
+            (Content::Dropped, Content::Dropped) => true,
+            _ => false,
+        };
+        if follows {
+            last.count += count;
+            return;
+        }
+    }
+    pages.runs.push(Run { process, start, count, content });
+}

@@ -1,0 +1,140 @@
+//! The container's own tmpfs mounts, such as its /dev/shm: their files are part of a checkpoint.
+//!
+//! An empty one costs one fstatfs(2) in a stop. The contents of its files are those of objects
+//! ([`super::objects`]).
+
+use super::CaptureError;
+use super::objects::{Class, Key, Objects};
+use crate::image::object::Attributes;
+use crate::image::tree::{EntryKind, TmpfsEntry};
+use crate::sys::SysError;
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+
+/// Names that one tmpfs may hold.
+const MOST: usize = 100_000;
+
+/// The tmpfs mounts that a container has and its host has not.
+#[derive(Debug, Default)]
+pub(super) struct Mounts {
+    all: Vec<Mount>,
+    devices: Vec<u64>,
+}
+
+#[derive(Debug)]
+struct Mount {
+    point: String,
+    device: u64,
+    directory: File,
+}
+
+impl Mounts {
+    /// Those of the container whose init this is.
+    pub(super) fn find(root: i32) -> Result<Self, CaptureError> {
+        let read = |path: &str| fs::read_to_string(path).map_err(|e| CaptureError::proc(path, e));
+        let ours: Vec<u64> = tmpfs(&read("/proc/thread-self/mountinfo")?).map(|m| m.1).collect();
+        let mut me = Self::default();
+        for (point, device) in tmpfs(&read(&format!("/proc/{root}/mountinfo"))?) {
+            if ours.contains(&device) {
+                continue;
+            }
+            let path = format!("/proc/{root}/root{point}");
+            let directory = File::open(&path).map_err(|e| CaptureError::proc(&path, e))?;
+            me.devices.push(device);
+            me.all.push(Mount { point, device, directory });
+        }
+        Ok(me)
+    }
+
+    /// Their devices, major above minor.
+    pub(super) fn devices(&self) -> &[u64] {
+        &self.devices
+    }
+
+    /// All names in them, directories first; the files become known objects.
+    pub(super) fn walk(&self, objects: &mut Objects) -> Result<Vec<TmpfsEntry>, CaptureError> {
+        let mut all = Vec::new();
+        for mount in &self.all {
+            let usage = nix::sys::statvfs::fstatvfs(&mount.directory)
+                .map_err(|e| SysError::errno("fstatvfs", mount.point.clone(), e as i32))?;
+            // The root directory is the one file that is always there.
+            if usage.files() - usage.files_free() > 1 {
+                mount.walk(objects, &mut all)?;
+            }
+        }
+        Ok(all)
+    }
+}
+
+impl Mount {
+    fn walk(&self, objects: &mut Objects, all: &mut Vec<TmpfsEntry>) -> Result<(), CaptureError> {
+        let base = format!("/proc/self/fd/{}", self.directory.as_raw_fd());
+        let mut todo = vec![String::new()];
+        while let Some(inside) = todo.pop() {
+            let outside = format!("{base}/{inside}");
+            let failed = |e| CaptureError::proc(&format!("{}/{inside}", self.point), e);
+            for entry in fs::read_dir(&outside).map_err(failed)? {
+                let entry = entry.map_err(failed)?;
+                let Ok(name) = entry.file_name().into_string() else {
+                    let what = format!("{}/{}", self.point, entry.file_name().display());
+                    return Err(CaptureError::unsupported(what, "a name that is not UTF-8".into()));
+                };
+                let inside = if inside.is_empty() { name } else { format!("{inside}/{name}") };
+                let path = format!("{}/{inside}", self.point);
+                let failed = |e| CaptureError::proc(&path, e);
+                let meta = fs::symlink_metadata(entry.path()).map_err(failed)?;
+                let attributes =
+                    Attributes { mode: meta.mode() & 0o7777, uid: meta.uid(), gid: meta.gid() };
+                let kind = if meta.is_file() {
+                    let key = Key { class: Class::Tmpfs, device: self.device, inode: meta.ino() };
+                    let open = || File::open(entry.path()).map_err(failed);
+                    EntryKind::File(objects.number(key, &path, open)?)
+                } else if meta.is_dir() {
+                    todo.push(inside);
+                    EntryKind::Directory
+                } else if meta.is_symlink() {
+                    let target = fs::read_link(entry.path()).map_err(failed)?;
+                    EntryKind::Symlink(target.to_string_lossy().into_owned())
+                } else if meta.file_type().is_fifo() {
+                    EntryKind::Fifo
+                } else if meta.file_type().is_socket() {
+                    // The socket that is bound to it makes it.
+                    continue;
+                } else {
+                    let why = "a device in the container's own tmpfs".to_owned();
+                    return Err(CaptureError::unsupported(path, why));
+                };
+                all.push(TmpfsEntry { path, attributes, kind });
+                if all.len() > MOST {
+                    let why = format!("a tmpfs with more than {MOST} names");
+                    return Err(CaptureError::unsupported(self.point.clone(), why));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Mount points and devices of the whole tmpfs mounts in a mountinfo, see proc_pid_mountinfo(5).
+fn tmpfs(mountinfo: &str) -> impl Iterator<Item = (String, u64)> {
+    mountinfo.lines().filter_map(|line| {
+        let (left, right) = line.split_once(" - ")?;
+        let mut fields = left.split(' ').skip(2);
+        let (major, minor) = fields.next()?.split_once(':')?;
+        let (root, point) = (fields.next()?, fields.next()?);
+        let device = major.parse::<u64>().ok()? << 32 | minor.parse::<u64>().ok()?;
+        (right.starts_with("tmpfs ") && root == "/").then(|| (point.to_owned(), device))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn tmpfs_mounts_of_a_mountinfo() {
+        let text = "22 1 0:21 / /dev/shm rw,nosuid shared:3 - tmpfs tmpfs rw,size=65536k\n\
+                    23 1 0:22 / /proc rw - proc proc rw\n\
+                    24 1 0:21 /inner /bound rw - tmpfs tmpfs rw\n";
+        assert_eq!(super::tmpfs(text).collect::<Vec<_>>(), [("/dev/shm".to_owned(), 21)]);
+    }
+}

@@ -1,0 +1,90 @@
+//! Every kind of memory, on the real kernel: a program sets it up, is captured again and again
+//! while it changes, is killed, and finds all as it was where it is brought back. Needs root and
+//! python3, which `subjects/memory.py` is for.
+
+mod common;
+
+use common::{Original, Scratch, wait_until};
+use replicator::restore::{Peer, Spare};
+use std::path::Path;
+
+const PYTHON: &str = "/usr/bin/python3";
+
+/// The console, unless the program failed.
+fn read(console: &Path) -> String {
+    let text = std::fs::read_to_string(console).expect("console");
+    let bad = ["panicked", "Traceback", "Error"];
+    assert!(!bad.iter().any(|word| text.contains(word)), "{text}");
+    text
+}
+
+/// Makes a spare into a running container.
+fn bring_to_life(spare: &mut Spare) {
+    spare.prepare().expect("prepare");
+    spare.connect(|_| Peer::Silent).expect("connect");
+    spare.push_unsent().expect("nothing to send");
+    spare.complete().expect("complete");
+    spare.detach_all().expect("let go");
+}
+
+/// Runs one kind through checkpoints, an end and a restore.
+fn survives(kind: &str) {
+    if !Path::new(PYTHON).exists() {
+        println!("skipped: {PYTHON} is not there");
+        return;
+    }
+    let dir = Scratch::new(&format!("memory-{kind}"));
+    let program = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/subjects/memory.py");
+    let mut original = Original::start(&dir, &[PYTHON, "-B", program, kind]);
+    let console = original.console();
+    let mut spare = None;
+    let mut step = 0;
+    loop {
+        step += 1;
+        let (ready, last) = (format!("ready {step}\n"), format!("last {step}\n"));
+        let mut text = String::new();
+        original.pump_until(&format!("it is at step {step}"), || {
+            text = read(&console);
+            text.contains(&ready) || text.contains(&last)
+        });
+        // Once with changes, once without.
+        for _ in 0..2 {
+            match &mut spare {
+                Some(spare) => drop(original.follow(spare)),
+                None => {
+                    original.checkpoint();
+                    let mut fresh = original.spare();
+                    fresh.apply(&original.state, &original.pages).expect("full checkpoint");
+                    spare = Some(fresh);
+                }
+            }
+        }
+        let go = dir.0.join(format!("go-{step}"));
+        if text.contains(&last) {
+            original.kill();
+            bring_to_life(spare.as_mut().expect("a spare"));
+            std::fs::write(go, "").expect("written");
+            break;
+        }
+        std::fs::write(go, "").expect("written");
+    }
+    let done = format!("kind {kind} ok");
+    wait_until(&format!("{kind} is found as it was"), || read(&console).contains(&done));
+    println!("{done}");
+}
+
+macro_rules! kinds {
+    ($($kind:ident)*) => { $(#[test] fn $kind() { survives(stringify!($kind)); })* };
+}
+
+kinds! {
+    shared_anonymous
+    shared_anonymous_moves
+    memfd
+    deleted_files
+    posix_shm
+    multiprocessing
+    system_v_memory
+    system_v_messages
+    system_v_semaphores
+}
