@@ -12,14 +12,18 @@
 //! [`Capturer`] lives on one OS thread, the stop thread. It keeps CP-1 (the order of a stop) and
 //! CP-3 (what cannot be captured is an error that names it, never left out).
 
+mod fdinfo;
 mod files;
 mod maps;
 mod memory;
+mod options;
+mod pipes;
 mod process;
 mod tcp;
 mod threads;
 mod timers;
 mod tracer;
+mod unix;
 mod waits;
 
 use crate::Epoch;
@@ -31,7 +35,7 @@ use crate::sys::unix_diag::UnixDiag;
 use crate::sys::{SysError, pidfd, uffd};
 use memory::AddressSpace;
 use process::Attributes;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 use tracer::{Change, Tracer};
@@ -151,6 +155,7 @@ pub struct Capturer {
     root: i32,
     offsets: (i64, i64),
     diag: UnixDiag,
+    files: files::Memory,
     pages: PageSet,
     batch: Batch,
     interrupted: waits::Interrupted,
@@ -185,6 +190,7 @@ impl Capturer {
             root,
             offsets: clock_offsets(root)?,
             diag,
+            files: files::Memory::default(),
             pages: PageSet::default(),
             batch: Batch::new(),
             interrupted: waits::Interrupted::default(),
@@ -398,9 +404,9 @@ impl Capturer {
         self.interrupted.clocks_are_read();
         let mut state = State { clocks: self.clocks()?, ..State::default() };
         let order = self.in_order()?;
-        let mut builder = files::Builder::default();
-        let inner_pids: BTreeMap<i32, i32> =
+        let inner_pids: HashMap<i32, i32> =
             self.processes.iter().map(|(pid, t)| (*pid, t.attributes.pid)).collect();
+        let mut builder = files::Builder::new(inner_pids.clone());
         for pid in &order {
             let tracked = self.processes.get_mut(pid).ok_or(CaptureError::Ended)?;
             let tids = self.tracer.threads_of(*pid);
@@ -446,7 +452,8 @@ impl Capturer {
             times.threads += lap.next();
         }
         self.refuse_shared_memory()?;
-        files::check_whole(&state)?;
+        builder.finish(self.root, &mut state, &self.diag, &mut self.files)?;
+        times.files += lap.next();
         Ok(state)
     }
 

@@ -148,14 +148,15 @@ impl Spare {
 
     fn prepare_all(&mut self) -> Result<(), RestoreError> {
         let start = Instant::now();
-        let place = Place { init: self.pid(), elapsed: self.elapsed() };
-        let made = objects::create_all(&self.state, &place).map_err(|(index, source)| {
+        let hosts = self.stubs.iter().map(|s| (s.pid, s.host)).collect();
+        let place = Place { init: self.pid(), elapsed: self.elapsed(), hosts };
+        let Self { state, stubs, script, .. } = self;
+        let made = objects::create_all(state, &place, script).map_err(|(index, source)| {
             let holds = |p: &&Process| p.fds.iter().any(|f| f.description as usize == index);
-            let pid = self.state.processes.iter().find(holds).map_or(1, |p| p.pid);
+            let pid = state.processes.iter().find(holds).map_or(1, |p| p.pid);
             RestoreError::Kernel { pid, doing: "make an open file", source }
         })?;
         let objects = Instant::now();
-        let Self { state, stubs, script, .. } = self;
         for p in &state.processes {
             let stub = find(stubs, p.pid)?;
             process::attributes(script, stub, p)?;

@@ -21,6 +21,7 @@ mod error;
 mod finish;
 mod install;
 mod objects;
+mod options;
 mod pages;
 mod plan;
 mod process;
@@ -30,6 +31,8 @@ mod space;
 mod spare;
 mod tcp;
 mod timers;
+mod unix;
+mod unix_queues;
 
 pub use error::RestoreError;
 pub use finish::{FinishTimes, Restored, Resumption};
