@@ -69,7 +69,7 @@ fn ship(
             sent = link.send(frame);
         }
     };
-send(builder.begin_as(taken.generation, taken.epoch, taken.full, taken.provisional));
+    send(builder.begin_as(taken.generation, taken.epoch, taken.full, taken.provisional));
     builder.pages(&taken.pages, &taken.state.owners(), &mut send)?;
     let finished = builder.finish(&taken.state, &mut send)?;
     sent?;

@@ -1,33 +1,24 @@
 //! Descriptors of a process and the open file descriptions behind them.
 //!
-//! One read of /proc/PID/fdinfo/N a descriptor gives flags, offset, inode and, for epoll,
-//! eventfd and timerfd, all of their state. The link in /proc/PID/fd is read when the inode
-//! behind a number changes.
+//! One read of /proc/PID/fdinfo/N a descriptor ([`fdinfo`]) tells most of it. The link in
+//! /proc/PID/fd is read when the inode behind a number changes. Two descriptors are one
+//! description when kcmp(2) says so; it also gives an order, so that a description is found among
+//! many by halving.
 
+use super::fdinfo::{self, Info};
 use super::objects::{Class, Objects};
-use super::{CaptureError, tcp};
-use crate::image::{Description, EpollTarget, Fd, Kind, Pipe, State, TimerFd, UnixPair};
-use crate::sys::sockopt::{get_i32, in_queue};
+use super::unix::{self, Empties};
+use super::{CaptureError, options, pipes, tcp};
+use crate::image::net::RawOptions;
+use crate::image::{Description, Fd, Kind, State};
+use crate::sys::sockopt::get_i32;
 use crate::sys::unix_diag::UnixDiag;
 use crate::sys::{SysError, pidfd};
 use nix::sys::stat::{major, minor};
+use std::cmp::Ordering;
 use std::collections::HashMap;
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
-
-/// fdinfo of one descriptor.
-#[derive(Clone, Debug, Default)]
-struct Info {
-    pos: u64,
-    flags: i32,
-    inode: u64,
-    mount: u64,
-    epoll: Vec<EpollTarget>,
-    eventfd: Option<(u64, bool)>,
-    timer: TimerFd,
-    locked: bool,
-}
 
 /// What a descriptor number referred to at the last look.
 #[derive(Clone, Debug)]
@@ -40,6 +31,8 @@ struct Seen {
     protocol: i32,
     /// Flags and the rest of a TCP connection, if they were read just before this stop.
     ahead: Option<(i32, tcp::Ahead)>,
+    /// Options of another socket, if they were read just before this stop.
+    options: Option<RawOptions>,
 }
 
 /// Remembered between stops, one for a process.
@@ -48,13 +41,35 @@ pub(super) struct Files {
     seen: HashMap<i32, Seen>,
 }
 
-/// Shared by all processes of a container while one checkpoint is taken.
+/// Remembered between stops, one for a container.
+#[derive(Debug, Default)]
+pub(super) struct Memory {
+    empties: Empties,
+}
+
+/// Shared by all processes of a container while one checkpoint is taken. It holds duplicates of
+/// descriptors: to be dropped before the thaw.
 #[derive(Debug, Default)]
 pub(super) struct Builder {
-    /// Host pid and number of the first descriptor of each description, and its inode.
-    first: Vec<(i32, i32, u64)>,
-    pipes: HashMap<u64, u32>,
-    pairs: HashMap<u32, (u32, u8)>,
+    /// Host pid and number of the first descriptor of each description.
+    first: Vec<(i32, i32)>,
+    /// The descriptions of each inode, in the order of kcmp(2).
+    by_inode: HashMap<u64, Vec<u32>>,
+    pub(super) pipes: HashMap<u64, u32>,
+    unix: unix::Sockets,
+    /// Pids inside by pids outside.
+    inner: HashMap<i32, i32>,
+    /// Descriptors that were in flight.
+    held: Vec<OwnedFd>,
+}
+
+/// A process that holds a descriptor, or this one with a duplicate.
+#[derive(Clone, Copy)]
+struct Holder<'a> {
+    pid: i32,
+    handle: BorrowedFd<'a>,
+    /// Whose root and working directory count.
+    place: i32,
 }
 
 impl Seen {
@@ -63,10 +78,14 @@ impl Seen {
             && self.kind == libc::SOCK_STREAM
             && self.protocol == libc::IPPROTO_TCP
     }
+
+    fn is_socket(&self) -> bool {
+        self.domain != 0
+    }
 }
 
 impl Files {
-    /// Reads what rarely changes of TCP connections, while the container runs.
+    /// Reads what rarely changes of sockets, while the container runs.
     pub(super) fn look_ahead(
         &mut self,
         pid: i32,
@@ -75,10 +94,10 @@ impl Files {
     ) -> Result<(), CaptureError> {
         for number in numbers(pid)? {
             // A descriptor that is closed meanwhile is looked at in the stop, if it is there.
-            let Ok(info) = info(pid, number) else { continue };
+            let Ok(info) = fdinfo::info(pid, number) else { continue };
             let Ok(seen) = self.look(pid, handle, number, &info) else { continue };
             let is_deleted = seen.link.ends_with(" (deleted)");
-            if !seen.is_tcp() && !is_deleted {
+            if !seen.is_socket() && !is_deleted {
                 continue;
             }
             let link = seen.link.clone();
@@ -91,9 +110,11 @@ impl Files {
                 continue;
             }
             let what = format!("descriptor {number} of pid {pid}");
-            let ahead = tcp::ahead(dup.as_fd(), &what)?.map(|ahead| (info.flags, ahead));
-            if let Some(seen) = self.seen.get_mut(&number) {
-                seen.ahead = ahead;
+            if seen.is_tcp() {
+                seen.ahead = tcp::ahead(dup.as_fd(), &what)?.map(|ahead| (info.flags, ahead));
+            } else {
+                let socket = (seen.domain, seen.kind, seen.protocol);
+                seen.options = Some(options::read(dup.as_fd(), socket, &what)?);
             }
         }
         Ok(())
@@ -132,26 +153,26 @@ impl Files {
         diag: &UnixDiag,
         objects: &mut Objects,
     ) -> Result<Vec<Fd>, CaptureError> {
-        let mut out = Vec::new();
+        let holder = Holder { pid, handle, place: pid };
         let numbers = numbers(pid)?;
+        let mut out = Vec::with_capacity(numbers.len());
         for &number in &numbers {
             let what = || format!("descriptor {number} of pid {pid}");
-            if let Some((info, kind)) = self.connection(handle, number, what)? {
-                let description = match builder.known(pid, number, &info, state)? {
-                    Some(at) => at,
-                    None => builder.add(pid, number, &info, kind, state),
-                };
-                let close_on_exec = info.flags & libc::O_CLOEXEC != 0;
-                out.push(Fd { number, description, close_on_exec });
-                continue;
-            }
-            let info = info(pid, number)?;
-            let description = match builder.known(pid, number, &info, state)? {
-                Some(at) => at,
-                None => {
-                    let kind =
-                        self.describe(pid, handle, number, &info, builder, state, diag, objects)?;
-                    builder.add(pid, number, &info, kind, state)
+            let (info, ready) = match self.connection(handle, number, what)? {
+                Some((info, kind)) => (info, Some(kind)),
+                None => (fdinfo::info(pid, number)?, None),
+            };
+            let description = match builder.find(pid, number, info.inode)? {
+                Ok(known) => known,
+                Err(place) => {
+                    let kind = match ready {
+                        Some(kind) => kind,
+                        None => {
+                            let world = (diag, &mut *objects);
+                            self.describe(holder, number, &info, builder, state, world, &what())?
+                        }
+                    };
+                    builder.add((pid, number), place, &info, kind, state)
                 }
             };
             let close_on_exec = info.flags & libc::O_CLOEXEC != 0;
@@ -164,56 +185,63 @@ impl Files {
     #[allow(clippy::too_many_arguments, reason = "one private step of capture")]
     fn describe(
         &mut self,
-        pid: i32,
-        handle: BorrowedFd<'_>,
+        holder: Holder<'_>,
         number: i32,
         info: &Info,
         builder: &mut Builder,
         state: &mut State,
-        diag: &UnixDiag,
-        objects: &mut Objects,
+        (diag, objects): (&UnixDiag, &mut Objects),
+        what: &str,
     ) -> Result<Kind, CaptureError> {
-        let what = || format!("descriptor {number} of pid {pid}");
         if info.locked {
             let why = "a file lock (flock, fcntl, lease); these are not protected yet";
-            return Err(CaptureError::unsupported(what(), why.into()));
+            return Err(CaptureError::unsupported(what.into(), why.into()));
         }
+        let Holder { pid, handle, place } = holder;
         let seen = self.look(pid, handle, number, info)?;
-        let link = seen.link.as_str();
-        if link.starts_with("socket:") {
+        if seen.is_socket() {
             let dup = pidfd::get_fd(handle, number)?;
+            let options = seen.options.take();
             return match (seen.domain, seen.kind, seen.protocol) {
                 (libc::AF_INET | libc::AF_INET6, libc::SOCK_STREAM, libc::IPPROTO_TCP) => {
-                    tcp::tcp(dup.as_fd(), &what(), None)
+                    tcp::tcp(dup.as_fd(), what, None)
                 }
                 (libc::AF_INET | libc::AF_INET6, libc::SOCK_DGRAM, libc::IPPROTO_UDP) => {
-                    tcp::udp(dup.as_fd(), &what())
+                    tcp::udp(dup.as_fd(), what)
                 }
                 (libc::AF_UNIX, kind, _) => {
-                    unix(&dup, info.inode as u32, kind, builder, state, diag, &what())
+                    let inode = info.inode as u32;
+                    let inner = &builder.inner;
+                    let found =
+                        unix::Found { dup, inode, kind, options, pid: place, what, diag, inner };
+                    builder.unix.add(found, state).map(Kind::Unix)
                 }
                 (domain, kind, protocol) => Err(CaptureError::unsupported(
-                    what(),
+                    what.into(),
                     format!("a socket of family {domain}, type {kind}, protocol {protocol}"),
                 )),
             };
         }
-        match link {
+        match seen.link.as_str() {
             "anon_inode:[eventpoll]" => Ok(Kind::Epoll(info.epoll.clone())),
             "anon_inode:[eventfd]" => {
                 let (count, semaphore) = info.eventfd.unwrap_or_default();
                 Ok(Kind::EventFd { count, semaphore })
             }
             "anon_inode:[timerfd]" => Ok(Kind::TimerFd(info.timer)),
-            _ if link.starts_with("pipe:") => pipe(handle, number, info.inode, builder, state),
-            _ if link.starts_with('/') => {
+            link if link.starts_with("pipe:") => {
+                pipes::pipe(handle, number, info.inode, builder, state)
+            }
+            link if link.starts_with('/') => {
                 if let Some(name) = link.strip_suffix(" (deleted)") {
                     let dup = pidfd::get_fd(handle, number)?;
-                    return deleted(name, dup, info, objects, &what());
+                    return deleted(name, dup, info, objects, what);
                 }
-                file(link, info, &what())
+                file(link, info, what)
             }
-            other => Err(CaptureError::unsupported(what(), format!("a descriptor of {other}"))),
+            other => {
+                Err(CaptureError::unsupported(what.into(), format!("a descriptor of {other}")))
+            }
         }
     }
 
@@ -224,7 +252,7 @@ impl Files {
         handle: BorrowedFd<'_>,
         number: i32,
         info: &Info,
-    ) -> Result<&Seen, CaptureError> {
+    ) -> Result<&mut Seen, CaptureError> {
         let same = self.seen.get(&number).is_some_and(|s| {
             s.inode == info.inode && s.mount == info.mount && !s.link.starts_with('/')
         });
@@ -241,40 +269,105 @@ impl Files {
                 protocol = so(libc::SO_PROTOCOL)?;
             }
             let (inode, mount) = (info.inode, info.mount);
-            self.seen
-                .insert(number, Seen { inode, mount, link, domain, kind, protocol, ahead: None });
+            let (ahead, options) = (None, None);
+            let seen = Seen { inode, mount, link, domain, kind, protocol, ahead, options };
+            self.seen.insert(number, seen);
         }
-        Ok(&self.seen[&number])
+        self.seen.get_mut(&number).ok_or(CaptureError::Ended)
     }
 }
 
 impl Builder {
-    /// Adds a description that was not captured before; gives its index.
-    fn add(&mut self, pid: i32, number: i32, info: &Info, kind: Kind, state: &mut State) -> u32 {
-        let flags = info.flags & !libc::O_CLOEXEC;
-        state.descriptions.push(Description { flags, kind });
-        self.first.push((pid, number, info.inode));
-        state.descriptions.len() as u32 - 1
+    /// `inner` are the pids inside by the pids outside.
+    pub(super) fn new(inner: HashMap<i32, i32>) -> Self {
+        Self { inner, ..Self::default() }
     }
 
-    /// The description that this descriptor shares with one captured before, if any.
-    fn known(
-        &self,
-        pid: i32,
-        number: i32,
+    /// Adds a description that was not captured before; gives its index.
+    fn add(
+        &mut self,
+        first: (i32, i32),
+        place: usize,
         info: &Info,
-        state: &State,
-    ) -> Result<Option<u32>, CaptureError> {
-        for (at, (other_pid, other, inode)) in self.first.iter().enumerate() {
-            let flags = state.descriptions[at].flags;
-            if *inode == info.inode
-                && flags == info.flags & !libc::O_CLOEXEC
-                && pidfd::same_file(pid, number, *other_pid, *other)?
-            {
-                return Ok(Some(at as u32));
+        kind: Kind,
+        state: &mut State,
+    ) -> u32 {
+        let flags = info.flags & !libc::O_CLOEXEC;
+        state.descriptions.push(Description { flags, kind });
+        self.first.push(first);
+        let at = state.descriptions.len() as u32 - 1;
+        self.by_inode.entry(info.inode).or_default().insert(place, at);
+        at
+    }
+
+    /// The description that this descriptor shares with one captured before, or its place among
+    /// those with the same inode.
+    fn find(&self, pid: i32, number: i32, inode: u64) -> Result<Result<u32, usize>, CaptureError> {
+        let Some(candidates) = self.by_inode.get(&inode) else { return Ok(Err(0)) };
+        let (mut low, mut high) = (0, candidates.len());
+        while low < high {
+            let middle = (low + high) / 2;
+            let (other_pid, other) = self.first[candidates[middle] as usize];
+            match pidfd::compare_files(pid, number, other_pid, other)? {
+                Ordering::Equal => return Ok(Ok(candidates[middle])),
+                Ordering::Less => high = middle,
+                Ordering::Greater => low = middle + 1,
             }
         }
-        Ok(None)
+        Ok(Err(low))
+    }
+
+    /// Once the descriptors of all processes were captured: what is in flight, and what can be
+    /// checked only now. `init` is the host pid of the container's first process.
+    pub(super) fn finish(
+        mut self,
+        init: i32,
+        state: &mut State,
+        (diag, objects): (&UnixDiag, &mut Objects),
+        memory: &mut Memory,
+    ) -> Result<(), CaptureError> {
+        let mut at = 0;
+        // Descriptors in flight can be unix sockets, with a queue of their own.
+        while at < self.unix.len() {
+            let queue = self.unix.queue(at, state, &mut memory.empties, &self.inner)?;
+            let mut messages = Vec::with_capacity(queue.len());
+            for (mut message, rights) in queue {
+                for fd in rights {
+                    message.rights.push(self.in_flight(fd, init, state, (diag, &mut *objects))?);
+                }
+                messages.push(message);
+            }
+            state.unix_sockets[at].queue = messages;
+            at += 1;
+        }
+        self.unix.join(state)
+    }
+
+    /// The description behind a duplicate that travels in a message.
+    fn in_flight(
+        &mut self,
+        fd: OwnedFd,
+        init: i32,
+        state: &mut State,
+        world: (&UnixDiag, &mut Objects),
+    ) -> Result<u32, CaptureError> {
+        let me = std::process::id() as i32;
+        let number = fd.as_raw_fd();
+        let info = fdinfo::info(me, number)?;
+        let place = match self.find(me, number, info.inode)? {
+            Ok(known) => return Ok(known),
+            Err(place) => place,
+        };
+        let handle = pidfd::open(me)?;
+        let holder = Holder { pid: me, handle: handle.as_fd(), place: init };
+        let what = "a descriptor that travels through a unix socket";
+        let kind = Files::default().describe(holder, number, &info, self, state, world, what)?;
+        if matches!(kind, Kind::Epoll(_)) {
+            let why = "an epoll instance that no process holds; let one keep it".into();
+            return Err(CaptureError::unsupported(what.into(), why));
+        }
+        self.held.push(fd);
+        Ok(self.add((me, number), place, &info, kind, state))
     }
 }
 
@@ -287,64 +380,6 @@ fn numbers(pid: i32) -> Result<Vec<i32>, CaptureError> {
     }
     all.sort_unstable();
     Ok(all)
-}
-
-/// proc_pid_fdinfo(5).
-fn info(pid: i32, number: i32) -> Result<Info, CaptureError> {
-    let path = format!("/proc/{pid}/fdinfo/{number}");
-    let text = fs::read_to_string(&path).map_err(|e| CaptureError::proc(&path, e))?;
-    parse_info(&text)
-        .ok_or_else(|| CaptureError::proc(&path, std::io::ErrorKind::InvalidData.into()))
-}
-
-fn parse_info(text: &str) -> Option<Info> {
-    let mut i = Info::default();
-    let mut semaphore = false;
-    let mut count = None;
-    for line in text.lines() {
-        let Some((key, value)) = line.split_once(':') else { continue };
-        let value = value.trim();
-        match key {
-            "pos" => i.pos = value.parse().ok()?,
-            "flags" => i.flags = i32::from_str_radix(value, 8).ok()?,
-            "ino" => i.inode = value.parse().ok()?,
-            "mnt_id" => i.mount = value.parse().ok()?,
-            "tfd" => i.epoll.push(epoll_target(value)?),
-            "eventfd-count" => count = Some(u64::from_str_radix(value, 16).ok()?),
-            "eventfd-semaphore" => semaphore = value == "1",
-            "lock" => i.locked = true,
-            "clockid" => i.timer.clock = value.parse().ok()?,
-            "ticks" => i.timer.ticks = value.parse().ok()?,
-            "settime flags" => i.timer.set_flags = i32::from_str_radix(value, 8).ok()?,
-            "it_value" => i.timer.value = timespec(value)?,
-            "it_interval" => i.timer.interval = timespec(value)?,
-            _ => {}
-        }
-    }
-    i.eventfd = count.map(|c| (c, semaphore));
-    Some(i)
-}
-
-/// `8 events: 19 data: 8 pos:0 ino:1234 sdev:9` behind `tfd:`
-fn epoll_target(value: &str) -> Option<EpollTarget> {
-    let mut words = value.split_whitespace();
-    let fd = words.next()?.parse().ok()?;
-    let mut events = None;
-    let mut data = None;
-    while let Some(word) = words.next() {
-        match word {
-            "events:" => events = u32::from_str_radix(words.next()?, 16).ok(),
-            "data:" => data = u64::from_str_radix(words.next()?, 16).ok(),
-            _ => {}
-        }
-    }
-    Some(EpollTarget { fd, events: events?, data: data? })
-}
-
-/// `(seconds, nanoseconds)`
-fn timespec(value: &str) -> Option<u64> {
-    let (s, ns) = value.strip_prefix('(')?.strip_suffix(')')?.split_once(',')?;
-    Some(s.trim().parse::<u64>().ok()? * 1_000_000_000 + ns.trim().parse::<u64>().ok()?)
 }
 
 /// A memfd, or a file that was deleted: its contents are part of the checkpoint.
@@ -380,140 +415,4 @@ fn file(link: &str, info: &Info, what: &str) -> Result<Kind, CaptureError> {
         return Err(CaptureError::unsupported(what.into(), format!("the terminal {link}")));
     }
     Ok(Kind::File { path: link.to_owned(), offset: info.pos })
-}
-
-fn pipe(
-    handle: BorrowedFd<'_>,
-    number: i32,
-    inode: u64,
-    builder: &mut Builder,
-    state: &mut State,
-) -> Result<Kind, CaptureError> {
-    if let Some(at) = builder.pipes.get(&inode) {
-        return Ok(Kind::Pipe(*at));
-    }
-    let dup = pidfd::get_fd(handle, number)?;
-    let capacity = nix::fcntl::fcntl(&dup, nix::fcntl::FcntlArg::F_GETPIPE_SZ)
-        .map_err(|e| SysError::errno("F_GETPIPE_SZ", format!("descriptor {number}"), e as i32))?;
-    let contents = pipe_contents(&dup, capacity as usize)?;
-    state.pipes.push(Pipe { capacity: capacity as u32, contents });
-    let at = state.pipes.len() as u32 - 1;
-    builder.pipes.insert(inode, at);
-    Ok(Kind::Pipe(at))
-}
-
-/// Copies what a pipe holds with tee(2), which consumes nothing.
-fn pipe_contents(end: &OwnedFd, capacity: usize) -> Result<Vec<u8>, CaptureError> {
-    let waiting = in_queue(end.as_fd())?;
-    if waiting == 0 {
-        return Ok(Vec::new());
-    }
-    let failed = |call| move |e: nix::Error| SysError::errno(call, "a pipe", e as i32);
-    // Through /proc, so that it works on a duplicate of the write end as well.
-    let source = fs::OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_NONBLOCK)
-        .open(format!("/proc/self/fd/{}", end.as_raw_fd()))
-        .map_err(|e| CaptureError::proc("/proc/self/fd of a pipe", e))?;
-    let (read, write) =
-        nix::unistd::pipe2(nix::fcntl::OFlag::O_NONBLOCK).map_err(failed("pipe2"))?;
-    nix::fcntl::fcntl(&write, nix::fcntl::FcntlArg::F_SETPIPE_SZ(capacity as i32))
-        .map_err(failed("F_SETPIPE_SZ"))?;
-    let n = nix::fcntl::tee(&source, &write, waiting, nix::fcntl::SpliceFFlags::SPLICE_F_NONBLOCK)
-        .map_err(failed("tee"))?;
-    let mut contents = vec![0; n];
-    let mut got = 0;
-    while got < n {
-        got += nix::unistd::read(&read, &mut contents[got..]).map_err(failed("read"))?;
-    }
-    if n != waiting {
-        let what = format!("{n} of {waiting} bytes");
-        return Err(SysError::errno("tee", what, libc::EIO).into());
-    }
-    Ok(contents)
-}
-
-fn unix(
-    dup: &OwnedFd,
-    inode: u32,
-    kind: i32,
-    builder: &mut Builder,
-    state: &mut State,
-    diag: &UnixDiag,
-    what: &str,
-) -> Result<Kind, CaptureError> {
-    if get_i32(dup.as_fd(), libc::SOL_SOCKET, libc::SO_ACCEPTCONN)? != 0 {
-        let why = "a listening unix socket; these are not protected yet";
-        return Err(CaptureError::unsupported(what.into(), why.into()));
-    }
-    let Some(peer) = diag.peer(inode)? else {
-        let why = "a unix socket that is not one of a pair; these are not protected yet";
-        return Err(CaptureError::unsupported(what.into(), why.into()));
-    };
-    let waiting = in_queue(dup.as_fd())?;
-    if waiting > 0 && kind != libc::SOCK_STREAM {
-        return Err(CaptureError::Transient("a unix socket has messages queued"));
-    }
-    let bytes = tcp::peek(dup.as_fd(), waiting)?;
-    let queue = if bytes.is_empty() { Vec::new() } else { vec![bytes] };
-    let (pair, side) = match builder.pairs.get(&inode) {
-        Some(found) => *found,
-        None => {
-            let mut pair = UnixPair { kind, ..UnixPair::default() };
-            pair.closed = [false, true];
-            state.unix_pairs.push(pair);
-            let pair = state.unix_pairs.len() as u32 - 1;
-            builder.pairs.insert(peer, (pair, 1));
-            (pair, 0)
-        }
-    };
-    let image = &mut state.unix_pairs[pair as usize];
-    image.queues[usize::from(side)] = queue;
-    image.closed[usize::from(side)] = false;
-    Ok(Kind::UnixPair { pair, side })
-}
-
-/// Checks what can be checked only when all descriptors of all processes are known.
-pub(super) fn check_whole(state: &State) -> Result<(), CaptureError> {
-    for pair in &state.unix_pairs {
-        if pair.closed[1] {
-            let why = "a unix socket whose peer is outside the container";
-            return Err(CaptureError::unsupported("the container".into(), why.into()));
-        }
-    }
-    Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn fdinfo_of_every_kind() {
-        let i = parse_info("pos:\t17\nflags:\t02104002\nmnt_id:\t15\nino:\t99\n").expect("a file");
-        assert_eq!((i.pos, i.inode, i.mount), (17, 99, 15));
-        assert_ne!(i.flags & libc::O_CLOEXEC, 0);
-        let i = parse_info(
-            "pos:\t0\nflags:\t02\nmnt_id:\t16\nino:\t1\n\
-             tfd:        8 events:       19 data:         deadbeef  pos:0 ino:6 sdev:9\n",
-        )
-        .expect("an epoll instance");
-        assert_eq!(i.epoll, [EpollTarget { fd: 8, events: 0x19, data: 0xdead_beef }]);
-        let i = parse_info(
-            "pos:\t0\nflags:\t02\nmnt_id:\t16\nino:\t1\nclockid: 1\nticks: 2\n\
-             settime flags: 01\nit_value: (1, 5)\nit_interval: (0, 7)\n",
-        )
-        .expect("a timerfd");
-        assert_eq!(
-            i.timer,
-            TimerFd { clock: 1, ticks: 2, set_flags: 1, value: 1_000_000_005, interval: 7 }
-        );
-        let i =
-            parse_info("pos:\t0\nflags:\t02\neventfd-count:               a\n").expect("eventfd");
-        assert_eq!(i.eventfd, Some((10, false)));
-        let i =
-            parse_info("pos:\t0\nflags:\t02\nlock:\t1: FLOCK  ADVISORY  WRITE 7 00:2f:9 0 EOF\n");
-        assert!(i.expect("a file").locked);
-        assert!(parse_info("pos:\tx\n").is_none());
-    }
 }

@@ -12,10 +12,13 @@
 //! [`Capturer`] lives on one OS thread, the stop thread. It keeps CP-1 (the order of a stop) and
 //! CP-3 (what cannot be captured is an error that names it, never left out).
 
+mod fdinfo;
 mod files;
 mod maps;
 mod memory;
 mod objects;
+mod options;
+mod pipes;
 mod process;
 mod sysv;
 mod tcp;
@@ -23,6 +26,7 @@ mod threads;
 mod timers;
 mod tmpfs;
 mod tracer;
+mod unix;
 mod waits;
 
 use crate::Epoch;
@@ -35,7 +39,7 @@ use crate::sys::unix_diag::UnixDiag;
 use crate::sys::{SysError, pidfd, uffd};
 use memory::AddressSpace;
 use process::Attributes;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 use tracer::{Change, Tracer};
@@ -158,6 +162,7 @@ pub struct Capturer {
     root: i32,
     offsets: (i64, i64),
     diag: UnixDiag,
+    files: files::Memory,
     pages: PageSet,
     batch: Batch,
     interrupted: waits::Interrupted,
@@ -198,6 +203,7 @@ impl Capturer {
             root,
             offsets: clock_offsets(root)?,
             diag,
+            files: files::Memory::default(),
             pages: PageSet::default(),
             batch: Batch::new(),
             interrupted: waits::Interrupted::default(),
@@ -440,9 +446,9 @@ impl Capturer {
         self.interrupted.clocks_are_read();
         let mut state = State { clocks: self.clocks()?, ..State::default() };
         let order = self.in_order()?;
-        let mut builder = files::Builder::default();
-        let inner_pids: BTreeMap<i32, i32> =
+        let inner_pids: HashMap<i32, i32> =
             self.processes.iter().map(|(pid, t)| (*pid, t.attributes.pid)).collect();
+        let mut builder = files::Builder::new(inner_pids.clone());
         for pid in &order {
             let tracked = self.processes.get_mut(pid).ok_or(CaptureError::Ended)?;
             let tids = self.tracer.threads_of(*pid);
@@ -494,9 +500,12 @@ impl Capturer {
             });
             times.threads += lap.next();
         }
+        let world = (&self.diag, &mut self.objects);
+        builder.finish(self.root, &mut state, world, &mut self.files)?;
+        times.files += lap.next();
+        // Last: memory that travels between processes as a descriptor is an object as well.
         self.take_objects(&mut state)?;
         times.memory += lap.next();
-        files::check_whole(&state)?;
         Ok(state)
     }
 

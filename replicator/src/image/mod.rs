@@ -12,6 +12,7 @@ pub mod pages;
 pub mod sysv;
 pub mod task;
 pub mod tree;
+pub mod unix;
 
 use object::Object;
 use serde::{Deserialize, Serialize};
@@ -27,8 +28,6 @@ pub struct State {
     pub descriptions: Vec<Description>,
     /// Pipes, which two or more descriptions refer to by index.
     pub pipes: Vec<Pipe>,
-    /// Unix socket pairs, which two descriptions refer to by index.
-    pub unix_pairs: Vec<UnixPair>,
     /// The container's clocks at the stop.
     pub clocks: Clocks,
     /// Memory that processes may share, which mappings and descriptions refer to by number.
@@ -39,6 +38,8 @@ pub struct State {
     pub semaphores: Vec<Semaphores>,
     /// System V message queues of it.
     pub message_queues: Vec<MessageQueue>,
+    /// Unix sockets, which descriptions and each other refer to by index.
+    pub unix_sockets: Vec<unix::UnixSocket>,
 }
 
 impl State {
@@ -300,13 +301,8 @@ pub enum Kind {
     TimerFd(TimerFd),
     /// An epoll instance.
     Epoll(Vec<EpollTarget>),
-    /// A unix socket of a pair: index into [`State::unix_pairs`] and side, 0 or 1.
-    UnixPair {
-        /// Index of the pair.
-        pair: u32,
-        /// 0 or 1.
-        side: u8,
-    },
+    /// A unix socket: index into [`State::unix_sockets`].
+    Unix(u32),
     /// A listening TCP socket.
     TcpListener(net::TcpListener),
     /// A TCP socket that is or was connected.
@@ -355,15 +351,4 @@ pub struct Pipe {
     pub capacity: u32,
     /// Bytes in it, oldest first.
     pub contents: Vec<u8>,
-}
-
-/// A pair of connected unnamed unix sockets.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct UnixPair {
-    /// SOCK_STREAM, SOCK_DGRAM or SOCK_SEQPACKET.
-    pub kind: i32,
-    /// For each side, the messages waiting to be read there (one item for a stream).
-    pub queues: [Vec<Vec<u8>>; 2],
-    /// For each side, whether it was closed.
-    pub closed: [bool; 2],
 }

@@ -98,3 +98,6 @@ pub struct InetIdle {
     /// Its options.
     pub options: SocketOptions,
 }
+
+/// Options as getsockopt(2) gives them: level, name and value.
+pub type RawOptions = Vec<(i32, i32, Vec<u8>)>;

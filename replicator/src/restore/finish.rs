@@ -156,14 +156,16 @@ impl Spare {
         tree::remove_others(init, &[SHM.to_owned()], &self.state.tmpfs)
             .doing(1, "remove files of a tmpfs")?;
         sysv::make_all(init, &self.state).doing(1, "make System V objects")?;
-        let place = Place { held: &self.held, init: self.pid(), elapsed: self.elapsed() };
-        let made = objects::create_all(&self.state, &place).map_err(|(index, source)| {
+        let hosts = self.stubs.iter().map(|s| (s.pid, s.host)).collect();
+        let elapsed = self.elapsed();
+        let Self { state, stubs, script, held, .. } = self;
+        let place = Place { held, init, elapsed, hosts };
+        let made = objects::create_all(state, &place, script).map_err(|(index, source)| {
             let holds = |p: &&Process| p.fds.iter().any(|f| f.description as usize == index);
-            let pid = self.state.processes.iter().find(holds).map_or(1, |p| p.pid);
+            let pid = state.processes.iter().find(holds).map_or(1, |p| p.pid);
             RestoreError::Kernel { pid, doing: "make an open file", source }
         })?;
         let objects = Instant::now();
-        let Self { state, stubs, script, .. } = self;
         for p in &state.processes {
             let stub = find(stubs, p.pid)?;
             process::attributes(script, stub, p)?;

@@ -21,6 +21,7 @@ mod error;
 mod finish;
 mod install;
 mod objects;
+mod options;
 mod pages;
 mod plan;
 mod process;
@@ -33,6 +34,8 @@ mod sysv;
 mod tcp;
 mod timers;
 mod tree;
+mod unix;
+mod unix_queues;
 
 pub use error::RestoreError;
 pub use finish::{FinishTimes, Restored, Resumption};

@@ -3,19 +3,20 @@
 //! that a description which several of them share is one.
 
 use super::error::sys;
+use super::script::Script;
 use super::shared::Held;
-use super::sockets;
-use crate::image::{Description, Kind, Pipe, State, TimerFd, UnixPair};
-use crate::sys::{SysError, SysResult, descriptors, sockopt};
+use super::{sockets, unix, unix_queues};
+use crate::image::{Description, Kind, Pipe, State, TimerFd};
+use crate::sys::{SysError, SysResult, descriptors};
 use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::epoll::{Epoll, EpollCreateFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, send, socketpair};
 use nix::sys::stat::Mode;
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd as NixTimer, TimerFlags, TimerSetTimeFlags};
 use nix::unistd::{Whence, lseek, pipe2, write};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::Duration;
@@ -31,14 +32,18 @@ pub(super) struct Place<'a> {
     pub(super) init: i32,
     /// How far the container's clock is past the checkpoint.
     pub(super) elapsed: Duration,
+    /// Host pids of all processes by their pids inside.
+    pub(super) hosts: BTreeMap<i32, i32>,
 }
 
 /// Makes all descriptions of a checkpoint, in order. TCP connections are sockets without
-/// addresses yet.
-pub(super) fn create_all(state: &State, place: &Place<'_>) -> Result<Vec<OwnedFd>, Failed> {
+/// addresses yet. `script` is empty, for calls that the spare's processes must make.
+pub(super) fn create_all(
+    state: &State,
+    place: &Place<'_>,
+    script: &mut Script,
+) -> Result<Vec<OwnedFd>, Failed> {
     let mut pipes = Pipes::new(state);
-    let mut pairs: Vec<Option<[Option<OwnedFd>; 2]>> =
-        state.unix_pairs.iter().map(|_| None).collect();
     let mut made: Vec<Option<OwnedFd>> = state.descriptions.iter().map(|_| None).collect();
     for (i, d) in state.descriptions.iter().enumerate() {
         let fd = match &d.kind {
@@ -49,15 +54,19 @@ pub(super) fn create_all(state: &State, place: &Place<'_>) -> Result<Vec<OwnedFd
             Kind::Epoll(_) => {
                 sys(Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC), "epoll_create1", text).map(|e| e.0)
             }
-            Kind::UnixPair { pair, side } => unix_end(state, &mut pairs, *pair, *side),
             Kind::Object { id, offset } => object(place.held, *id, d.flags, *offset),
-            Kind::TcpListener(_) | Kind::Tcp(_) | Kind::InetIdle(_) => continue,
+            Kind::Unix(_) | Kind::TcpListener(_) | Kind::Tcp(_) | Kind::InetIdle(_) => continue,
         };
         made[i] = Some(fd.and_then(|fd| with_flags(fd, d)).map_err(|e| (i, e))?);
     }
     in_network_of(place.init, || {
+        // All unix sockets are made together; an error names the one.
+        let is_unix = |d: &Description| matches!(d.kind, Kind::Unix(_));
+        let first = state.descriptions.iter().position(is_unix).unwrap_or(0);
+        let unix = unix::create(script, state, place).map_err(|e| (first, e))?;
         for (i, d) in state.descriptions.iter().enumerate() {
             let fd = match &d.kind {
+                Kind::Unix(index) => duplicate(&unix, *index),
                 Kind::TcpListener(l) => sockets::listener(l),
                 Kind::InetIdle(s) => sockets::idle(s),
                 Kind::Tcp(c) => sockets::unconnected(&c.local),
@@ -65,10 +74,18 @@ pub(super) fn create_all(state: &State, place: &Place<'_>) -> Result<Vec<OwnedFd
             };
             made[i] = Some(fd.and_then(|fd| with_flags(fd, d)).map_err(|e| (i, e))?);
         }
-        Ok(())
+        let filled = unix_queues::fill(state, &unix, &made, place);
+        filled.and_then(|()| unix_queues::settle(state, unix)).map_err(|e| (first, e))
     })
     .unwrap_or_else(|e| Err((0, e)))?;
     Ok(made.into_iter().flatten().collect())
+}
+
+fn duplicate(unix: &unix::Made, index: u32) -> SysResult<OwnedFd> {
+    let object = || format!("unix socket {index}");
+    let fd = unix.fds.get(index as usize).and_then(Option::as_ref);
+    let fd = fd.ok_or_else(|| SysError::errno("search", object(), libc::ENOENT))?;
+    fd.try_clone().map_err(|source| SysError { call: "dup", object: object(), source })
 }
 
 fn text() -> String {
@@ -93,7 +110,8 @@ fn in_network_of<T>(pid: i32, f: impl FnOnce() -> T) -> SysResult<T> {
 fn with_flags(fd: OwnedFd, d: &Description) -> SysResult<OwnedFd> {
     const CAN_CHANGE: i32 = libc::O_APPEND | libc::O_ASYNC | libc::O_DIRECT | libc::O_NONBLOCK;
     let wanted = d.flags & CAN_CHANGE;
-    if matches!(d.kind, Kind::File { .. } | Kind::Object { .. }) || wanted == 0 {
+    let is_plain = wanted == 0 && !matches!(d.kind, Kind::Unix(_));
+    if matches!(d.kind, Kind::File { .. } | Kind::Object { .. }) || is_plain {
         return Ok(fd);
     }
     let arg = FcntlArg::F_SETFL(OFlag::from_bits_retain(wanted));
@@ -222,64 +240,6 @@ fn timer_fd(image: &TimerFd, elapsed: Duration) -> SysResult<OwnedFd> {
     Ok(OwnedFd::from(timer))
 }
 
-fn unix_end(
-    state: &State,
-    made: &mut [Option<[Option<OwnedFd>; 2]>],
-    pair: u32,
-    side: u8,
-) -> SysResult<OwnedFd> {
-    let missing = || SysError::errno("search", format!("unix pair {pair}"), libc::ENOENT);
-    let image = state.unix_pairs.get(pair as usize).ok_or_else(missing)?;
-    let ends = match &mut made[pair as usize] {
-        Some(ends) => ends,
-        slot => slot.insert(new_pair(image)?),
-    };
-    ends.get_mut(side as usize).and_then(Option::take).ok_or_else(missing)
-}
-
-fn new_pair(image: &UnixPair) -> SysResult<[Option<OwnedFd>; 2]> {
-    let kind = match image.kind {
-        libc::SOCK_DGRAM => SockType::Datagram,
-        libc::SOCK_SEQPACKET => SockType::SeqPacket,
-        _ => SockType::Stream,
-    };
-    let pair = socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC);
-    let (a, b) = sys(pair, "socketpair", text)?;
-    for (reader, writer) in [(0, &b), (1, &a)] {
-        if image.closed[reader] {
-            continue;
-        }
-        let queue = &image.queues[reader];
-        let before = sockopt::get_i32(writer.as_fd(), libc::SOL_SOCKET, libc::SO_SNDBUF)?;
-        // Every message is charged with more than its bytes.
-        let need: usize = queue.iter().map(|m| 2 * m.len() + 4096).sum();
-        if need > before as usize {
-            set_send_buffer(writer, need as i32)?;
-        }
-        for message in queue {
-            let mut rest = message.as_slice();
-            loop {
-                let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-                let object = || format!("unix socket pair: {} bytes", rest.len());
-                let n = sys(send(writer.as_raw_fd(), rest, flags), "send", object)?;
-                rest = &rest[n..];
-                if rest.is_empty() {
-                    break;
-                }
-            }
-        }
-        if need > before as usize {
-            set_send_buffer(writer, before / 2)?;
-        }
-    }
-    // An end that nobody holds any more is dropped with the table of ends.
-    Ok([Some(a), Some(b)])
-}
-
-fn set_send_buffer(socket: &OwnedFd, half: i32) -> SysResult<()> {
-    sockopt::set_i32(socket.as_fd(), libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, half)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -294,8 +254,9 @@ mod tests {
 
     fn make(state: &State, elapsed: Duration) -> Vec<OwnedFd> {
         let held = Held::default();
-        let place = Place { held: &held, init: std::process::id() as i32, elapsed };
-        create_all(state, &place).expect("made")
+        let init = std::process::id() as i32;
+        let place = Place { held: &held, init, elapsed, hosts: BTreeMap::new() };
+        create_all(state, &place, &mut Script::default()).expect("made")
     }
 
     fn described(flags: i32, kind: Kind) -> Description {
@@ -329,39 +290,6 @@ mod tests {
         }
         assert_eq!(read(&made[3]), b"last words");
         assert_eq!(read(&made[3]), b"", "nobody can write any more");
-    }
-
-    #[test]
-    fn unix_pairs_have_their_queues() {
-        let long = vec![7; 300_000];
-        let state = State {
-            unix_pairs: vec![
-                UnixPair {
-                    kind: libc::SOCK_STREAM,
-                    queues: [vec![b"to a".to_vec()], vec![long.clone()]],
-                    closed: [false; 2],
-                },
-                UnixPair {
-                    kind: libc::SOCK_SEQPACKET,
-                    queues: [vec![b"one".to_vec(), b"three".to_vec()], vec![]],
-                    closed: [false, true],
-                },
-            ],
-            descriptions: [(0, 0), (0, 1), (1, 0)]
-                .map(|(pair, side)| described(libc::O_RDWR, Kind::UnixPair { pair, side }))
-                .to_vec(),
-            ..State::default()
-        };
-        let made = make(&state, Duration::ZERO);
-        assert_eq!(read(&made[0]), b"to a");
-        let mut got = Vec::new();
-        while got.len() < long.len() {
-            got.extend(read(&made[1]));
-        }
-        assert!(got == long);
-        assert_eq!(read(&made[2]), b"one");
-        assert_eq!(read(&made[2]), b"three");
-        assert_eq!(read(&made[2]), b"", "the other side was closed");
     }
 
     #[test]

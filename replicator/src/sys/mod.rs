@@ -7,6 +7,7 @@ pub mod error;
 pub mod local_time;
 pub mod loopback;
 pub mod memory;
+pub mod messages;
 pub mod namespace;
 pub mod pagemap;
 pub mod pidfd;

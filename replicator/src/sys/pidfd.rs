@@ -1,6 +1,7 @@
 //! Handles of processes and their descriptors: pidfd_open(2), pidfd_getfd(2), kcmp(2).
 
 use super::error::{SysResult, check};
+use std::cmp::Ordering;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 /// KCMP_FILE of kcmp(2).
@@ -36,10 +37,15 @@ pub fn get_fd(pidfd: BorrowedFd<'_>, number: i32) -> SysResult<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
-/// Whether two descriptors of two processes are the same open file description.
-pub fn same_file(pid_a: i32, fd_a: i32, pid_b: i32, fd_b: i32) -> SysResult<bool> {
+/// Whether two descriptors of two processes are the same open file description, and if not, in
+/// which order their descriptions are: any, but the same as long as both live.
+pub fn compare_files(pid_a: i32, fd_a: i32, pid_b: i32, fd_b: i32) -> SysResult<Ordering> {
     // SAFETY: no pointers.
     let r = unsafe { libc::syscall(libc::SYS_kcmp, pid_a, pid_b, KCMP_FILE, fd_a, fd_b) };
     let r = check(r, "kcmp", || format!("fd {fd_a} of pid {pid_a}, fd {fd_b} of pid {pid_b}"))?;
-    Ok(r == 0)
+    Ok(match r {
+        0 => Ordering::Equal,
+        1 => Ordering::Less,
+        _ => Ordering::Greater,
+    })
 }

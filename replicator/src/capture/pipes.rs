@@ -1,0 +1,62 @@
+//! Pipes and what is in them.
+
+use super::CaptureError;
+use super::files::Builder;
+use crate::image::{Kind, Pipe, State};
+use crate::sys::sockopt::in_queue;
+use crate::sys::{SysError, pidfd};
+use std::fs;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+
+/// Captures one end; what is in the pipe, with the first end that is met.
+pub(super) fn pipe(
+    handle: BorrowedFd<'_>,
+    number: i32,
+    inode: u64,
+    builder: &mut Builder,
+    state: &mut State,
+) -> Result<Kind, CaptureError> {
+    if let Some(at) = builder.pipes.get(&inode) {
+        return Ok(Kind::Pipe(*at));
+    }
+    let dup = pidfd::get_fd(handle, number)?;
+    let capacity = nix::fcntl::fcntl(&dup, nix::fcntl::FcntlArg::F_GETPIPE_SZ)
+        .map_err(|e| SysError::errno("F_GETPIPE_SZ", format!("descriptor {number}"), e as i32))?;
+    let contents = pipe_contents(&dup, capacity as usize)?;
+    state.pipes.push(Pipe { capacity: capacity as u32, contents });
+    let at = state.pipes.len() as u32 - 1;
+    builder.pipes.insert(inode, at);
+    Ok(Kind::Pipe(at))
+}
+
+/// Copies what a pipe holds with tee(2), which consumes nothing.
+fn pipe_contents(end: &OwnedFd, capacity: usize) -> Result<Vec<u8>, CaptureError> {
+    let waiting = in_queue(end.as_fd())?;
+    if waiting == 0 {
+        return Ok(Vec::new());
+    }
+    let failed = |call| move |e: nix::Error| SysError::errno(call, "a pipe", e as i32);
+    // Through /proc, so that it works on a duplicate of the write end as well.
+    let source = fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(format!("/proc/self/fd/{}", end.as_raw_fd()))
+        .map_err(|e| CaptureError::proc("/proc/self/fd of a pipe", e))?;
+    let (read, write) =
+        nix::unistd::pipe2(nix::fcntl::OFlag::O_NONBLOCK).map_err(failed("pipe2"))?;
+    nix::fcntl::fcntl(&write, nix::fcntl::FcntlArg::F_SETPIPE_SZ(capacity as i32))
+        .map_err(failed("F_SETPIPE_SZ"))?;
+    let n = nix::fcntl::tee(&source, &write, waiting, nix::fcntl::SpliceFFlags::SPLICE_F_NONBLOCK)
+        .map_err(failed("tee"))?;
+    let mut contents = vec![0; n];
+    let mut got = 0;
+    while got < n {
+        got += nix::unistd::read(&read, &mut contents[got..]).map_err(failed("read"))?;
+    }
+    if n != waiting {
+        let what = format!("{n} of {waiting} bytes");
+        return Err(SysError::errno("tee", what, libc::EIO).into());
+    }
+    Ok(contents)
+}
