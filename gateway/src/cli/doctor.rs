@@ -3,6 +3,7 @@
 //! Where the kernel can be asked, it is asked by trying, on objects of this process alone; a
 //! version number is only a hint for what cannot be tried.
 
+use std::cmp::Ordering;
 use std::fs::{self, OpenOptions};
 use std::net::{Ipv4Addr, TcpListener};
 use std::os::fd::AsRawFd;
@@ -212,9 +213,9 @@ fn procmap() -> Result<(), SysError> {
 fn kcmp() -> Result<String, String> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(|e| e.to_string())?;
     let (pid, fd) = (std::process::id() as i32, listener.as_raw_fd());
-    match pidfd::same_file(pid, fd, pid, fd) {
-        Ok(true) => Ok("works".to_owned()),
-        Ok(false) => Err("a descriptor is not the same as itself".to_owned()),
+    match pidfd::compare_files(pid, fd, pid, fd) {
+        Ok(Ordering::Equal) => Ok("works".to_owned()),
+        Ok(_) => Err("a descriptor is not the same as itself".to_owned()),
         Err(error) => Err(error.to_string()),
     }
 }
