@@ -11,12 +11,16 @@ mod deploy;
 mod doctor;
 mod drill;
 mod faults;
+mod image;
 mod inspect;
 mod journal;
 mod keys;
 mod numbers;
+mod objects;
+mod oneshot;
 mod progress;
 mod report;
+mod resume;
 mod run;
 mod signals;
 mod text;
@@ -60,6 +64,9 @@ fn dispatch(verb: &Verb) -> Result<ExitCode> {
         Verb::Drill(args) => return drill::drill(args).map(verdict),
         Verb::Doctor(args) => return doctor::doctor(*args).map(verdict),
         Verb::Exec(args) => return inspect::exec(args),
+        Verb::Restore(args) => return oneshot::restore(args),
+        Verb::Image(verb) => return image::image(verb).map(verdict),
+        Verb::Checkpoint(args) => oneshot::checkpoint(args)?,
         Verb::Deploy(args) => deploy::deploy(args)?,
         Verb::Destroy(args) => deploy::destroy(args)?,
         Verb::Inspect(args) => inspect::inspect(args)?,

@@ -15,6 +15,9 @@
 mod files;
 mod maps;
 mod memory;
+mod namespaces;
+mod one_shot;
+mod outside;
 mod process;
 mod tcp;
 mod threads;
@@ -35,6 +38,9 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 use tracer::{Change, Tracer};
+
+pub use namespaces::namespaces_of;
+pub use one_shot::{Held, about, other_end};
 
 /// Why a checkpoint could not be taken.
 #[derive(Debug, thiserror::Error)]
@@ -242,9 +248,19 @@ impl Capturer {
         self.pages.clear();
     }
 
-    /// Lets the container go for good, without tracer and without protection.
+    /// Lets the container go for good, without tracer and without protection. Nothing of ours
+    /// stays in it.
     pub fn detach(mut self) -> Result<(), CaptureError> {
-        Ok(self.tracer.detach()?)
+        // A stop that is noticed by nobody, also where a call would end with EINTR.
+        let cleaned = self.freeze().and_then(|()| self.remove_scratch());
+        let detached = self.tracer.detach();
+        match cleaned {
+            Err(error) if !matches!(error, CaptureError::Ended) => {
+                tracing::warn!(%error, "the scratch area of a process stays");
+            }
+            _ => {}
+        }
+        Ok(detached?)
     }
 
     /// Starts to watch the memory of processes that are not watched yet: a short stop, none if
@@ -299,6 +315,7 @@ impl Capturer {
     }
 
     fn attach(&mut self, pid: i32) -> Result<Tracked, CaptureError> {
+        namespaces::check_same(self.root, pid)?;
         let attributes = process::read(pid, None)?;
         let vmas = maps::read(pid)?;
         let (start, end) = AddressSpace::vdso(&vmas).ok_or_else(|| {
