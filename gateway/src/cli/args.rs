@@ -43,6 +43,8 @@ pub(super) enum Verb {
     Fault(FaultArgs),
     /// Runs the agent of one host (in a lab, `deploy` starts it).
     Agent(AgentArgs),
+    /// Tells whether a process tree can be protected, and what of it cannot.
+    Check(CheckArgs),
     /// Writes a process tree into a file, as it stands, and ends it.
     Checkpoint(CheckpointArgs),
     /// Brings a process tree back from a file, with the same pids.
@@ -265,6 +267,16 @@ pub(super) struct AgentArgs {
     pub(super) pki: Option<PathBuf>,
     #[command(flatten)]
     pub(super) output_commit: OutputCommitArg,
+}
+
+/// `check`.
+#[derive(Debug, Args)]
+pub(super) struct CheckArgs {
+    /// Pid of the root of a tree, or the name of a container of a deployed lab.
+    #[arg(value_name = "PID|CONTAINER")]
+    pub(super) target: String,
+    #[command(flatten)]
+    pub(super) output: OutputArg,
 }
 
 /// `checkpoint`.

@@ -42,7 +42,10 @@ pub(super) fn checkpoint(args: &CheckpointArgs) -> Result<()> {
         Draft::create(&args.to).with_context(|| format!("cannot write {}", args.to.display()))?;
     let begin = Instant::now();
     let mut held = seize(pid)?;
-    info.processes = held.state.processes.len() as u32;
+    info.notes.clone_from(&held.notes);
+    for note in &held.notes {
+        eprintln!("nilicon: note: {note}");
+    }
     let written = || format!("cannot write {}", args.to.display());
     let mut writer = Writer::begin(file, &info, &mut held.state).with_context(written)?;
     writer.pages(&held.pages).with_context(written)?;

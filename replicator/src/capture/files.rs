@@ -4,6 +4,7 @@
 //! eventfd and timerfd, all of their state. The link in /proc/PID/fd is read when the inode
 //! behind a number changes.
 
+use super::refusals::Refusals;
 use super::{CaptureError, tcp};
 use crate::image::{Description, EpollTarget, Fd, Kind, Pipe, State, TimerFd, UnixPair};
 use crate::sys::sockopt::{get_i32, in_queue};
@@ -118,12 +119,16 @@ impl Files {
         builder: &mut Builder,
         state: &mut State,
         diag: &UnixDiag,
+        refusals: &mut Refusals,
     ) -> Result<Vec<Fd>, CaptureError> {
         let mut out = Vec::new();
         let numbers = numbers(pid)?;
         for &number in &numbers {
             let what = || format!("descriptor {number} of pid {pid}");
-            if let Some((info, kind)) = self.connection(handle, number, what)? {
+            let Some(connection) = refusals.admit(self.connection(handle, number, what))? else {
+                continue;
+            };
+            if let Some((info, kind)) = connection {
                 let description = match builder.known(pid, number, &info, state)? {
                     Some(at) => at,
                     None => builder.add(pid, number, &info, kind, state),
@@ -136,7 +141,8 @@ impl Files {
             let description = match builder.known(pid, number, &info, state)? {
                 Some(at) => at,
                 None => {
-                    let kind = self.describe(pid, handle, number, &info, builder, state, diag)?;
+                    let kind = self.describe(pid, handle, number, &info, builder, state, diag);
+                    let Some(kind) = refusals.admit(kind)? else { continue };
                     builder.add(pid, number, &info, kind, state)
                 }
             };

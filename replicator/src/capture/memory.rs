@@ -95,6 +95,12 @@ impl AddressSpace {
         self.copy(pages, stopped)
     }
 
+    /// Reads the mappings and no pages, for a survey.
+    pub(super) fn look(&mut self) -> Result<(), CaptureError> {
+        self.vmas = maps::read(self.pid)?;
+        Ok(())
+    }
+
     /// Reads all mappings anew, registers those that are not, and takes their pages.
     fn relist(&mut self, pages: &mut PageSet) -> Result<(), CaptureError> {
         self.changed = true;

@@ -19,6 +19,8 @@ mod namespaces;
 mod one_shot;
 mod outside;
 mod process;
+mod refusals;
+mod survey;
 mod tcp;
 mod threads;
 mod timers;
@@ -41,6 +43,8 @@ use tracer::{Change, Tracer};
 
 pub use namespaces::namespaces_of;
 pub use one_shot::{Held, about, other_end};
+pub use refusals::Refusal;
+pub use survey::Survey;
 
 /// Why a checkpoint could not be taken.
 #[derive(Debug, thiserror::Error)]
@@ -160,6 +164,7 @@ pub struct Capturer {
     pages: PageSet,
     batch: Batch,
     interrupted: waits::Interrupted,
+    refusals: refusals::Refusals,
 }
 
 impl Capturer {
@@ -194,6 +199,7 @@ impl Capturer {
             pages: PageSet::default(),
             batch: Batch::new(),
             interrupted: waits::Interrupted::default(),
+            refusals: refusals::Refusals::default(),
         })
     }
 
@@ -307,8 +313,10 @@ impl Capturer {
         self.follow_changes();
         for pid in self.pids() {
             if !self.processes.contains_key(&pid) {
-                let tracked = self.attach(pid)?;
-                self.processes.insert(pid, tracked);
+                let attached = self.attach(pid);
+                if let Some(tracked) = self.refusals.admit(attached)? {
+                    self.processes.insert(pid, tracked);
+                }
             }
         }
         Ok(())
@@ -423,19 +431,27 @@ impl Capturer {
             let tids = self.tracer.threads_of(*pid);
             if tids.first() != Some(pid) {
                 let why = "its main thread has ended while others run".into();
-                return Err(CaptureError::unsupported(format!("pid {pid}"), why));
+                let error = CaptureError::unsupported(format!("pid {pid}"), why);
+                self.refusals.admit::<()>(Err(error))?;
+                continue;
             }
             let (threads, inner) = tracked.threads.capture(&tids, &self.interrupted)?;
             times.threads += lap.next();
             let posix = tracked.timers.capture(*pid, &tids, &threads, &mut self.batch)?;
             let mut timers = Timers { interval: inner.timers, posix };
             timers.count_from(self.interrupted.since_clocks());
-            tracked.space.round(&mut self.pages, true)?;
-            refuse_mappings(*pid, tracked.space.vmas())?;
+            if self.refusals.collecting() {
+                tracked.space.look()?;
+            } else {
+                tracked.space.round(&mut self.pages, true)?;
+            }
+            refuse_mappings(*pid, tracked.space.vmas(), &mut self.refusals)?;
             let mappings = tracked.space.mappings();
             times.memory += lap.next();
             let handle = tracked.handle.as_fd();
-            let fds = tracked.files.capture(*pid, handle, &mut builder, &mut state, &self.diag)?;
+            let (diag, refusals) = (&self.diag, &mut self.refusals);
+            let fds =
+                tracked.files.capture(*pid, handle, &mut builder, &mut state, diag, refusals)?;
             times.files += lap.next();
             let a = &tracked.attributes;
             let mut mm = a.mm;
@@ -462,8 +478,9 @@ impl Capturer {
             });
             times.threads += lap.next();
         }
-        self.refuse_shared_memory()?;
-        files::check_whole(&state)?;
+        let shared = self.refuse_shared_memory();
+        self.refusals.admit(shared)?;
+        self.refusals.admit(files::check_whole(&state))?;
         Ok(state)
     }
 
@@ -498,6 +515,9 @@ impl Capturer {
         }
         if order.len() == self.processes.len() {
             Ok(order)
+        } else if self.refusals.collecting() {
+            // The parent of some was refused.
+            Ok(self.processes.keys().copied().collect())
         } else {
             // An orphan was adopted by init since its attributes were read.
             Err(CaptureError::Transient("a process is changing its parent"))
@@ -545,14 +565,20 @@ impl Lap {
     }
 }
 
-fn refuse_mappings(pid: i32, vmas: &[maps::Vma]) -> Result<(), CaptureError> {
-    match vmas.iter().find_map(|v| v.refused.map(|why| (v, why))) {
-        None => Ok(()),
-        Some((v, why)) => Err(CaptureError::unsupported(
-            format!("mapping {:#x}-{:#x} of pid {pid}", v.mapping.start, v.mapping.end),
-            format!("{why}; not protected yet"),
-        )),
+fn refuse_mappings(
+    pid: i32,
+    vmas: &[maps::Vma],
+    refusals: &mut refusals::Refusals,
+) -> Result<(), CaptureError> {
+    for v in vmas {
+        if let Some(why) = v.refused {
+            let object =
+                format!("mapping {:#x}-{:#x} of pid {pid}", v.mapping.start, v.mapping.end);
+            let error = CaptureError::unsupported(object, format!("{why}; not protected yet"));
+            refusals.admit::<()>(Err(error))?;
+        }
     }
+    Ok(())
 }
 
 /// What the time namespace of a process adds to the host's clocks, in nanoseconds.

@@ -37,6 +37,8 @@ pub struct Held {
     pub pages: PageSet,
     /// How long capturing took.
     pub times: StopTimes,
+    /// What a restore will find cut off, in words.
+    pub notes: Vec<String>,
 }
 
 impl Capturer {
@@ -64,9 +66,9 @@ impl Capturer {
         let deadline = Instant::now() + PATIENCE;
         loop {
             match self.try_hold() {
-                Ok((state, times)) => {
+                Ok((state, times, notes)) => {
                     let pages = std::mem::take(&mut self.pages);
-                    return Ok(Held { capturer: Some(self), state, pages, times });
+                    return Ok(Held { capturer: Some(self), state, pages, times, notes });
                 }
                 Err(CaptureError::Transient(_)) if Instant::now() < deadline => {
                     self.tracer.thaw()?;
@@ -83,27 +85,28 @@ impl Capturer {
         }
     }
 
-    fn try_hold(&mut self) -> Result<(State, StopTimes), CaptureError> {
+    fn try_hold(&mut self) -> Result<(State, StopTimes, Vec<String>), CaptureError> {
         let begin = Instant::now();
         let mut times = StopTimes::default();
         self.pump()?;
         self.freeze()?;
         times.freeze = begin.elapsed();
         let state = self.capture(&mut times, &mut super::Lap(Instant::now()))?;
-        outside::check(&self.pids())?;
+        let notes = outside::check(&self.pids(), &mut self.refusals)?;
         check_connections(&state)?;
         times.pages = self.pages.pages();
         times.stop_pages = times.pages;
         times.total = begin.elapsed();
         self.finish_pages(&state);
-        Ok((state, times))
+        Ok((state, times, notes))
     }
 
     /// Takes the scratch areas away. All threads are stopped.
     pub(super) fn remove_scratch(&mut self) -> Result<(), CaptureError> {
-        for (pid, tracked) in &self.processes {
+        for pid in &self.pids() {
             let vmas = super::maps::read(*pid)?;
-            if !vmas.iter().any(|v| v.mapping.start == SCRATCH) {
+            let starts = |v: &super::maps::Vma| v.mapping.start == SCRATCH;
+            if !vmas.iter().any(starts) || !remote::has_scratch(*pid)? {
                 continue;
             }
             let Some((start, end)) = super::AddressSpace::vdso(&vmas) else { continue };
@@ -123,7 +126,7 @@ impl Capturer {
                 memory::write(*pid, r.address + 8, &section)?;
             }
             if result != 0 {
-                let object = format!("the scratch area of pid {}", tracked.attributes.pid);
+                let object = format!("the scratch area of pid {pid}");
                 return Err(SysError::errno("munmap", object, -result as i32).into());
             }
         }
@@ -236,6 +239,7 @@ pub fn about(root: i32, release: &str) -> Result<Info, CaptureError> {
         command: command.trim().into(),
         processes: 0,
         namespaces: super::namespaces_of(root)?,
+        notes: Vec::new(),
     })
 }
 
@@ -256,7 +260,7 @@ pub fn other_end<'a>(state: &'a State, c: &TcpConnection) -> Option<&'a TcpConne
 
 /// Connections within the tree must have stood still while both ends were captured; the peers of
 /// others go on without us, and nothing holds their packets back.
-fn check_connections(state: &State) -> Result<(), CaptureError> {
+pub(super) fn check_connections(state: &State) -> Result<(), CaptureError> {
     for d in &state.descriptions {
         let Kind::Tcp(c) = &d.kind else { continue };
         if c.state == TcpState::Closed {

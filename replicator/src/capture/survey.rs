@@ -19,6 +19,8 @@ pub struct Survey {
     pub namespaces: Vec<Namespace>,
     /// Everything that cannot.
     pub refusals: Vec<Refusal>,
+    /// What a restore of a one-shot image would find cut off, in words.
+    pub notes: Vec<String>,
     /// How long the tree stood still, the last time.
     pub stopped: Duration,
 }
@@ -41,8 +43,8 @@ impl Capturer {
             });
             let mut refusals = self.refusals.take();
             self.begin_full();
-            let state = match looked {
-                Ok(state) => state,
+            let (state, notes) = match looked {
+                Ok(looked) => looked,
                 Err(CaptureError::Transient(_)) if begin.elapsed() < PATIENCE => {
                     std::thread::sleep(RETRY);
                     continue;
@@ -52,24 +54,24 @@ impl Capturer {
                         object: "the tree".into(),
                         reason: format!("{what}, and that does not pass; try again later"),
                     });
-                    State::default()
+                    Default::default()
                 }
                 Err(e) => return Err(e),
             };
             let (namespaces, stopped) = (namespaces_of(self.root)?, frozen.elapsed());
-            return Ok(Survey { state, namespaces, refusals, stopped });
+            return Ok(Survey { state, namespaces, refusals, notes, stopped });
         }
     }
 
-    fn look(&mut self, host: bool) -> Result<State, CaptureError> {
+    fn look(&mut self, host: bool) -> Result<(State, Vec<String>), CaptureError> {
         let mut times = super::StopTimes::default();
         let state = self.capture(&mut times, &mut super::Lap(Instant::now()))?;
+        let mut notes = Vec::new();
         if host {
-            let shared = outside::check(&self.pids());
-            self.refusals.admit(shared)?;
+            notes = outside::check(&self.pids(), &mut self.refusals)?;
             let connected = super::one_shot::check_connections(&state);
             self.refusals.admit(connected)?;
         }
-        Ok(state)
+        Ok((state, notes))
     }
 }

@@ -25,6 +25,8 @@ pub struct Info {
     pub processes: u32,
     /// In which namespaces the root was.
     pub namespaces: Vec<Namespace>,
+    /// What a restore finds cut off, in words.
+    pub notes: Vec<String>,
 }
 
 /// A namespace of the tree.

@@ -20,7 +20,7 @@ use std::io::Read;
 use std::time::{Duration, Instant};
 
 /// How long an ended process may keep its pid until its parent has waited for it.
-const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(15);
 
 /// Which namespaces a tree comes back in.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -80,7 +80,7 @@ pub struct Reborn {
 /// Brings the tree of an image back. All of it happens on the calling thread.
 pub fn rebirth<R: Read>(reader: &mut Reader<R>, place: Place) -> Result<Reborn, RebirthError> {
     let begin = Instant::now();
-    let mut notes = Vec::new();
+    let mut notes = reader.info().notes.clone();
     let mut state = reader.state().clone();
     let mut plan = Conception {
         name: format!("the tree of pid {}", reader.info().root),

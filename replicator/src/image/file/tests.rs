@@ -19,6 +19,7 @@ fn info() -> Info {
         command: "sleep 5".into(),
         processes: 2,
         namespaces: vec![Namespace { kind: NamespaceKind::Pid, own: true, inode: 7 }],
+        notes: vec!["a note".into()],
     }
 }
 
