@@ -195,7 +195,8 @@ fn round(program: &Path) -> Result<(), String> {
     }
     let after = tree(daemon.pid);
     let (mut a, mut b) = (before.clone(), after.clone());
-    (a.sort_unstable(), b.sort_unstable());
+    a.sort_unstable();
+    b.sort_unstable();
     if a != b {
         return Err(format!("processes {a:?} came back as {b:?}"));
     }
