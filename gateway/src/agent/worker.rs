@@ -152,6 +152,9 @@ impl Place {
         self.start_command(&mut launched, &mut capturer, &signals)?;
         lock(&self.status).pid = Some(pid);
         self.wait_ready(&network, &mut capturer, &signals)?;
+        if self.protect.is_some() {
+            self.look_before(&mut capturer);
+        }
         Ok(Life { launched, capturer, gate, signals, generation, from: None })
     }
 
@@ -233,7 +236,8 @@ impl Place {
         };
         let mut ending = stops.run();
         if let Ok(Ending::Unprotectable(why)) = ending {
-            self.end_protection(&shell, &gate, &why);
+            let reasons = reasons(&mut stops.capturer, &why);
+            self.end_protection(&shell, &gate, &reasons);
             ending = stops.only_look_after();
         }
         *lock(&self.duty.shell) = None;
@@ -265,9 +269,27 @@ impl Place {
         ending.map(|_| outcome)
     }
 
+    /// Says at once, before protection starts, all that will end it if it stays (CP-3).
+    fn look_before(&self, capturer: &mut Capturer) {
+        match capturer.survey(false) {
+            Ok(survey) => {
+                for refusal in survey.refusals {
+                    tracing::warn!(
+                        container = self.network.name,
+                        object = refusal.object,
+                        reason = refusal.reason,
+                        "cannot be protected"
+                    );
+                }
+            }
+            // The stop that comes next says it again, and is heeded.
+            Err(error) => tracing::warn!(container = self.network.name, %error, "not looked at"),
+        }
+    }
+
     /// Ends the protection of a container that goes on (CP-3): loudly, and only after the backup
     /// has agreed never to take over. If it cannot be asked, output stays held.
-    fn end_protection(&self, shell: &Shell, gate: &Gate, why: &CaptureError) {
+    fn end_protection(&self, shell: &Shell, gate: &Gate, why: &str) {
         let name = &self.network.name;
         metrics::counter!("nilicon_protection_ended_total", "container" => name.clone())
             .increment(1);
@@ -469,6 +491,20 @@ fn on_loss(protect: &Protect) -> OnLoss {
         OnBackupLoss::Degrade => OnLoss::Degrade,
         OnBackupLoss::Stop => OnLoss::Stop,
     }
+}
+
+/// All reasons why a container cannot be protected, the one that ended its protection first.
+fn reasons(capturer: &mut Capturer, why: &CaptureError) -> String {
+    let mut all = vec![why.to_string()];
+    if let Ok(survey) = capturer.survey(false) {
+        for refusal in survey.refusals {
+            let text = format!("{}: {}", refusal.object, refusal.reason);
+            if !all.contains(&text) {
+                all.push(text);
+            }
+        }
+    }
+    all.join(" | ")
 }
 
 fn pump_while(busy: impl Fn() -> bool, capturer: &mut Capturer, signals: &SignalFd) -> Result<()> {

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use netns_tools::topology::{Event, Period, Topology};
+use replicator::restore::Place;
 
 use super::faults::{self, DrillFault};
 
@@ -49,6 +50,15 @@ pub(super) enum Verb {
     Witness(WitnessArgs),
     /// Runs the agent of one host (in a lab, `deploy` starts it).
     Agent(AgentArgs),
+    /// Tells whether a process tree can be protected, and what of it cannot.
+    Check(CheckArgs),
+    /// Writes a process tree into a file, as it stands, and ends it.
+    Checkpoint(CheckpointArgs),
+    /// Brings a process tree back from a file, with the same pids.
+    Restore(RestoreArgs),
+    /// Shows, compares and verifies images.
+    #[command(subcommand)]
+    Image(ImageVerb),
     /// Makes the keys and certificates by which hosts know each other.
     #[command(subcommand)]
     Pki(PkiVerb),
@@ -303,6 +313,92 @@ pub(super) struct AgentArgs {
     pub(super) pki: Option<PathBuf>,
     #[command(flatten)]
     pub(super) output_commit: OutputCommitArg,
+}
+
+/// `check`.
+#[derive(Debug, Args)]
+pub(super) struct CheckArgs {
+    /// Pid of the root of a tree, or the name of a container of a deployed lab.
+    #[arg(value_name = "PID|CONTAINER")]
+    pub(super) target: String,
+    #[command(flatten)]
+    pub(super) output: OutputArg,
+}
+
+/// `checkpoint`.
+#[derive(Debug, Args)]
+pub(super) struct CheckpointArgs {
+    /// Root of the tree: this process and all its descendants.
+    #[arg(value_parser = clap::value_parser!(i32).range(1..))]
+    pub(super) pid: i32,
+    /// The file; it appears when it is complete, and replaces what was there.
+    #[arg(long, value_name = "FILE")]
+    pub(super) to: PathBuf,
+    /// Lets the tree run on afterwards instead of ending it.
+    #[arg(long)]
+    pub(super) leave_running: bool,
+}
+
+/// `restore`.
+#[derive(Debug, Args)]
+pub(super) struct RestoreArgs {
+    /// The image.
+    pub(super) file: PathBuf,
+    /// Ends once the tree runs and prints its pid, instead of waiting for it.
+    #[arg(long)]
+    pub(super) detach: bool,
+    /// Which namespaces it comes back in.
+    #[arg(long, value_enum, default_value = "image", value_name = "WHICH")]
+    pub(super) namespaces: Namespaces,
+}
+
+/// `--namespaces`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum Namespaces {
+    /// New ones where the tree had its own, the caller's where it had those of the host.
+    Image,
+    /// The caller's.
+    Host,
+    /// New pid, net, mount, uts, ipc and time namespaces.
+    New,
+}
+
+impl From<Namespaces> for Place {
+    fn from(namespaces: Namespaces) -> Self {
+        match namespaces {
+            Namespaces::Image => Place::AsTaken,
+            Namespaces::Host => Place::Here,
+            Namespaces::New => Place::New,
+        }
+    }
+}
+
+/// `image`.
+#[derive(Debug, Subcommand)]
+pub(super) enum ImageVerb {
+    /// Prints what is in an image.
+    Show {
+        /// The image.
+        file: PathBuf,
+        #[command(flatten)]
+        output: OutputArg,
+    },
+    /// Prints in what two images differ; code 1 if they do.
+    Diff {
+        /// An image.
+        one: PathBuf,
+        /// Another.
+        other: PathBuf,
+        #[command(flatten)]
+        output: OutputArg,
+    },
+    /// Reads all of an image and checks it; code 1 if it is not whole.
+    Verify {
+        /// The image.
+        file: PathBuf,
+        #[command(flatten)]
+        output: OutputArg,
+    },
 }
 
 /// `pki`.

@@ -4,6 +4,7 @@
 //! anything), 2 for a command line that makes no sense, 130 and 143 after SIGINT and SIGTERM.
 
 mod args;
+mod check;
 mod clients;
 mod clock;
 mod demo;
@@ -11,12 +12,16 @@ mod deploy;
 mod doctor;
 mod drill;
 mod faults;
+mod image;
 mod inspect;
 mod journal;
 mod keys;
 mod numbers;
+mod objects;
+mod oneshot;
 mod progress;
 mod report;
+mod resume;
 mod run;
 mod signals;
 mod switchover;
@@ -62,6 +67,10 @@ fn dispatch(verb: &Verb) -> Result<ExitCode> {
         Verb::Drill(args) => return drill::drill(args).map(verdict),
         Verb::Doctor(args) => return doctor::doctor(*args).map(verdict),
         Verb::Exec(args) => return inspect::exec(args),
+        Verb::Check(args) => return check::check(args).map(verdict),
+        Verb::Restore(args) => return oneshot::restore(args),
+        Verb::Image(verb) => return image::image(verb).map(verdict),
+        Verb::Checkpoint(args) => oneshot::checkpoint(args)?,
         Verb::Deploy(args) => deploy::deploy(args)?,
         Verb::Destroy(args) => deploy::destroy(args)?,
         Verb::Inspect(args) => inspect::inspect(args)?,

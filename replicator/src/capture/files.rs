@@ -7,6 +7,7 @@
 
 use super::fdinfo::{self, Info};
 use super::objects::{Class, Objects};
+use super::refusals::Refusals;
 use super::unix::{self, Empties};
 use super::{CaptureError, options, pipes, tcp};
 use crate::image::net::RawOptions;
@@ -150,15 +151,18 @@ impl Files {
         handle: BorrowedFd<'_>,
         builder: &mut Builder,
         state: &mut State,
-        diag: &UnixDiag,
-        objects: &mut Objects,
+        (diag, objects): (&UnixDiag, &mut Objects),
+        refusals: &mut Refusals,
     ) -> Result<Vec<Fd>, CaptureError> {
         let holder = Holder { pid, handle, place: pid };
         let numbers = numbers(pid)?;
         let mut out = Vec::with_capacity(numbers.len());
         for &number in &numbers {
             let what = || format!("descriptor {number} of pid {pid}");
-            let (info, ready) = match self.connection(handle, number, what)? {
+            let Some(connection) = refusals.admit(self.connection(handle, number, what))? else {
+                continue;
+            };
+            let (info, ready) = match connection {
                 Some((info, kind)) => (info, Some(kind)),
                 None => (fdinfo::info(pid, number)?, None),
             };
@@ -166,12 +170,13 @@ impl Files {
                 Ok(known) => known,
                 Err(place) => {
                     let kind = match ready {
-                        Some(kind) => kind,
+                        Some(kind) => Ok(kind),
                         None => {
                             let world = (diag, &mut *objects);
-                            self.describe(holder, number, &info, builder, state, world, &what())?
+                            self.describe(holder, number, &info, builder, state, world, &what())
                         }
                     };
+                    let Some(kind) = refusals.admit(kind)? else { continue };
                     builder.add((pid, number), place, &info, kind, state)
                 }
             };

@@ -159,6 +159,13 @@ impl AddressSpace {
         self.shared.iter().map(|s| s.id)
     }
 
+    /// Reads the mappings and no pages, for a survey.
+    pub(super) fn look(&mut self, objects: &mut Objects) -> Result<(), CaptureError> {
+        self.vmas = maps::read(self.pid, objects.own_devices())?;
+        self.name_objects(objects, true)?;
+        Ok(())
+    }
+
     /// Reads all mappings anew, registers those that are not, and takes their pages.
     fn relist(
         &mut self,

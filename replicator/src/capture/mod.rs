@@ -16,10 +16,15 @@ mod fdinfo;
 mod files;
 mod maps;
 mod memory;
+mod namespaces;
 mod objects;
+mod one_shot;
 mod options;
+mod outside;
 mod pipes;
 mod process;
+mod refusals;
+mod survey;
 mod sysv;
 mod tcp;
 mod threads;
@@ -43,6 +48,11 @@ use std::collections::{BTreeMap, HashMap};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 use tracer::{Change, Tracer};
+
+pub use namespaces::namespaces_of;
+pub use one_shot::{Held, about, other_end};
+pub use refusals::Refusal;
+pub use survey::Survey;
 
 /// Why a checkpoint could not be taken.
 #[derive(Debug, thiserror::Error)]
@@ -168,6 +178,7 @@ pub struct Capturer {
     interrupted: waits::Interrupted,
     /// The next stop that succeeds does not end.
     still: bool,
+    refusals: refusals::Refusals,
 }
 
 impl Capturer {
@@ -208,6 +219,7 @@ impl Capturer {
             batch: Batch::new(),
             interrupted: waits::Interrupted::default(),
             still: false,
+            refusals: refusals::Refusals::default(),
         })
     }
 
@@ -279,9 +291,19 @@ impl Capturer {
         Ok(self.tracer.thaw()?)
     }
 
-    /// Lets the container go for good, without tracer and without protection.
+    /// Lets the container go for good, without tracer and without protection. Nothing of ours
+    /// stays in it.
     pub fn detach(mut self) -> Result<(), CaptureError> {
-        Ok(self.tracer.detach()?)
+        // A stop that is noticed by nobody, also where a call would end with EINTR.
+        let cleaned = self.freeze().and_then(|()| self.remove_scratch());
+        let detached = self.tracer.detach();
+        match cleaned {
+            Err(error) if !matches!(error, CaptureError::Ended) => {
+                tracing::warn!(%error, "the scratch area of a process stays");
+            }
+            _ => {}
+        }
+        Ok(detached?)
     }
 
     /// Starts to watch the memory of processes that are not watched yet: a short stop, none if
@@ -328,14 +350,17 @@ impl Capturer {
         self.follow_changes();
         for pid in self.pids() {
             if !self.processes.contains_key(&pid) {
-                let tracked = self.attach(pid)?;
-                self.processes.insert(pid, tracked);
+                let attached = self.attach(pid);
+                if let Some(tracked) = self.refusals.admit(attached)? {
+                    self.processes.insert(pid, tracked);
+                }
             }
         }
         Ok(())
     }
 
     fn attach(&mut self, pid: i32) -> Result<Tracked, CaptureError> {
+        namespaces::check_same(self.root, pid)?;
         let attributes = process::read(pid, None)?;
         let vmas = maps::read(pid, self.objects.own_devices())?;
         let (start, end) = AddressSpace::vdso(&vmas).ok_or_else(|| {
@@ -454,26 +479,28 @@ impl Capturer {
             let tids = self.tracer.threads_of(*pid);
             if tids.first() != Some(pid) {
                 let why = "its main thread has ended while others run".into();
-                return Err(CaptureError::unsupported(format!("pid {pid}"), why));
+                let error = CaptureError::unsupported(format!("pid {pid}"), why);
+                self.refusals.admit::<()>(Err(error))?;
+                continue;
             }
             let (threads, inner) = tracked.threads.capture(&tids, &self.interrupted)?;
             times.threads += lap.next();
             let posix = tracked.timers.capture(*pid, &tids, &threads, &mut self.batch)?;
             let mut timers = Timers { interval: inner.timers, posix };
             timers.count_from(self.interrupted.since_clocks());
-            tracked.space.round(&mut self.pages, &mut self.objects, true)?;
-            refuse_mappings(*pid, tracked.space.vmas())?;
+            if self.refusals.collecting() {
+                tracked.space.look(&mut self.objects)?;
+            } else {
+                tracked.space.round(&mut self.pages, &mut self.objects, true)?;
+            }
+            refuse_mappings(*pid, tracked.space.vmas(), &mut self.refusals)?;
             let mappings = tracked.space.mappings();
             times.memory += lap.next();
             let handle = tracked.handle.as_fd();
-            let fds = tracked.files.capture(
-                *pid,
-                handle,
-                &mut builder,
-                &mut state,
-                &self.diag,
-                &mut self.objects,
-            )?;
+            let world = (&self.diag, &mut self.objects);
+            let refusals = &mut self.refusals;
+            let fds =
+                tracked.files.capture(*pid, handle, &mut builder, &mut state, world, refusals)?;
             times.files += lap.next();
             let a = &tracked.attributes;
             let mut mm = a.mm;
@@ -501,10 +528,12 @@ impl Capturer {
             times.threads += lap.next();
         }
         let world = (&self.diag, &mut self.objects);
-        builder.finish(self.root, &mut state, world, &mut self.files)?;
+        let finished = builder.finish(self.root, &mut state, world, &mut self.files);
+        self.refusals.admit(finished)?;
         times.files += lap.next();
         // Last: memory that travels between processes as a descriptor is an object as well.
-        self.take_objects(&mut state)?;
+        let taken = self.take_objects(&mut state);
+        self.refusals.admit(taken)?;
         times.memory += lap.next();
         Ok(state)
     }
@@ -558,6 +587,9 @@ impl Capturer {
         }
         if order.len() == self.processes.len() {
             Ok(order)
+        } else if self.refusals.collecting() {
+            // The parent of some was refused.
+            Ok(self.processes.keys().copied().collect())
         } else {
             // An orphan was adopted by init since its attributes were read.
             Err(CaptureError::Transient("a process is changing its parent"))
@@ -607,14 +639,20 @@ impl Lap {
     }
 }
 
-fn refuse_mappings(pid: i32, vmas: &[maps::Vma]) -> Result<(), CaptureError> {
-    match vmas.iter().find_map(|v| v.refused.map(|why| (v, why))) {
-        None => Ok(()),
-        Some((v, why)) => Err(CaptureError::unsupported(
-            format!("mapping {:#x}-{:#x} of pid {pid}", v.mapping.start, v.mapping.end),
-            format!("{why}; not protected yet"),
-        )),
+fn refuse_mappings(
+    pid: i32,
+    vmas: &[maps::Vma],
+    refusals: &mut refusals::Refusals,
+) -> Result<(), CaptureError> {
+    for v in vmas {
+        if let Some(why) = v.refused {
+            let object =
+                format!("mapping {:#x}-{:#x} of pid {pid}", v.mapping.start, v.mapping.end);
+            let error = CaptureError::unsupported(object, format!("{why}; not protected yet"));
+            refusals.admit::<()>(Err(error))?;
+        }
     }
+    Ok(())
 }
 
 /// What the time namespace of a process adds to the host's clocks, in nanoseconds.

@@ -19,6 +19,9 @@ const OPTIONS: i32 = libc::PTRACE_O_TRACECLONE
     | libc::PTRACE_O_TRACEEXEC
     | libc::PTRACE_O_EXITKILL;
 
+/// The same for a tree that must not end with its tracer: a one-shot checkpoint is an episode.
+const GENTLE: i32 = OPTIONS & !libc::PTRACE_O_EXITKILL;
+
 /// Signals that the kernel sends a thread for what it has just done itself.
 const FAULTS: [i32; 6] =
     [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP, libc::SIGSYS];
@@ -42,16 +45,22 @@ pub(super) enum Change {
 }
 
 /// The seized threads of one container, by host tid.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Tracer {
     threads: BTreeMap<i32, Traced>,
     changes: Vec<Change>,
+    options: i32,
 }
 
 impl Tracer {
     /// A tracer of no thread.
     pub(super) fn new() -> Self {
-        Self::default()
+        Self { threads: BTreeMap::new(), changes: Vec::new(), options: OPTIONS }
+    }
+
+    /// A tracer whose threads outlive it.
+    pub(super) fn gentle() -> Self {
+        Self { options: GENTLE, ..Self::new() }
     }
 
     /// Seizes all threads of a process that runs. Repeats until no unseized thread is left.
@@ -62,7 +71,7 @@ impl Tracer {
                 if self.threads.contains_key(&tid) {
                     continue;
                 }
-                match ptrace::seize(tid, OPTIONS) {
+                match ptrace::seize(tid, self.options) {
                     Ok(()) => found = true,
                     Err(e) if e.is_gone() => continue,
                     Err(e) => return Err(e),

@@ -68,6 +68,8 @@ const SENDING: [i64; 6] = [
 #[derive(Debug)]
 pub(super) struct Interrupted {
     waits: HashMap<i32, Ongoing>,
+    /// Calls that others had interrupted before we came, and that go on as restart_syscall(2).
+    before: HashMap<i32, i64>,
     last_mark: u32,
     /// When the clocks of the image were read: what is left counts from there.
     read_at: Instant,
@@ -75,7 +77,8 @@ pub(super) struct Interrupted {
 
 impl Default for Interrupted {
     fn default() -> Self {
-        Self { waits: HashMap::new(), last_mark: 0, read_at: Instant::now() }
+        let (waits, before) = Default::default();
+        Self { waits, before, last_mark: 0, read_at: Instant::now() }
     }
 }
 
@@ -100,7 +103,12 @@ impl Interrupted {
     /// EINTR: programs count on it.
     pub(super) fn settle(&mut self, tid: i32) -> SysResult<()> {
         let mut regs = ptrace::regs(tid)?;
-        let Some(call) = number(&regs) else { return Ok(()) };
+        let Some(mut call) = number(&regs) else { return Ok(()) };
+        if call == libc::SYS_restart_syscall
+            && let Some(earlier) = self.before.remove(&tid)
+        {
+            call = earlier;
+        }
         match regs[reg::RAX] as i64 {
             RESTART_BLOCK if call != libc::SYS_restart_syscall => {
                 let timeout = timeout_of(call, &regs);
@@ -135,6 +143,30 @@ impl Interrupted {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Finds out which call a thread is in that goes on as restart_syscall(2), by where it sleeps
+    /// and by its arguments. The thread runs.
+    pub(super) fn look(&mut self, tid: i32) {
+        let read =
+            |name| std::fs::read_to_string(format!("/proc/{tid}/{name}")).unwrap_or_default();
+        let entered = read("syscall");
+        let mut words = entered.split_whitespace();
+        if words.next().and_then(|w| w.parse().ok()) != Some(libc::SYS_restart_syscall) {
+            return;
+        }
+        let first = words.next().and_then(|w| u64::from_str_radix(w.strip_prefix("0x")?, 16).ok());
+        // Four calls go on so. Where a thread sleeps is a name of the kernel's symbol table.
+        let call = match read("wchan").as_str() {
+            w if w.contains("poll") => libc::SYS_poll,
+            w if w.contains("futex") => libc::SYS_futex,
+            // nanosleep(2) has a pointer where clock_nanosleep(2) has a small number.
+            _ if first.is_some_and(|a| i32::try_from(a as i64).is_ok()) => {
+                libc::SYS_clock_nanosleep
+            }
+            _ => libc::SYS_nanosleep,
+        };
+        self.before.insert(tid, call);
     }
 
     /// A call on a socket with a time-out: it is made again until the time is over.
@@ -227,6 +259,7 @@ impl Interrupted {
     /// Forgets threads that are gone.
     pub(super) fn retain(&mut self, is_there: impl Fn(i32) -> bool) {
         self.waits.retain(|tid, _| is_there(*tid));
+        self.before.retain(|tid, _| is_there(*tid));
     }
 }
 

@@ -12,8 +12,10 @@
 //! everything (the tracer, the gateway) is there first; and pid 1 ends by itself if the launcher
 //! dies before that.
 
+mod conceive;
 mod init;
 
+pub use conceive::{Conception, conceive};
 pub use init::{INIT_COMMAND, init_main};
 
 use crate::image::Clocks;
@@ -128,6 +130,10 @@ fn receive<T: for<'a> Deserialize<'a>>(stream: &mut UnixStream) -> io::Result<Op
 pub struct Launched {
     /// Pid of the container's init as the host sees it.
     pub pid: i32,
+    /// The same as the container sees it.
+    root: i32,
+    /// Its end is the end of all: it is the first of a pid namespace.
+    ends_all: bool,
     name: String,
     control: UnixStream,
     clock_offsets: ClockOffsets,
@@ -204,7 +210,8 @@ pub fn launch(spec: &ContainerSpec, role: Role) -> Result<Launched, LaunchError>
         .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         .map_err(|(doing, e)| host(doing)(e))? as i32;
     let name = spec.name.clone();
-    let mut launched = Launched { pid, name, control, clock_offsets, reaped: false };
+    let mut launched =
+        Launched { pid, root: 1, ends_all: true, name, control, clock_offsets, reaped: false };
     if let Some(path) = &spec.cgroup_procs {
         let doing = format!("write its pid to {}", path.display());
         std::fs::write(path, pid.to_string()).map_err(host(&doing))?;
@@ -243,6 +250,11 @@ impl Launched {
         }
     }
 
+    /// Pid of the container's first process in its own pid namespace.
+    pub fn root(&self) -> i32 {
+        self.root
+    }
+
     /// The container's name.
     pub fn name(&self) -> &str {
         &self.name
@@ -270,6 +282,10 @@ impl Launched {
             return;
         }
         self.reaped = true;
+        if !self.ends_all {
+            end_each(self.pid);
+            return;
+        }
         // ESRCH can only mean that it has ended, and then there is nothing left to kill.
         let _ = kill(Pid::from_raw(self.pid), Signal::SIGKILL);
         reap(self.pid);
@@ -298,6 +314,24 @@ fn reap(init: i32) {
         if !std::path::Path::new(&format!("/proc/{init}")).exists() {
             return;
         }
+        std::thread::sleep(std::time::Duration::from_micros(50));
+    }
+}
+
+/// Kills a stopped tree whose root is not the first of a pid namespace, and waits until all of
+/// its threads are gone.
+fn end_each(root: i32) {
+    let mut tasks = Vec::new();
+    members(root, &mut tasks);
+    for &task in &tasks {
+        // Threads other than leaders take their process with them, too.
+        let _ = kill(Pid::from_raw(task), Signal::SIGKILL);
+    }
+    while !tasks.is_empty() {
+        tasks.retain(|tid| {
+            let ended = matches!(ptrace::poll_wait(*tid), Ok(Some((_, s))) if s.is_end());
+            !ended && std::path::Path::new(&format!("/proc/{tid}")).exists()
+        });
         std::thread::sleep(std::time::Duration::from_micros(50));
     }
 }

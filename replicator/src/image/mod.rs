@@ -6,6 +6,8 @@
 //!
 //! Pids, tids and descriptor numbers are those that the container itself sees.
 
+pub mod file;
+pub mod info;
 pub mod net;
 pub mod object;
 pub mod pages;

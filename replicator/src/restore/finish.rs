@@ -311,7 +311,11 @@ impl Spare {
 
     /// Lets all threads run, and traces them no longer.
     pub fn detach_all(&mut self) -> Result<(), RestoreError> {
-        self.each_thread(ptrace::detach)
+        // The first that run may end the others.
+        self.each_thread(|tid| match ptrace::detach(tid) {
+            Err(e) if e.is_gone() => Ok(()),
+            other => other,
+        })
     }
 
     fn each_thread(&mut self, f: impl Fn(i32) -> SysResult<()>) -> Result<(), RestoreError> {

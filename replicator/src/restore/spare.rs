@@ -66,7 +66,9 @@ impl Spare {
         let mut script = Script::default();
         let (specials, affinity) = take_over(host, &mut script).doing(1, "take over the memory")?;
         let forced = ForcedMemory::open(host).doing(1, "open the memory")?;
-        let stub = Stub { pid: 1, ppid: 0, sid: 1, host, forced };
+        let root = launched.root();
+        let sid = session_of(host).doing(root, "read the session")?;
+        let stub = Stub { pid: root, ppid: 0, sid, host, forced };
         Ok(Spare {
             stubs: vec![stub],
             state: State::default(),
@@ -94,8 +96,23 @@ impl Spare {
     /// Folds one complete checkpoint in. `pages` are those that changed since the checkpoint that
     /// was folded in before (all of them, the first time).
     pub fn apply(&mut self, state: &State, pages: &PageSet) -> Result<(), RestoreError> {
-        check(state)?;
+        check(state, self.launched.root())?;
         self.attempt(|spare| spare.fold(state, pages))
+    }
+
+    /// Brings in more pages of the checkpoint that was folded in last.
+    pub fn add_pages(&mut self, pages: &PageSet) -> Result<(), RestoreError> {
+        self.attempt(|spare| {
+            let Self { state, stubs, script, .. } = spare;
+            for runs in pages.runs.chunk_by(|a, b| a.process == b.process) {
+                let process = state.processes.get(runs[0].process as usize);
+                let stub = process.and_then(|p| stubs.iter().find(|s| s.pid == p.pid));
+                let (Some(process), Some(stub)) = (process, stub) else { continue };
+                let target = Target { pid: stub.pid, host: stub.host, forced: &stub.forced };
+                space::fill(&target, script, &process.mappings, runs, &pages.bytes)?;
+            }
+            Ok(())
+        })
     }
 
     /// Runs a step after whose failure the spare is lost.
@@ -157,16 +174,17 @@ impl Spare {
 
     /// Ends the processes that are no more, or whose number another process has now.
     fn remove_gone(&mut self, state: &State) -> Result<(), RestoreError> {
+        let root = self.launched.root();
         loop {
             // A child whose parent is gone belongs to the init, here as there.
             let alive: Vec<i32> = self.stubs.iter().map(|s| s.pid).collect();
-            for stub in self.stubs.iter_mut().filter(|s| s.pid != 1) {
+            for stub in self.stubs.iter_mut().filter(|s| s.pid != root) {
                 if !alive.contains(&stub.ppid) {
-                    stub.ppid = 1;
+                    stub.ppid = root;
                 }
             }
             let gone = self.stubs.iter().position(|s| {
-                s.pid != 1 && !state.processes.iter().any(|p| p.pid == s.pid && p.ppid == s.ppid)
+                s.pid != root && !state.processes.iter().any(|p| p.pid == s.pid && p.ppid == s.ppid)
             });
             let Some(at) = gone else { return Ok(()) };
             let stub = self.stubs.remove(at);
@@ -254,6 +272,16 @@ fn take_over(host: i32, script: &mut Script) -> SysResult<(Vec<Special>, CpuSet)
     Ok((specials, affinity))
 }
 
+/// The session of a process, as it is numbered in its own pid namespace.
+fn session_of(host: i32) -> SysResult<i32> {
+    let path = format!("/proc/{host}/status");
+    let text = std::fs::read_to_string(&path);
+    let text = text.map_err(|source| SysError { call: "read", object: path.clone(), source })?;
+    text.lines()
+        .find_map(|l| l.strip_prefix("NSsid:")?.split_whitespace().last()?.parse().ok())
+        .ok_or_else(|| SysError::errno("parse", path, libc::EINVAL))
+}
+
 /// Puts all signal dispositions back, but children may end without a trace: their parents here
 /// wait for nobody.
 fn default_actions(script: &mut Script) {
@@ -275,14 +303,14 @@ fn end_process(host: i32) -> SysResult<()> {
 }
 
 /// What must hold for a checkpoint before a spare is touched.
-fn check(state: &State) -> Result<(), RestoreError> {
+fn check(state: &State, root: i32) -> Result<(), RestoreError> {
     for (i, process) in state.processes.iter().enumerate() {
         let pid = process.pid;
         let refuse = |object: &str, reason: &str| {
             Err(RestoreError::Refused { pid, object: object.into(), reason: reason.into() })
         };
-        if (i == 0) != (pid == 1) {
-            return refuse("the process", "the first process must be pid 1, and no other");
+        if (i == 0) != (pid == root) {
+            return refuse("the process", "the first process must be the root, and no other");
         }
         let earlier = &state.processes[..i];
         if i > 0 && !earlier.iter().any(|p| p.pid == process.ppid) {

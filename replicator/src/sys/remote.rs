@@ -123,6 +123,13 @@ pub fn map_scratch(tid: i32, gadget: u64) -> SysResult<()> {
     }
 }
 
+/// Whether what a process has mapped at [`SCRATCH`] is a scratch area.
+pub fn has_scratch(tid: i32) -> SysResult<bool> {
+    let mut code = [0; CODE.len()];
+    memory::read(tid, SCRATCH, &mut code)?;
+    Ok(code == CODE)
+}
+
 /// Calls to be made together, in order.
 #[derive(Debug, Default)]
 pub struct Batch {
