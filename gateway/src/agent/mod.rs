@@ -9,6 +9,7 @@ pub mod control;
 mod journal;
 mod judge;
 mod network;
+mod pace;
 mod primary;
 mod ship;
 pub mod status;

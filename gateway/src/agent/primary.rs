@@ -186,6 +186,16 @@ impl Shell {
         core.may_begin_stop() && core.in_flight() + unsent < core.depth()
     }
 
+    /// Whether the next checkpoint must be a full one.
+    pub(super) fn full_is_due(&self) -> bool {
+        lock(&self.base).full
+    }
+
+    /// Whether the backup holds a copy that it could take over with, or is given none.
+    pub(super) fn is_settled(&self) -> bool {
+        matches!(lock(&self.core).state(), State::Protected { synced: true })
+    }
+
     /// What the next checkpoint must be. The caller takes that one.
     pub(super) fn next(&self) -> Next {
         let core = lock(&self.core);

@@ -8,6 +8,7 @@
 //! buffers go round between the two threads; when both are with the shipper no stop begins, which
 //! bounds what waits (RB-1).
 
+use super::pace::{self, Look, Pacer};
 use super::primary::{Next, Shell};
 use crate::frames::gate::{Gate, InputHold};
 use anyhow::{Context, Result};
@@ -40,6 +41,8 @@ const MAX_TRANSIENT: Duration = Duration::from_secs(10);
 /// that lives for a moment (a child that asks a name service over a unix socket) only delays a
 /// checkpoint, and the output that waits for it.
 const GRACE: Duration = Duration::from_secs(1);
+/// How much longer than asked for a sleep may be, in nanoseconds.
+const SLACK_NS: u64 = 1_000;
 /// Longest sleep when nothing is due.
 const IDLE: Duration = Duration::from_millis(200);
 /// Pages in one round of pre-copy that make another round worth its while.
@@ -70,15 +73,6 @@ pub(super) struct Taken {
     pub(super) sealed: Option<Instant>,
     /// Time since the stop before.
     pub(super) interval: Duration,
-}
-
-/// How often to stop.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Pace {
-    /// Output that waits ends an epoch, but not sooner than this.
-    pub(super) min: Duration,
-    /// The longest epoch.
-    pub(super) max: Duration,
 }
 
 /// Makes the calling thread the one that may stop a container, with SIGCHLD as a descriptor.
@@ -170,11 +164,12 @@ pub(super) struct StopLoop {
     pub(super) gate: Arc<Gate>,
     pub(super) shell: Arc<Shell>,
     pub(super) signals: SignalFd,
-    pub(super) pace: Pace,
+    /// Its clock starts with `origin`.
+    pub(super) pacer: Pacer,
+    pub(super) origin: Instant,
     pub(super) to_ship: SyncSender<Taken>,
     pub(super) from_ship: Receiver<Taken>,
     pub(super) epoch: Epoch,
-    pub(super) last_stop: Instant,
     pub(super) transient_since: Option<Instant>,
     /// Whether the container is connected to its clients.
     pub(super) plugged: bool,
@@ -204,6 +199,10 @@ pub(super) enum Ending {
 impl StopLoop {
     /// Runs until the container or the agent ends.
     pub(super) fn run(&mut self) -> Result<Ending> {
+        // Only now: the container has inherited what it had before.
+        if let Err(error) = nix::sys::prctl::set_timerslack(SLACK_NS) {
+            tracing::debug!(%error, "sleeps take a little longer than asked for");
+        }
         loop {
             if self.shell.must_end() {
                 return Ok(Ending::Told);
@@ -230,32 +229,39 @@ impl StopLoop {
             })?;
             self.plugged = true;
         }
-        let active = !self.buffers.is_empty() && self.shell.may_begin_stop();
-        let since = self.last_stop.elapsed();
-        let wait = if !active { IDLE } else { self.pace.max.saturating_sub(since) };
-        let hands_over = active && self.shell.hands_over();
-        let wants_output = active && since >= self.pace.min;
-        let wait = if active && !wants_output { self.pace.min - since } else { wait };
-        let output_waits = hands_over || {
-            let mut fds = vec![
-                PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
-                PollFd::new(self.shell.wake(), PollFlags::POLLIN),
-            ];
-            if wants_output {
-                fds.push(PollFd::new(self.gate.output_waits(), PollFlags::POLLIN));
-            }
-            sleep_on(&mut fds, wait).map_err(|_| CaptureError::Transient("poll failed"))?;
-            fds.get(2).is_some_and(|f| f.any().unwrap_or(false))
+        let next = if self.buffers.is_empty() || !self.shell.may_begin_stop() {
+            pace::Next::After(IDLE)
+        } else if self.shell.hands_over() {
+            pace::Next::Stop
+        } else {
+            self.pacer.look(Look {
+                now: self.origin.elapsed(),
+                awaited: self.shell.full_is_due(),
+                settled: self.shell.is_settled(),
+                output: self.gate.open_frames(),
+                used: self.capturer.cpu_time(),
+            })
         };
+        match next {
+            pace::Next::Stop => self.checkpoint()?,
+            pace::Next::OnOutput(time) => self.sleep(time, true)?,
+            pace::Next::After(time) => self.sleep(time, false)?,
+        }
+        self.capturer.pump()
+    }
+
+    /// Sleeps until the time has passed or something happens to the container or its backup.
+    fn sleep(&mut self, time: Duration, or_output: bool) -> Result<(), CaptureError> {
+        let mut fds = vec![
+            PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.shell.wake(), PollFlags::POLLIN),
+        ];
+        if or_output {
+            fds.push(PollFd::new(self.gate.output_waits(), PollFlags::POLLIN));
+        }
+        sleep_on(&mut fds, time).map_err(|_| CaptureError::Transient("poll failed"))?;
         self.shell.awake();
         drain_signals(&self.signals);
-        self.capturer.pump()?;
-        let since = self.last_stop.elapsed();
-        if hands_over
-            || active && since >= self.pace.min && (output_waits || since >= self.pace.max)
-        {
-            self.checkpoint()?;
-        }
         Ok(())
     }
 
@@ -327,8 +333,11 @@ impl StopLoop {
             self.still = Some(Standing { last: self.epoch, told: false });
         }
         (taken.link, taken.full, taken.epoch) = (link, full, self.epoch);
-        taken.interval = self.last_stop.elapsed();
-        self.last_stop = Instant::now();
+        let now = self.origin.elapsed();
+        taken.interval = self.pacer.since(now);
+        // A full copy says nothing about the next epoch.
+        let (stop, pages) = (taken.times.total, if full { 0 } else { taken.times.pages });
+        self.pacer.stopped(now, self.capturer.cpu_time(), stop, pages);
         self.epoch = self.epoch.next();
         self.shell.taken();
         if self.to_ship.send(taken).is_err() {
@@ -392,9 +401,7 @@ impl StopLoop {
                 reason: format!("no checkpoint for {MAX_TRANSIENT:?}: {why}"),
             });
         }
-        // The time to the next try passes as the shortest epoch would.
-        let again = Instant::now() + RETRY;
-        self.last_stop = again.checked_sub(self.pace.min).unwrap_or(again);
+        self.pacer.taken_back(self.origin.elapsed(), RETRY);
         Ok(())
     }
 

@@ -4,10 +4,11 @@ use super::AgentOptions;
 use super::backup::Standby;
 use super::journal::Journal;
 use super::network::Place as NetworkPlace;
+use super::pace::{Pacer, Rates};
 use super::primary::{self, LinkSettings, SharedStatus, Shell, lock};
 use super::ship;
 use super::status::{Phase, Role};
-use super::stop::{Ending, Pace, StopLoop, Taken, become_stop_thread, drain_signals, sleep_on};
+use super::stop::{Ending, StopLoop, Taken, become_stop_thread, drain_signals, sleep_on};
 use crate::chain::chain;
 use crate::frames::commit::Unprotected;
 use crate::frames::gate::{Gate, GateConfig, ThreadSetup};
@@ -215,20 +216,22 @@ impl Place {
         std::thread::Builder::new()
             .name("ship".into())
             .spawn(move || ship::run(shipper, taken, back))?;
-        let pace =
-            self.protect.as_ref().map_or(Pace { min: Duration::MAX, max: Duration::MAX }, |p| {
-                Pace { min: *p.epoch.min, max: *p.epoch.max }
-            });
+        let rates = self.protect.as_ref().map_or_else(Rates::never, |p| Rates {
+            min: *p.epoch.min,
+            max: *p.epoch.max,
+            share: p.epoch.stop_share.get(),
+            gather: *p.epoch.gather,
+        });
         let mut stops = StopLoop {
             capturer,
             gate: gate.clone(),
             shell: shell.clone(),
             signals,
-            pace,
+            pacer: Pacer::new(rates, Duration::ZERO),
+            origin: Instant::now(),
             to_ship,
             from_ship,
             epoch: from.map_or(Epoch(1), Epoch::next),
-            last_stop: Instant::now(),
             transient_since: None,
             plugged,
             buffers: (0..BUFFERS).map(|_| Taken::default()).collect(),

@@ -319,6 +319,11 @@ impl CommitCore {
         !self.open.is_empty()
     }
 
+    /// Frames that wait in the open epoch.
+    pub fn open_frames(&self) -> usize {
+        self.open.len()
+    }
+
     /// From now on every frame waits for a proof of `generation`. The next epoch to be sealed is
     /// after `last_sealed` ([`Epoch::NONE`] before the first checkpoint). Call it while the
     /// container is stopped for the checkpoint that starts protection: what left before belongs

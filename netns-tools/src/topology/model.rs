@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -271,11 +272,20 @@ pub struct Epochs {
     pub min: Period,
     /// The longest epoch, while there is anything to save.
     pub max: Period,
+    /// The part of the container's time that stops may cost while it is busy; 0 for no limit.
+    pub stop_share: Ratio,
+    /// How long output must have been quiet before it ends an epoch.
+    pub gather: Period,
 }
 
 impl Default for Epochs {
     fn default() -> Self {
-        Self { min: Period::ms(5), max: Period::ms(30) }
+        Self {
+            min: Period(Duration::from_micros(500)),
+            max: Period::ms(30),
+            stop_share: Ratio::tenth(),
+            gather: Period(Duration::from_micros(100)),
+        }
     }
 }
 

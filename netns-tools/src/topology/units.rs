@@ -307,6 +307,10 @@ impl Ratio {
         self.0
     }
 
+    pub(super) const fn tenth() -> Self {
+        Self(0.1)
+    }
+
     pub(super) const fn half() -> Self {
         Self(0.5)
     }

@@ -249,6 +249,16 @@ impl Capturer {
         self.tracer.len()
     }
 
+    /// Processor time that the container's processes have used so far, in all: how much it is at
+    /// work. Those that have ended count no more.
+    pub fn cpu_time(&self) -> Duration {
+        let used = |pid: &i32| {
+            let clock = nix::time::clock_getcpuclockid(nix::unistd::Pid::from_raw(*pid)).ok()?;
+            nix::time::clock_gettime(clock).ok().map(Duration::from)
+        };
+        self.tracer.processes().iter().filter_map(used).sum()
+    }
+
     /// Handles what the container's threads wait for (signals, clones, exits). To be called
     /// whenever SIGCHLD arrives. Gives [`CaptureError::Ended`] when the container's init is gone.
     pub fn pump(&mut self) -> Result<(), CaptureError> {

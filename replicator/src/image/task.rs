@@ -101,7 +101,7 @@ impl TimeUnit {
         };
         match self {
             TimeUnit::Milliseconds => {
-                let ms = time.as_micros().div_ceil(1000);
+                let ms = time.as_nanos().div_ceil(1_000_000);
                 (u64::try_from(ms).map_or(i32::MAX as u64, |ms| ms.min(i32::MAX as u64)), None)
             }
             TimeUnit::Timespec => parts(time.as_secs(), time.subsec_nanos().into()),

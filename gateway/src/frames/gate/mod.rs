@@ -341,6 +341,12 @@ impl Gate {
         frames
     }
 
+    /// Frames that wait in the open epoch. While the number stays the same, the container has
+    /// nothing more to send.
+    pub fn open_frames(&self) -> usize {
+        self.shared.outbound.lock_urgent().core.open_frames()
+    }
+
     /// Becomes readable when the open epoch has its first frame, and stops being so when the
     /// epoch is sealed. Only to be polled, not read.
     pub fn output_waits(&self) -> BorrowedFd<'_> {
