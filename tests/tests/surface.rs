@@ -88,7 +88,17 @@ fn the_schema_knows_all_sections_of_a_file() {
     let keys = schema["properties"].as_object().expect("properties");
     let mut keys: Vec<&str> = keys.keys().map(String::as_str).collect();
     keys.sort_unstable();
-    let all = ["clients", "containers", "duration", "events", "links", "name", "nodes", "protect"];
+    let all = [
+        "clients",
+        "containers",
+        "duration",
+        "events",
+        "links",
+        "name",
+        "nodes",
+        "protect",
+        "witness",
+    ];
     assert_eq!(keys, all);
     assert_eq!(schema["additionalProperties"], false);
     assert!(schema["properties"]["links"]["description"].is_string());
