@@ -9,6 +9,7 @@
 //! bounds what waits (RB-1).
 
 use super::primary::{Next, Shell};
+use super::young;
 use crate::frames::gate::{Gate, InputHold};
 use anyhow::{Context, Result};
 use nix::errno::Errno;
@@ -18,6 +19,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::time::TimeSpec;
 use replicator::capture::{Boundary, CaptureError, Capturer, StopTimes};
 use replicator::image::State;
+use replicator::image::net::{Parting, Young};
 use replicator::image::pages::PageSet;
 use replicator::protocol::LinkId;
 use replicator::protocol::primary::{Input, State as Stand};
@@ -138,6 +140,8 @@ struct GateBoundary<'a> {
     last: bool,
     sealed: Option<Instant>,
     error: Option<crate::frames::gate::GateError>,
+    young: Vec<Young>,
+    partings: Vec<Parting>,
 }
 
 impl Boundary for GateBoundary<'_> {
@@ -154,6 +158,8 @@ impl Boundary for GateBoundary<'_> {
             Ok(_) => self.sealed = Some(Instant::now()),
             Err(e) => self.error = Some(e),
         }
+        self.young = self.gate.young();
+        self.partings = self.gate.partings();
     }
 
     fn release_input(&mut self) {
@@ -360,6 +366,8 @@ impl StopLoop {
             last,
             sealed: None,
             error: None,
+            young: Vec::new(),
+            partings: Vec::new(),
         };
         let real_time = RealTime::start();
         taken.times =
@@ -370,6 +378,7 @@ impl StopLoop {
             return Err(CaptureError::Transient("output cannot be sealed"));
         }
         taken.sealed = boundary.sealed;
+        young::add(&mut taken.state, boundary.young, boundary.partings, &self.gate);
         Ok(())
     }
 
@@ -400,6 +409,7 @@ impl StopLoop {
 
     /// Looks after the container without taking checkpoints, until it or the agent ends.
     pub(super) fn only_look_after(&mut self) -> Result<Ending> {
+        self.capturer.let_go();
         while !self.shell.must_end() {
             match self.capturer.pump() {
                 Ok(()) => {}
