@@ -42,6 +42,8 @@ const MAX_TRANSIENT: Duration = Duration::from_secs(10);
 /// that lives for a moment (a child that asks a name service over a unix socket) only delays a
 /// checkpoint, and the output that waits for it.
 const GRACE: Duration = Duration::from_secs(1);
+/// Without a stop for so long, nothing is kept for the next one.
+const NO_STOP: Duration = Duration::from_secs(1);
 /// Longest sleep when nothing is due.
 const IDLE: Duration = Duration::from_millis(200);
 /// Pages in one round of pre-copy that make another round worth its while.
@@ -235,6 +237,9 @@ impl StopLoop {
                 CaptureError::Transient("the gate does not open")
             })?;
             self.plugged = true;
+        }
+        if self.last_stop.elapsed() > NO_STOP {
+            self.capturer.let_go();
         }
         let active = !self.buffers.is_empty() && self.shell.may_begin_stop();
         let since = self.last_stop.elapsed();
