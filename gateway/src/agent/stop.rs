@@ -10,6 +10,7 @@
 
 use super::pace::{self, Look, Pacer};
 use super::primary::{Next, Shell};
+use super::young;
 use crate::frames::gate::{Gate, InputHold};
 use anyhow::{Context, Result};
 use nix::errno::Errno;
@@ -19,6 +20,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::time::TimeSpec;
 use replicator::capture::{Boundary, CaptureError, Capturer, StopTimes};
 use replicator::image::State;
+use replicator::image::net::{Parting, Young};
 use replicator::image::pages::PageSet;
 use replicator::protocol::LinkId;
 use replicator::protocol::primary::{Input, State as Stand};
@@ -43,6 +45,8 @@ const MAX_TRANSIENT: Duration = Duration::from_secs(10);
 const GRACE: Duration = Duration::from_secs(1);
 /// How much longer than asked for a sleep may be, in nanoseconds.
 const SLACK_NS: u64 = 1_000;
+/// Without a stop for so long, nothing is kept for the next one.
+const NO_STOP: Duration = Duration::from_secs(1);
 /// Longest sleep when nothing is due.
 const IDLE: Duration = Duration::from_millis(200);
 /// Pages in one round of pre-copy that make another round worth its while.
@@ -132,6 +136,8 @@ struct GateBoundary<'a> {
     last: bool,
     sealed: Option<Instant>,
     error: Option<crate::frames::gate::GateError>,
+    young: Vec<Young>,
+    partings: Vec<Parting>,
 }
 
 impl Boundary for GateBoundary<'_> {
@@ -148,6 +154,8 @@ impl Boundary for GateBoundary<'_> {
             Ok(_) => self.sealed = Some(Instant::now()),
             Err(e) => self.error = Some(e),
         }
+        self.young = self.gate.young();
+        self.partings = self.gate.partings();
     }
 
     fn release_input(&mut self) {
@@ -228,6 +236,9 @@ impl StopLoop {
                 CaptureError::Transient("the gate does not open")
             })?;
             self.plugged = true;
+        }
+        if self.pacer.since(self.origin.elapsed()) > NO_STOP {
+            self.capturer.let_go();
         }
         let next = if self.buffers.is_empty() || !self.shell.may_begin_stop() {
             pace::Next::After(IDLE)
@@ -369,6 +380,8 @@ impl StopLoop {
             last,
             sealed: None,
             error: None,
+            young: Vec::new(),
+            partings: Vec::new(),
         };
         let real_time = RealTime::start();
         taken.times =
@@ -379,6 +392,7 @@ impl StopLoop {
             return Err(CaptureError::Transient("output cannot be sealed"));
         }
         taken.sealed = boundary.sealed;
+        young::add(&mut taken.state, boundary.young, boundary.partings, &self.gate);
         Ok(())
     }
 
@@ -407,6 +421,7 @@ impl StopLoop {
 
     /// Looks after the container without taking checkpoints, until it or the agent ends.
     pub(super) fn only_look_after(&mut self) -> Result<Ending> {
+        self.capturer.let_go();
         while !self.shell.must_end() {
             match self.capturer.pump() {
                 Ok(()) => {}
