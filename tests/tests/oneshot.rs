@@ -17,6 +17,8 @@ use serde_json::Value;
 
 /// How long a program may take for a step, on a machine that is busy with others.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// How often each program is ended and brought back: what was restored can be captured again.
+const ROUNDS: usize = 2;
 /// Programs under way at a time.
 const SIDE_BY_SIDE: usize = 4;
 
@@ -183,24 +185,25 @@ fn round(program: &Path) -> Result<(), String> {
     nilicon(&["checkpoint", &pid, "--to", image, "--leave-running"])?;
     expect_untouched(&before)?;
     nilicon(&["image", "verify", image])?;
-    nilicon(&["checkpoint", &pid, "--to", image])?;
-    for pid in &before {
-        if status(*pid, "State").is_some_and(|s| !s.starts_with('Z')) {
-            return Err(format!("pid {pid} has outlived its checkpoint"));
+    for _ in 0..ROUNDS {
+        nilicon(&["checkpoint", &pid, "--to", image])?;
+        for pid in &before {
+            if status(*pid, "State").is_some_and(|s| !s.starts_with('Z')) {
+                return Err(format!("pid {pid} has outlived its checkpoint"));
+            }
         }
+        let restored = nilicon(&["restore", image, "--detach"])?;
+        if restored != pid {
+            return Err(format!("it came back as {restored} instead of {pid}"));
+        }
+        let (mut a, mut b) = (before.clone(), tree(daemon.pid));
+        a.sort_unstable();
+        b.sort_unstable();
+        if a != b {
+            return Err(format!("processes {a:?} came back as {b:?}"));
+        }
+        expect_untouched(&b)?;
     }
-    let restored = nilicon(&["restore", image, "--detach"])?;
-    if restored != pid {
-        return Err(format!("it came back as {restored} instead of {pid}"));
-    }
-    let after = tree(daemon.pid);
-    let (mut a, mut b) = (before.clone(), after.clone());
-    a.sort_unstable();
-    b.sort_unstable();
-    if a != b {
-        return Err(format!("processes {a:?} came back as {b:?}"));
-    }
-    expect_untouched(&after)?;
     kill(Pid::from_raw(daemon.pid), Signal::SIGTERM).map_err(|e| format!("SIGTERM: {e}"))?;
     let said = wait_for(&daemon.out, "its verdict")?;
     match said.as_str() {
@@ -291,6 +294,21 @@ fn what_cannot_be_captured_runs_on_and_leaves_no_file() {
     );
     assert!(row["why"].as_str().is_some_and(|w| w.contains("a pipe that pid")), "{row}");
     assert!(row["remedy"].as_str().is_some_and(|w| w.contains("/dev/null")), "{row}");
+}
+
+#[test]
+fn a_connection_whose_other_end_is_nobodys_is_refused() {
+    let bench = Bench::new("closing");
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("oneshot/refused/closing.c");
+    let daemon = start(&compile(&source, &bench.0)).expect("started");
+    let image = bench.0.join("image");
+    let image = image.to_str().expect("a path");
+    let refused = nilicon(&["checkpoint", &daemon.pid.to_string(), "--to", image]);
+    let refused = refused.expect_err("its peers have closed");
+    assert!(refused.contains("the TCP connection 127.0.0.1:"), "{refused}");
+    assert!(!Path::new(image).exists());
+    kill(Pid::from_raw(daemon.pid), Signal::SIGTERM).expect("told");
+    assert_eq!(wait_for(&daemon.out, "its verdict").as_deref(), Ok("PASS"));
 }
 
 #[test]

@@ -21,6 +21,21 @@ fn value(text: &str, name: &str) -> Option<f64> {
 }
 
 #[test]
+fn check_tells_of_a_container_by_its_name() {
+    let bed = Bed::new("check", &Sketch::of(EMBEDDED));
+    bed.deploy();
+    let name = format!("{}:store", bed.name);
+    let report = nilicon(&["check", &name, "-o", "json"]).expect_success().json();
+    assert_eq!(
+        (&report["ready"], &report["objects"][0]["kind"]),
+        (&true.into(), &"container".into())
+    );
+    nilicon(&["check", &name]).expect_success();
+    bed.destroy();
+    nilicon(&["check", &name]).expect_complaint(&["neither a process nor a container"]);
+}
+
+#[test]
 fn metrics_are_prometheus_text_in_base_units() {
     let bed = Bed::new("prom", &Sketch::of(EMBEDDED));
     bed.deploy();

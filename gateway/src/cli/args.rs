@@ -318,7 +318,8 @@ pub(super) struct AgentArgs {
 /// `check`.
 #[derive(Debug, Args)]
 pub(super) struct CheckArgs {
-    /// Pid of the root of a tree, or the name of a container of a deployed lab.
+    /// Pid of the root of a tree, or the name of a container of a deployed lab (LAB:CONTAINER if
+    /// several have one of that name).
     #[arg(value_name = "PID|CONTAINER")]
     pub(super) target: String,
     #[command(flatten)]

@@ -117,31 +117,52 @@ fn rows(survey: &Survey) -> Vec<Row> {
     all
 }
 
-/// A container of a lab: its agent traces it and captures it all the time.
-fn of_container(name: &str) -> Result<Report> {
-    for lab in Lab::list().iter().filter_map(|lab| Lab::open(lab).ok()) {
-        let view = LabView::ask(&lab);
-        let Some(container) = view.container(name) else { continue };
-        let pid = view.parts(name).find_map(|(host, part)| {
-            (Some(host) == container.primary.as_deref()).then_some(part.pid).flatten()
-        });
-        let mut objects = Vec::new();
-        let reasons = container.reason.iter().flat_map(|all| all.split(" | "));
-        for reason in reasons.filter(|_| !container.protected) {
-            let (object, reason) = reason.split_once(": ").unwrap_or(("the container", reason));
-            let (object, reason) = (object.to_owned(), reason.to_owned());
-            objects.push(Row::refused(&Refusal { object, reason }));
+/// A container of a lab: its agent traces it and captures it all the time. With the name of its
+/// lab in front (LAB:CONTAINER) if several labs have one of that name.
+fn of_container(target: &str) -> Result<Report> {
+    let (lab, name) = match target.split_once(':') {
+        Some((lab, name)) => (Some(lab), name),
+        None => (None, target),
+    };
+    let labs = Lab::list().into_iter().filter(|l| lab.is_none_or(|lab| lab == l));
+    let views: Vec<LabView> = labs
+        .filter_map(|lab| Lab::open(&lab).ok())
+        .map(|lab| LabView::ask(&lab))
+        .filter(|view| view.container(name).is_some())
+        .collect();
+    let view = match views.as_slice() {
+        [] => {
+            bail!("there is neither a process nor a container of a deployed lab named {target}")
         }
-        let what = match pid {
-            Some(pid) => format!("{name}, pid {pid} of the host"),
-            None => format!("{name}, which does not run"),
-        };
-        objects.push(Row::protected("container", None, what));
-        let ready = container.protected || (objects.len() == 1 && pid.is_some());
-        let target = format!("container {name} of lab {}", view.name);
-        return Ok(Report { target, ready, stopped_ms: None, objects });
+        [view] => view,
+        more => {
+            let labs: Vec<&str> = more.iter().map(|view| view.name.as_str()).collect();
+            bail!(
+                "the labs {} have a container {name}: say which, as {}:{name}",
+                labs.join(", "),
+                labs[0]
+            )
+        }
+    };
+    let container = view.container(name).context("it was there a moment ago")?;
+    let pid = view.parts(name).find_map(|(host, part)| {
+        (Some(host) == container.primary.as_deref()).then_some(part.pid).flatten()
+    });
+    let mut objects = Vec::new();
+    let reasons = container.reason.iter().flat_map(|all| all.split(" | "));
+    for reason in reasons.filter(|_| !container.protected) {
+        let (object, reason) = reason.split_once(": ").unwrap_or(("the container", reason));
+        let (object, reason) = (object.to_owned(), reason.to_owned());
+        objects.push(Row::refused(&Refusal { object, reason }));
     }
-    bail!("there is neither a process nor a container of a deployed lab named {name}")
+    let what = match pid {
+        Some(pid) => format!("{name}, pid {pid} of the host"),
+        None => format!("{name}, which does not run"),
+    };
+    objects.push(Row::protected("container", None, what));
+    let ready = container.protected || (objects.len() == 1 && pid.is_some());
+    let target = format!("container {name} of lab {}", view.name);
+    Ok(Report { target, ready, stopped_ms: None, objects })
 }
 
 fn print(report: &Report) {

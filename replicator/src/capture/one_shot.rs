@@ -273,14 +273,11 @@ pub(super) fn check_connections(state: &State) -> Result<(), CaptureError> {
                     return Err(CaptureError::Transient("data is on its way over the loopback"));
                 }
             }
-            // The peer has closed its end for good: nothing more can come of it.
-            None if c.state == TcpState::CloseWait
-                && c.remote.ip().to_canonical().is_loopback() => {}
             None => {
                 return Err(CaptureError::unsupported(
                     format!("the TCP connection {} - {}", c.local, c.remote),
-                    "its peer is outside of the tree and would send on meanwhile; close it \
-                     before, or protect the container continuously"
+                    "its other end is outside of the tree, or closed and nobody's; close it before, \
+                     or protect the container continuously"
                         .into(),
                 ));
             }

@@ -1,5 +1,5 @@
-/* Connections that one side has closed: what was sent before still comes, then the end. */
-#include "oneshot.h"
+/* Connections that one side has closed, and that nobody holds there any more: refused. */
+#include "../oneshot.h"
 #include <arpa/inet.h>
 #include <sys/socket.h>
 int main(int argc, char **argv) {
