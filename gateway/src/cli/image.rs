@@ -40,7 +40,9 @@ struct Image {
 fn load(path: &Path) -> Result<Image> {
     let what = || format!("cannot read {}", path.display());
     let mut reader = Reader::open(path).with_context(what)?;
-    let mut pages = vec![Pages::new(); reader.state().processes.len()];
+    // Of each process, and behind them of each object that several may share.
+    let owners = reader.state().processes.len() + reader.state().objects.len();
+    let mut pages = vec![Pages::new(); owners];
     let mut part = PageSet::default();
     while reader.next_pages(&mut part).with_context(what)? {
         for run in &part.runs {

@@ -9,6 +9,7 @@ use crate::sys::ptrace::{self, Status};
 use crate::sys::{SysError, SysResult};
 use std::collections::BTreeMap;
 use std::fs;
+use std::time::{Duration, Instant};
 
 /// The container dies with the agent that traces it, so that a crashed agent leaves no
 /// unprotected container behind.
@@ -21,6 +22,9 @@ const OPTIONS: i32 = libc::PTRACE_O_TRACECLONE
 
 /// The same for a tree that must not end with its tracer: a one-shot checkpoint is an episode.
 const GENTLE: i32 = OPTIONS & !libc::PTRACE_O_EXITKILL;
+
+/// How long a thread of such a tree may take to stop before the others are let go again.
+const VFORK_PATIENCE: Duration = Duration::from_millis(100);
 
 /// Signals that the kernel sends a thread for what it has just done itself.
 const FAULTS: [i32; 6] =
@@ -297,7 +301,17 @@ impl Tracer {
     }
 
     fn wait_stopped(&mut self, tid: i32) -> Result<(), CaptureError> {
+        let begin = Instant::now();
         loop {
+            if self.options == GENTLE && ptrace::poll(tid)?.is_none() {
+                // It may have called vfork before we came: then it waits for a child that we have
+                // stopped.
+                if begin.elapsed() > VFORK_PATIENCE {
+                    return Err(CaptureError::Transient("a thread does not stop"));
+                }
+                std::thread::sleep(Duration::from_micros(50));
+                continue;
+            }
             let status = match ptrace::wait(tid) {
                 Err(e) if e.code() == libc::ECHILD => Status::Exited(0),
                 other => other?,

@@ -123,8 +123,14 @@ impl Spare {
     /// Brings in more pages of the checkpoint that was folded in last.
     pub fn add_pages(&mut self, pages: &PageSet) -> Result<(), RestoreError> {
         self.attempt(|spare| {
-            let Self { state, stubs, script, .. } = spare;
+            let Self { state, stubs, script, held, .. } = spare;
+            let first = state.processes.len() as u32;
             for runs in pages.runs.chunk_by(|a, b| a.process == b.process) {
+                if runs[0].process >= first {
+                    held.fill(&state.objects, first, runs, &pages.bytes)
+                        .doing(1, "fill the memory objects")?;
+                    continue;
+                }
                 let process = state.processes.get(runs[0].process as usize);
                 let stub = process.and_then(|p| stubs.iter().find(|s| s.pid == p.pid));
                 let (Some(process), Some(stub)) = (process, stub) else { continue };

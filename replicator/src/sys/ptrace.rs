@@ -151,6 +151,25 @@ pub fn wait(tid: i32) -> SysResult<Status> {
     }
 }
 
+/// Whether a [`wait`] for a tracee would return at once, also because there is none; the event
+/// stays.
+pub fn poll(tid: i32) -> SysResult<Option<()>> {
+    // SAFETY: an all-zero siginfo_t is valid.
+    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    let flags = libc::WEXITED | libc::WSTOPPED | libc::WNOHANG | libc::WNOWAIT | libc::__WALL;
+    // SAFETY: `info` is ours and live.
+    let r = unsafe { libc::waitid(libc::P_PID, tid as libc::id_t, &mut info, flags) };
+    if r < 0 {
+        return match std::io::Error::last_os_error().raw_os_error() {
+            Some(libc::ECHILD) => Ok(Some(())),
+            Some(libc::EINTR) => Ok(None),
+            _ => Err(SysError::last("waitid", format!("tid {tid}"))),
+        };
+    }
+    // SAFETY: the kernel fills si_pid in for a child's event, and leaves 0 if there was none.
+    Ok((unsafe { info.si_pid() } != 0).then_some(()))
+}
+
 /// The next event of one tracee (`tid`) or any child of this thread's process (-1), without
 /// waiting.
 pub fn poll_wait(tid: i32) -> SysResult<Option<(i32, Status)>> {

@@ -185,7 +185,8 @@ impl<R: Read> Reader<R> {
 
     fn take_pages(&mut self, out: &mut PageSet) -> Result<(), FileError> {
         let payload = &self.raw[HEAD..];
-        let parsed = parse_pages(payload, self.state.processes.len(), out);
+        let owners = self.state.processes.len() + self.state.objects.len();
+        let parsed = parse_pages(payload, owners, out);
         parsed.map_err(|what| self.malformed(Kind::Pages, what))?;
         self.pages += out.pages() as u64;
         Ok(())
@@ -242,7 +243,7 @@ impl<R: Read> Reader<R> {
     }
 }
 
-fn parse_pages(payload: &[u8], processes: usize, out: &mut PageSet) -> Result<(), String> {
+fn parse_pages(payload: &[u8], owners: usize, out: &mut PageSet) -> Result<(), String> {
     const RUN: usize = 13;
     let word = |at: usize| -> Option<u32> {
         Some(u32::from_le_bytes(payload.get(at..at + 4)?.try_into().ok()?))
@@ -250,8 +251,8 @@ fn parse_pages(payload: &[u8], processes: usize, out: &mut PageSet) -> Result<()
     let (Some(process), Some(count)) = (word(0), word(4)) else {
         return Err("it is too short".into());
     };
-    if process as usize >= processes {
-        return Err(format!("process {process} of {processes}"));
+    if process as usize >= owners {
+        return Err(format!("owner {process} of {owners}"));
     }
     let end = (count as usize).checked_mul(RUN).and_then(|n| n.checked_add(8));
     let Some(table) = end.and_then(|end| payload.get(8..end)) else {
