@@ -5,6 +5,7 @@ use replicator::capture::{Boundary, CaptureError, Capturer, NoBoundary};
 use replicator::image::State;
 use replicator::image::pages::PageSet;
 use replicator::sys::unix_diag::UnixDiag;
+use std::io::{Read, Write};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -134,6 +135,67 @@ fn a_deleted_working_directory_is_refused_by_name() {
     let path = format!("/tmp/nilicon-stops-dir-{}", std::process::id());
     let error = refusal(&format!("mkdir {path}; cd {path}; rmdir {path}; exec sleep 600"));
     assert_names(&error, "pid", "working directory");
+}
+
+#[test]
+fn a_main_thread_that_has_ended_is_refused_by_name() {
+    // The main thread ends by exit(2), which ends no other.
+    let script = "import ctypes, threading, time\n\
+                  threading.Thread(target=time.sleep, args=(600,)).start()\n\
+                  ctypes.CDLL(None).syscall(60, 0)";
+    let Ok(child) = Command::new("python3").args(["-c", script]).spawn() else {
+        println!("skipped: python3 is not installed");
+        return;
+    };
+    let child = Killed(child);
+    let begin = Instant::now();
+    let ended = || {
+        let text = std::fs::read_to_string(format!("/proc/{}/stat", child.pid()));
+        text.is_ok_and(|t| t.contains(") Z"))
+    };
+    while !ended() {
+        assert!(begin.elapsed() < Duration::from_secs(20), "its main thread does not end");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let error = Capturer::adopt(child.pid(), UnixDiag::open().expect("diag")).err();
+    assert_names(&error.expect("it cannot be protected"), "pid", "main thread has ended");
+}
+
+#[test]
+fn a_main_thread_that_ends_later_is_refused_by_name() {
+    let script = "import ctypes, os, threading, time\n\
+                  threading.Thread(target=time.sleep, args=(600,)).start()\n\
+                  print('ready', flush=True)\n\
+                  os.read(0, 1)\n\
+                  ctypes.CDLL(None).syscall(60, 0)";
+    let child = Command::new("python3")
+        .args(["-c", script])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn();
+    let Ok(mut child) = child else {
+        println!("skipped: python3 is not installed");
+        return;
+    };
+    let mut line = [0; 6];
+    child.stdout.as_mut().expect("piped").read_exact(&mut line).expect("ready");
+    let mut child = Killed(child);
+    let mut capturer = adopt(child.pid());
+    let (mut state, mut pages) = (State::default(), PageSet::default());
+    capturer.prepare().expect("prepare");
+    capturer.stop(Epoch(1), &mut NoBoundary, &mut state, &mut pages).expect("stop");
+    assert_eq!(state.processes[0].threads.len(), 2);
+    child.0.stdin.as_mut().expect("piped").write_all(b"x").expect("told");
+    let begin = Instant::now();
+    let error = loop {
+        capturer.pump().expect("pump");
+        match capturer.stop(Epoch(2), &mut NoBoundary, &mut state, &mut pages) {
+            Ok(_) => assert!(begin.elapsed() < Duration::from_secs(20), "it goes unnoticed"),
+            Err(error) => break error,
+        }
+    };
+    assert_names(&error, "pid", "main thread has ended");
+    capturer.detach().expect("it can be let go");
 }
 
 #[test]

@@ -14,6 +14,7 @@
 
 mod fdinfo;
 mod files;
+mod lineage;
 mod maps;
 mod memory;
 mod namespaces;
@@ -36,9 +37,9 @@ mod waits;
 
 use crate::Epoch;
 use crate::image::pages::PageSet;
-use crate::image::task::Timers;
+use crate::image::task::{Place, ProcessSettings, Timers};
 use crate::image::tree::EntryKind;
-use crate::image::{Clocks, Kind, Process, Source, State};
+use crate::image::{Clocks, Credentials, Kind, Process, Source, State};
 use crate::sys::remote::{self, Batch, Call, SCRATCH};
 use crate::sys::unix_diag::UnixDiag;
 use crate::sys::{SysError, pidfd, uffd};
@@ -179,6 +180,7 @@ pub struct Capturer {
     /// The next stop that succeeds does not end.
     still: bool,
     refusals: refusals::Refusals,
+    remains: lineage::Remains,
 }
 
 impl Capturer {
@@ -200,6 +202,7 @@ impl Capturer {
         for (pid, tids) in tree {
             me.tracer.adopt_running(*pid, tids);
         }
+        me.remains.find(&me.tracer.processes())?;
         Ok(me)
     }
 
@@ -220,6 +223,7 @@ impl Capturer {
             interrupted: waits::Interrupted::default(),
             still: false,
             refusals: refusals::Refusals::default(),
+            remains: lineage::Remains::default(),
         })
     }
 
@@ -228,12 +232,18 @@ impl Capturer {
         while let Some(pid) = todo.pop() {
             match self.tracer.seize(pid) {
                 Err(e) if pid != self.root && (e.is_gone() || e.code() == libc::ENOENT) => continue,
+                // One that has ended cannot be seized.
+                Err(e) if e.code() == libc::EPERM && process::ended(pid)?.is_some() => {
+                    if tracer::tids(pid)?.len() > 1 {
+                        return Err(tracer::leader_has_ended(pid));
+                    }
+                    self.remains.add(pid);
+                    continue;
+                }
                 other => other?,
             }
             for tid in tracer::tids(pid)? {
-                let path = format!("/proc/{pid}/task/{tid}/children");
-                let text = std::fs::read_to_string(&path).unwrap_or_default();
-                todo.extend(text.split_whitespace().filter_map(|c| c.parse::<i32>().ok()));
+                todo.extend(lineage::children(pid, tid));
             }
         }
         Ok(())
@@ -272,6 +282,9 @@ impl Capturer {
             match change {
                 Change::Started(_) => {}
                 Change::Executed(pid) | Change::Ended(pid, _) => {
+                    if matches!(change, Change::Ended(..)) {
+                        self.remains.add(pid);
+                    }
                     match self.processes.remove(&pid) {
                         Some(t) => t.space.shared_objects().for_each(|o| self.objects.suspect(o)),
                         // It came and went unseen.
@@ -339,17 +352,17 @@ impl Capturer {
     }
 
     fn freeze(&mut self) -> Result<(), CaptureError> {
-        self.tracer.freeze()?;
-        let settled = self.settle();
-        if settled.is_err() {
+        let frozen = self.tracer.freeze();
+        let done = self.settle().and(frozen);
+        if done.is_err() {
             self.tracer.thaw()?;
         }
-        settled
+        done
     }
 
     fn settle(&mut self) -> Result<(), CaptureError> {
         self.interrupted.retain(|tid| self.tracer.has(tid));
-        for tid in self.tracer.all() {
+        for tid in self.tracer.stopped() {
             self.interrupted.settle(tid)?;
         }
         Ok(())
@@ -411,6 +424,7 @@ impl Capturer {
         for (pid, tracked) in &mut self.processes {
             let round = tracked.space.round(&mut self.pages, &mut self.objects, false);
             let read = process::read(*pid, Some(&tracked.attributes)).and_then(|attributes| {
+                tracked.threads.look_ahead()?;
                 let handle = tracked.handle.as_fd();
                 let looked = tracked.files.look_ahead(*pid, handle, &mut self.objects);
                 looked.map(|()| attributes)
@@ -493,7 +507,16 @@ impl Capturer {
                 self.refusals.admit::<()>(Err(error))?;
                 continue;
             }
-            let (threads, inner) = tracked.threads.capture(&tids, &self.interrupted)?;
+            let (mut threads, inner) = tracked.threads.capture(&tids, &self.interrupted)?;
+            let a = &tracked.attributes;
+            if tracked.threads.are_stale(*pid, &a.creds)
+                || (inner.group, inner.session) != (a.pgid, a.sid)
+            {
+                tracked.attributes = process::read(*pid, Some(a))?;
+            }
+            let securebits = tracked.threads.securebits(*pid);
+            let creds = Credentials { securebits, ..tracked.attributes.creds.clone() };
+            tracked.threads.add_credentials(&tids, &creds, &mut threads)?;
             times.threads += lap.next();
             let posix = tracked.timers.capture(*pid, &tids, &threads, &mut self.batch)?;
             let mut timers = Timers { interval: inner.timers, posix };
@@ -531,12 +554,26 @@ impl Capturer {
                 cwd: a.cwd.clone(),
                 umask: a.umask,
                 limits: a.limits.clone(),
-                creds: a.creds.clone(),
+                creds,
                 dumpable: inner.dumpable,
                 timers,
+                place: Place {
+                    born: a.born,
+                    exit_signal: a.exit_signal,
+                    subreaper: inner.subreaper,
+                    stopped: self.tracer.is_halted(*pid),
+                },
+                settings: ProcessSettings {
+                    root: a.root.clone(),
+                    personality: inner.personality,
+                    oom_score_adj: a.oom_score_adj,
+                    no_huge_pages: inner.no_huge_pages,
+                    membarrier: inner.membarrier,
+                },
             });
             times.threads += lap.next();
         }
+        state.ended = self.remains.capture(&inner_pids)?;
         let world = (&self.diag, &mut self.objects);
         let finished = builder.finish(self.root, &mut state, world, &mut self.files);
         self.refusals.admit(finished)?;

@@ -2,6 +2,7 @@
 //! that the stop does not pay for it.
 
 use super::CaptureError;
+use crate::image::task::Ended;
 use crate::image::{Credentials, MmFields};
 use std::fs;
 
@@ -19,6 +20,10 @@ pub(super) struct Attributes {
     pub(super) umask: u32,
     pub(super) limits: Vec<(u32, u64, u64)>,
     pub(super) creds: Credentials,
+    pub(super) born: u64,
+    pub(super) exit_signal: i32,
+    pub(super) root: Option<String>,
+    pub(super) oom_score_adj: i32,
     seccomp: bool,
 }
 
@@ -50,9 +55,12 @@ pub(super) fn read(pid: i32, before: Option<&Attributes>) -> Result<Attributes, 
         return Err(refuse("its working directory was deleted; start it in one that stays"));
     }
     let root = link("root")?;
-    if root != "/" {
-        return Err(refuse("it runs in a chroot; run it without"));
+    if root.ends_with(" (deleted)") {
+        return Err(refuse("its root directory was deleted; run it in one that stays"));
     }
+    a.root = (root != "/").then_some(root);
+    let adjusted = text("oom_score_adj")?;
+    a.oom_score_adj = adjusted.trim().parse().map_err(|_| invalid(&base, "oom_score_adj"))?;
     status(&text("status")?, &mut a).ok_or_else(|| invalid(&base, "status"))?;
     if a.seccomp {
         return Err(refuse("it runs under a seccomp filter; these are not protected yet"));
@@ -105,6 +113,8 @@ fn stat(text: &str, a: &mut Attributes) -> Option<()> {
     // Field n of the manual page is at n - 3.
     let field = |n: usize| fields.get(n - 3)?.parse::<u64>().ok();
     a.ppid = fields.get(1)?.parse().ok()?;
+    a.born = field(22)?;
+    a.exit_signal = fields.get(38 - 3)?.parse().ok()?;
     a.mm = MmFields {
         start_code: field(26)?,
         end_code: field(27)?,
@@ -119,6 +129,52 @@ fn stat(text: &str, a: &mut Attributes) -> Option<()> {
         env_end: field(51)?,
     };
     Some(())
+}
+
+/// What is left of a process that has ended; none if it is gone or lives. Its parent's pid is the
+/// host's number here.
+pub(super) fn ended(pid: i32) -> Result<Option<Ended>, CaptureError> {
+    let base = format!("/proc/{pid}");
+    let text = |name: &str| {
+        let path = format!("{base}/{name}");
+        fs::read_to_string(&path).map_err(|e| CaptureError::proc(&path, e))
+    };
+    let read = || -> Result<Option<Ended>, CaptureError> {
+        let stat_text = text("stat")?;
+        let rest = stat_text.rfind(')').map_or("", |at| &stat_text[at + 2..]);
+        if !rest.starts_with('Z') {
+            return Ok(None);
+        }
+        let mut a = Attributes::default();
+        status(&text("status")?, &mut a).ok_or_else(|| invalid(&base, "status"))?;
+        stat(&stat_text, &mut a).ok_or_else(|| invalid(&base, "stat"))?;
+        let code = rest.split_whitespace().nth(52 - 3).and_then(|v| v.parse().ok());
+        let name = stat_text.find('(').zip(stat_text.rfind(')'));
+        Ok(Some(Ended {
+            pid: a.pid,
+            ppid: a.ppid,
+            pgid: a.pgid,
+            sid: a.sid,
+            born: a.born,
+            exit_signal: a.exit_signal,
+            status: code.ok_or_else(|| invalid(&base, "stat"))?,
+            uid: a.creds.uids[0],
+            comm: name.map_or(String::new(), |(from, to)| stat_text[from + 1..to].to_owned()),
+        }))
+    };
+    match read() {
+        Err(e) if e.is_gone() => Ok(None),
+        other => other,
+    }
+}
+
+/// The credentials of one thread.
+pub(super) fn credentials(tid: i32) -> Result<Credentials, CaptureError> {
+    let path = format!("/proc/{tid}/status");
+    let text = fs::read_to_string(&path).map_err(|e| CaptureError::proc(&path, e))?;
+    let mut a = Attributes::default();
+    status(&text, &mut a).ok_or_else(|| invalid(&format!("/proc/{tid}"), "status"))?;
+    Ok(a.creds)
 }
 
 /// The order of lines in /proc/PID/limits and the resources that they are for.

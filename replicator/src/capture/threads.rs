@@ -1,14 +1,14 @@
 //! Registers and signal state of stopped threads.
 
-use super::CaptureError;
 use super::waits::Interrupted;
-use crate::image::task::IntervalTimer;
-use crate::image::{Regs, Rseq, SignalAction, Thread};
-use crate::sys::ptrace;
+use super::{CaptureError, process};
+use crate::image::task::{IntervalTimer, Scheduling, ThreadSettings};
+use crate::image::{Credentials, Regs, Rseq, SignalAction, Thread};
 use crate::sys::remote::{Batch, Call, DATA};
-use crate::sys::{SysResult, memory};
+use crate::sys::{SysError, SysResult, memory, ptrace, sched};
 use std::collections::HashMap;
 use std::fs;
+use std::os::unix::fs::FileExt;
 
 const SIGNALS: u8 = 64;
 const ACTION_LEN: usize = 32;
@@ -16,6 +16,12 @@ const ACTION_LEN: usize = 32;
 const ACTIONS_AT: u64 = DATA;
 const ALTSTACK_AT: u64 = DATA + 0x1000;
 const TID_ADDRESS_AT: u64 = DATA + 0x1100;
+const NAME_AT: u64 = DATA + 0x1110;
+const DEATH_SIGNAL_AT: u64 = DATA + 0x1120;
+const UIDS_AT: u64 = DATA + 0x1124;
+const CAPS_AT: u64 = DATA + 0x1130;
+const CAPS_HEADER_AT: u64 = DATA + 0x1150;
+const SUBREAPER_AT: u64 = DATA + 0x1260;
 const TIMERS_AT: u64 = DATA + 0x1200;
 
 /// What is remembered of a thread between stops.
@@ -26,6 +32,21 @@ pub(super) struct ThreadCache {
     comm: String,
     tid_address: u64,
     altstack: (u64, u64, u64),
+    death_signal: i32,
+    timer_slack: u64,
+    securebits: u32,
+    /// Real, effective and saved user id, and the effective, permitted and inheritable set.
+    rights: ([u32; 3], [u64; 3]),
+    outside: Option<Outside>,
+    name: Option<fs::File>,
+}
+
+/// What is read of a thread without its help.
+#[derive(Debug, Clone, Default)]
+struct Outside {
+    scheduling: Scheduling,
+    processors: Option<Vec<u64>>,
+    io_priority: i32,
 }
 
 /// What only the process itself can tell, asked by one batch of calls in its leader.
@@ -35,6 +56,12 @@ pub(super) struct Inner {
     pub(super) brk: u64,
     pub(super) dumpable: u8,
     pub(super) timers: [IntervalTimer; 3],
+    pub(super) group: i32,
+    pub(super) session: i32,
+    pub(super) personality: u32,
+    pub(super) no_huge_pages: bool,
+    pub(super) membarrier: u32,
+    pub(super) subreaper: bool,
 }
 
 /// The threads of one process and what is known of each.
@@ -58,27 +85,74 @@ impl Threads {
             let rseq = ptrace::rseq(tid)?;
             let cache = self.caches.entry(tid).or_default();
             if i == 0 || cache.regs != Some(live) {
-                ask_thread(&mut self.batch);
-                if i == 0 {
-                    ask_process(&mut self.batch);
-                }
+                let asked = ask_thread(&mut self.batch);
+                let of_process = (i == 0).then(|| ask_process(&mut self.batch));
+                // Version 3 of capget(2).
+                memory::write(tid, CAPS_HEADER_AT, &0x2008_0522u64.to_ne_bytes())?;
                 let results = run_unnoticed(&mut self.batch, tid, rseq)?;
-                let brk = results.get(2).copied().unwrap_or(0);
-                let dumpable = results.get(3).copied().unwrap_or(1);
-                read_thread(tid, cache)?;
-                if i == 0 {
-                    inner = read_process(tid, brk as u64, dumpable as u8)?;
+                read_thread(tid, &results[asked..], cache)?;
+                if let Some(at) = of_process {
+                    inner = read_process(tid, &results[at..])?;
                 }
             }
             cache.regs = Some(live);
             if cache.tid == 0 {
                 cache.tid = inner_tid(tid)?;
             }
-            cache.comm = comm(tid, &cache.comm);
+            if cache.outside.is_none() {
+                cache.outside = Some(Outside::read(tid)?);
+            }
             all.push(Self::thread(tid, live, interrupted, rseq, cache)?);
         }
         self.caches.retain(|tid, _| tids.contains(tid));
         Ok((all, inner))
+    }
+
+    /// Before the stop: what others can change of a thread while it sleeps.
+    pub(super) fn look_ahead(&mut self) -> Result<(), CaptureError> {
+        for (&tid, cache) in &mut self.caches {
+            cache.outside = Some(Outside::read(tid)?);
+            let path = || format!("/proc/{tid}/comm");
+            let failed = |e| CaptureError::proc(&path(), e);
+            if cache.name.is_none() {
+                cache.name = Some(fs::File::open(path()).map_err(failed)?);
+            }
+            let mut name = [0; 32];
+            let file = cache.name.as_ref().expect("just opened");
+            let n = file.read_at(&mut name, 0).map_err(failed)?;
+            cache.comm.clear();
+            cache.comm.push_str(String::from_utf8_lossy(&name[..n]).trim_end_matches('\n'));
+        }
+        Ok(())
+    }
+
+    /// Whether the leader has other rights than these: they were read before the stop.
+    pub(super) fn are_stale(&self, pid: i32, creds: &Credentials) -> bool {
+        self.caches.get(&pid).is_none_or(|c| c.rights != rights_of(creds))
+    }
+
+    /// Adds the credentials of threads whose rights are not those of their process.
+    pub(super) fn add_credentials(
+        &self,
+        tids: &[i32],
+        of_process: &Credentials,
+        threads: &mut [Thread],
+    ) -> Result<(), CaptureError> {
+        let usual = rights_of(of_process);
+        for (tid, thread) in tids.iter().zip(threads).skip(1) {
+            let Some(cache) = self.caches.get(tid) else { continue };
+            if cache.rights != usual || cache.securebits != of_process.securebits {
+                let creds = process::credentials(*tid)?;
+                let creds = Credentials { securebits: cache.securebits, ..creds };
+                thread.settings.creds = (creds != *of_process).then_some(creds);
+            }
+        }
+        Ok(())
+    }
+
+    /// Of a thread that was captured.
+    pub(super) fn securebits(&self, tid: i32) -> u32 {
+        self.caches.get(&tid).map_or(0, |c| c.securebits)
     }
 
     fn thread(
@@ -91,6 +165,7 @@ impl Threads {
         let (regs, wait) = interrupted.image(tid, &live);
         let mut xstate = Vec::new();
         ptrace::xstate(tid, &mut xstate)?;
+        let outside = cache.outside.clone().unwrap_or_default();
         Ok(Thread {
             tid: cache.tid,
             regs,
@@ -103,6 +178,14 @@ impl Threads {
             altstack: cache.altstack,
             comm: cache.comm.clone(),
             wait,
+            settings: ThreadSettings {
+                scheduling: outside.scheduling,
+                processors: outside.processors,
+                io_priority: outside.io_priority,
+                timer_slack: cache.timer_slack,
+                death_signal: cache.death_signal,
+                creds: None,
+            },
         })
     }
 }
@@ -128,15 +211,54 @@ pub(super) fn run_unnoticed(
     Ok(results)
 }
 
-fn ask_thread(batch: &mut Batch) {
-    batch.push(Call::new(libc::SYS_sigaltstack, &[0, ALTSTACK_AT]));
-    // PR_GET_TID_ADDRESS
-    batch.push(Call::new(libc::SYS_prctl, &[40, TID_ADDRESS_AT]));
+impl Outside {
+    fn read(tid: i32) -> SysResult<Self> {
+        let processors = sched::processors(tid)?;
+        let all = processors.iter().map(|w| w.count_ones()).sum::<u32>() >= sched::online();
+        Ok(Self {
+            scheduling: sched::attributes(tid)?,
+            processors: (!all).then_some(processors),
+            io_priority: sched::io_priority(tid)?,
+        })
+    }
 }
 
-fn ask_process(batch: &mut Batch) {
-    batch.push(Call::new(libc::SYS_brk, &[0]));
-    batch.push(Call::new(libc::SYS_prctl, &[libc::PR_GET_DUMPABLE as u64]));
+fn rights_of(creds: &Credentials) -> ([u32; 3], [u64; 3]) {
+    let [real, effective, saved, _] = creds.uids;
+    let [inheritable, permitted, effective_caps, ..] = creds.caps;
+    ([real, effective, saved], [effective_caps, permitted, inheritable])
+}
+
+/// Gives the index of the first result.
+fn ask_thread(batch: &mut Batch) -> usize {
+    let prctl = |batch: &mut Batch, option: i32, at| {
+        batch.push(Call::new(libc::SYS_prctl, &[option as u64, at]))
+    };
+    const PR_GET_TID_ADDRESS: i32 = 40;
+    let first = prctl(batch, libc::PR_GET_TIMERSLACK, 0);
+    prctl(batch, libc::PR_GET_SECUREBITS, 0);
+    batch.push(Call::new(libc::SYS_sigaltstack, &[0, ALTSTACK_AT]));
+    prctl(batch, PR_GET_TID_ADDRESS, TID_ADDRESS_AT);
+    prctl(batch, libc::PR_GET_NAME, NAME_AT);
+    prctl(batch, libc::PR_GET_PDEATHSIG, DEATH_SIGNAL_AT);
+    let ids = [UIDS_AT, UIDS_AT + 4, UIDS_AT + 8];
+    batch.push(Call::new(libc::SYS_getresuid, &ids));
+    batch.push(Call::new(libc::SYS_capget, &[CAPS_HEADER_AT, CAPS_AT]));
+    first
+}
+
+/// Gives the index of the first result.
+fn ask_process(batch: &mut Batch) -> usize {
+    const MEMBARRIER_CMD_GET_REGISTRATIONS: u64 = 1 << 9;
+    let prctl = |option: i32, at| Call::new(libc::SYS_prctl, &[option as u64, at, 0, 0, 0]);
+    let first = batch.push(Call::new(libc::SYS_brk, &[0]));
+    batch.push(prctl(libc::PR_GET_DUMPABLE, 0));
+    batch.push(Call::new(libc::SYS_getpgid, &[0]));
+    batch.push(Call::new(libc::SYS_getsid, &[0]));
+    batch.push(Call::new(libc::SYS_personality, &[0xffff_ffff]));
+    batch.push(prctl(libc::PR_GET_THP_DISABLE, 0));
+    batch.push(Call::new(libc::SYS_membarrier, &[MEMBARRIER_CMD_GET_REGISTRATIONS, 0, 0]));
+    batch.push(prctl(libc::PR_GET_CHILD_SUBREAPER, SUBREAPER_AT));
     for signal in 1..=SIGNALS {
         let at = ACTIONS_AT + u64::from(signal - 1) * ACTION_LEN as u64;
         batch.push(Call::new(libc::SYS_rt_sigaction, &[u64::from(signal), 0, at, 8]));
@@ -144,22 +266,44 @@ fn ask_process(batch: &mut Batch) {
     for which in 0..3 {
         batch.push(Call::new(libc::SYS_getitimer, &[which, TIMERS_AT + which * 32]));
     }
+    first
 }
 
 fn word(bytes: &[u8], at: usize) -> u64 {
     u64::from_ne_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
 }
 
-fn read_thread(tid: i32, cache: &mut ThreadCache) -> SysResult<()> {
-    let mut bytes = [0u8; 0x108];
+/// `results` are those of [`ask_thread`].
+fn read_thread(tid: i32, results: &[i64], cache: &mut ThreadCache) -> SysResult<()> {
+    let mut bytes = [0u8; (CAPS_HEADER_AT - ALTSTACK_AT) as usize];
     memory::read(tid, ALTSTACK_AT, &mut bytes)?;
+    let at = |place: u64| (place - ALTSTACK_AT) as usize;
+    let half = |place: u64| {
+        u32::from_ne_bytes(bytes[at(place)..at(place) + 4].try_into().expect("four bytes"))
+    };
     let flags = word(&bytes, 8) & 0xffff_ffff;
     cache.altstack = (word(&bytes, 0), flags, word(&bytes, 16));
-    cache.tid_address = word(&bytes, (TID_ADDRESS_AT - ALTSTACK_AT) as usize);
+    cache.tid_address = word(&bytes, at(TID_ADDRESS_AT));
+    cache.timer_slack = results[0] as u64;
+    cache.securebits = results[1] as u32;
+    let name = &bytes[at(NAME_AT)..at(NAME_AT) + 16];
+    let end = name.iter().position(|b| *b == 0).unwrap_or(name.len());
+    cache.comm = String::from_utf8_lossy(&name[..end]).into_owned();
+    cache.death_signal = half(DEATH_SIGNAL_AT) as i32;
+    let ids = [UIDS_AT, UIDS_AT + 4, UIDS_AT + 8].map(half);
+    // Effective, permitted and inheritable, first the low halves, then the high ones.
+    let set =
+        |i: u64| u64::from(half(CAPS_AT + 4 * i)) | u64::from(half(CAPS_AT + 12 + 4 * i)) << 32;
+    cache.rights = (ids, [0, 1, 2].map(set));
     Ok(())
 }
 
-fn read_process(tid: i32, brk: u64, dumpable: u8) -> SysResult<Inner> {
+/// `results` are those of [`ask_process`].
+fn read_process(tid: i32, results: &[i64]) -> SysResult<Inner> {
+    let &[brk, dumpable, group, session, personality, no_huge_pages, membarrier, ..] = results
+    else {
+        return Err(SysError::errno("remote system calls", format!("tid {tid}"), libc::EIO));
+    };
     let mut bytes = [0u8; SIGNALS as usize * ACTION_LEN];
     memory::read(tid, ACTIONS_AT, &mut bytes)?;
     let mut actions = Vec::new();
@@ -184,7 +328,20 @@ fn read_process(tid: i32, brk: u64, dumpable: u8) -> SysResult<Inner> {
     // struct itimerval: interval, then value, in seconds and microseconds.
     let time = |at| word(&timers, at) * 1_000_000_000 + word(&timers, at + 8) * 1000;
     let timers = [0, 32, 64].map(|at| IntervalTimer { interval: time(at), value: time(at + 16) });
-    Ok(Inner { actions, brk, dumpable, timers })
+    let mut subreaper = [0; 4];
+    memory::read(tid, SUBREAPER_AT, &mut subreaper)?;
+    Ok(Inner {
+        actions,
+        brk: brk as u64,
+        dumpable: dumpable as u8,
+        timers,
+        group: group as i32,
+        session: session as i32,
+        personality: personality as u32,
+        no_huge_pages: no_huge_pages == 1,
+        membarrier: membarrier.max(0) as u32,
+        subreaper: subreaper != [0; 4],
+    })
 }
 
 /// The tid in the innermost pid namespace.
@@ -196,11 +353,4 @@ fn inner_tid(tid: i32) -> Result<i32, CaptureError> {
         .and_then(|l| l.split_whitespace().last())
         .and_then(|v| v.parse().ok())
         .ok_or_else(|| CaptureError::proc(&path, std::io::ErrorKind::InvalidData.into()))
-}
-
-fn comm(tid: i32, known: &str) -> String {
-    if !known.is_empty() {
-        return known.to_owned();
-    }
-    fs::read_to_string(format!("/proc/{tid}/comm")).unwrap_or_default().trim_end().to_owned()
 }

@@ -26,11 +26,16 @@ const GENTLE: i32 = OPTIONS & !libc::PTRACE_O_EXITKILL;
 const FAULTS: [i32; 6] =
     [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP, libc::SIGSYS];
 
+/// Between two looks at a thread that may never report.
+const PAUSE: std::time::Duration = std::time::Duration::from_micros(20);
+
 #[derive(Debug)]
 struct Traced {
     process: i32,
     stopped: bool,
     in_vfork: bool,
+    /// It stands still by job control and must go on doing so.
+    halted: bool,
 }
 
 /// What [`Tracer::pump`] and [`Tracer::freeze`] found out about the tree of processes.
@@ -92,7 +97,8 @@ impl Tracer {
     }
 
     fn insert(&mut self, tid: i32, process: i32) {
-        self.threads.insert(tid, Traced { process, stopped: false, in_vfork: false });
+        self.threads
+            .insert(tid, Traced { process, stopped: false, in_vfork: false, halted: false });
         if tid == process {
             self.changes.push(Change::Started(process));
         }
@@ -234,16 +240,9 @@ impl Tracer {
         }
     }
 
-    /// Stops every thread. On a transient error the threads that stopped already are let go.
+    /// Stops every thread. On an error too, whoever has stopped by then stands still until
+    /// [`Tracer::thaw`]: the caller sees to its interrupted call first.
     pub(super) fn freeze(&mut self) -> Result<(), CaptureError> {
-        let result = self.try_freeze();
-        if result.is_err() {
-            self.thaw()?;
-        }
-        result
-    }
-
-    fn try_freeze(&mut self) -> Result<(), CaptureError> {
         if self.threads.values().any(|t| t.in_vfork) {
             return Err(CaptureError::Transient("a thread waits in vfork"));
         }
@@ -252,12 +251,47 @@ impl Tracer {
                 ignore_gone(ptrace::interrupt(tid))?;
             }
         }
-        // A thread made meanwhile appears in the table while its maker is waited for.
-        while let Some(tid) = self.threads.iter().find(|(_, t)| !t.stopped).map(|(t, _)| *t) {
-            self.wait_stopped(tid)?;
+        // A thread made meanwhile appears in the table while its maker is waited for. Leaders come
+        // last: the kernel tells the end of one only when its other threads have been waited for.
+        loop {
+            // A thread in vfork does not stop before its child goes on.
+            let left = || self.threads.iter().filter(|(_, t)| !t.stopped && !t.in_vfork);
+            let Some(first) = left().next().map(|(tid, _)| *tid) else { break };
+            let other = left().find(|(tid, t)| t.process != **tid);
+            match other.map(|(tid, _)| *tid) {
+                Some(tid) => self.wait_stopped(tid)?,
+                None if self.threads_of(first).len() > 1 => self.wait_leader(first)?,
+                None => self.wait_stopped(first)?,
+            }
         }
         if self.threads.is_empty() {
             return Err(CaptureError::Ended);
+        }
+        if self.threads.values().any(|t| t.in_vfork) {
+            return Err(CaptureError::Transient("a thread has just called vfork"));
+        }
+        Ok(())
+    }
+
+    /// Host tids of the threads that are stopped.
+    pub(super) fn stopped(&self) -> Vec<i32> {
+        self.threads.iter().filter(|(_, t)| t.stopped).map(|(tid, _)| *tid).collect()
+    }
+
+    /// Waits for the leader of a process whose other threads have stopped. It may have ended
+    /// alone: then nothing comes, for as long as they live.
+    fn wait_leader(&mut self, tid: i32) -> Result<(), CaptureError> {
+        for tries in 1.. {
+            if let Some((_, status)) = ptrace::poll_wait(tid)? {
+                if self.handle_in_freeze(tid, status)? {
+                    return Ok(());
+                }
+                continue;
+            }
+            if tries % 25 == 0 && is_zombie(tid)? {
+                return Err(leader_has_ended(tid));
+            }
+            std::thread::sleep(PAUSE);
         }
         Ok(())
     }
@@ -268,43 +302,56 @@ impl Tracer {
                 Err(e) if e.code() == libc::ECHILD => Status::Exited(0),
                 other => other?,
             };
-            match status {
-                Status::Stopped { event: libc::PTRACE_EVENT_STOP, .. } => {
-                    if let Some(t) = self.threads.get_mut(&tid) {
-                        t.stopped = true;
-                    }
-                    return Ok(());
-                }
-                Status::Stopped { signal, event: 0 } => {
-                    // Any other stop swallows the interrupt: ask again.
-                    ignore_gone(ptrace::interrupt(tid))?;
-                    ignore_gone(self.deliver(tid, signal))?;
-                }
-                Status::Stopped { event, .. } => {
-                    ignore_gone(ptrace::interrupt(tid))?;
-                    self.note_event(tid, event)?;
-                    if event == libc::PTRACE_EVENT_VFORK {
-                        ignore_gone(ptrace::cont(tid, 0))?;
-                        return Err(CaptureError::Transient("a thread has just called vfork"));
-                    }
-                    ignore_gone(ptrace::cont(tid, 0))?;
-                }
-                end => {
-                    self.forget(tid, end);
-                    return Ok(());
-                }
+            if self.handle_in_freeze(tid, status)? {
+                return Ok(());
             }
         }
     }
 
-    /// Lets every stopped thread go on.
+    /// Sees to an event of a thread that is to stop. Says whether nothing more is to be
+    /// waited for: it has stopped, ended, or called vfork.
+    fn handle_in_freeze(&mut self, tid: i32, status: Status) -> Result<bool, CaptureError> {
+        match status {
+            Status::Stopped { signal, event: libc::PTRACE_EVENT_STOP } => {
+                if let Some(t) = self.threads.get_mut(&tid) {
+                    t.stopped = true;
+                    t.halted = is_stop_signal(signal);
+                }
+                return Ok(true);
+            }
+            Status::Stopped { signal, event: 0 } => {
+                // Any other stop swallows the interrupt: ask again.
+                ignore_gone(ptrace::interrupt(tid))?;
+                ignore_gone(self.deliver(tid, signal))?;
+            }
+            Status::Stopped { event, .. } => {
+                ignore_gone(ptrace::interrupt(tid))?;
+                self.note_event(tid, event)?;
+                ignore_gone(ptrace::cont(tid, 0))?;
+                return Ok(event == libc::PTRACE_EVENT_VFORK);
+            }
+            end => {
+                self.forget(tid, end);
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Lets every stopped thread go on. One that stands still by job control goes on doing so.
     pub(super) fn thaw(&mut self) -> SysResult<()> {
         for (&tid, thread) in &mut self.threads {
             if std::mem::take(&mut thread.stopped) {
-                ignore_gone(ptrace::cont(tid, 0))?;
+                let go_on = if thread.halted { halt } else { |tid| ptrace::cont(tid, 0) };
+                ignore_gone(go_on(tid))?;
             }
         }
         Ok(())
+    }
+
+    /// Whether a stopped thread stands still by job control.
+    pub(super) fn is_halted(&self, tid: i32) -> bool {
+        self.threads.get(&tid).is_some_and(|t| t.halted)
     }
 
     /// Lets the container go for good: it runs on without a tracer.
@@ -312,12 +359,51 @@ impl Tracer {
         for (&tid, thread) in &self.threads {
             if !thread.stopped {
                 ignore_gone(ptrace::interrupt(tid))?;
-                ignore_gone(ptrace::wait(tid).map(drop))?;
+                // The end of a main thread is not told while others run.
+                while ptrace::poll_wait(tid)?.is_none() && !is_zombie(tid)? {
+                    std::thread::sleep(PAUSE);
+                }
             }
             ignore_gone(ptrace::detach(tid))?;
         }
         self.threads.clear();
         Ok(())
+    }
+}
+
+/// What cannot be told apart from a process that has ended, but for its other threads.
+pub(super) fn leader_has_ended(pid: i32) -> CaptureError {
+    let reason = "its main thread has ended while others run; end the process with it";
+    CaptureError::unsupported(format!("pid {pid}"), reason.into())
+}
+
+/// Puts a thread back into its group stop. PTRACE_LISTEN wants it in the stop that the kernel
+/// reported; if it has made calls for us since, it is led there again.
+fn halt(tid: i32) -> SysResult<()> {
+    match ptrace::listen(tid) {
+        Err(e) if e.code() == libc::EIO => {}
+        other => return other,
+    }
+    ptrace::interrupt(tid)?;
+    ptrace::cont(tid, 0)?;
+    match ptrace::wait(tid)? {
+        Status::Stopped { signal, event: libc::PTRACE_EVENT_STOP } if is_stop_signal(signal) => {
+            ptrace::listen(tid)
+        }
+        // SIGCONT has come meanwhile.
+        Status::Stopped { signal, event: 0 } => ptrace::cont(tid, signal),
+        Status::Stopped { .. } => ptrace::cont(tid, 0),
+        _ => Ok(()),
+    }
+}
+
+/// Whether a thread has ended and is kept by the kernel.
+fn is_zombie(tid: i32) -> SysResult<bool> {
+    let path = format!("/proc/{tid}/stat");
+    match fs::read_to_string(&path) {
+        Ok(text) => Ok(text.rfind(')').is_some_and(|at| text[at + 2..].starts_with('Z'))),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(true),
+        Err(source) => Err(SysError { call: "read", object: path, source }),
     }
 }
 

@@ -200,8 +200,14 @@ impl Interrupted {
         timeout: Option<Timeout>,
         regs: &mut Regs,
     ) -> SysResult<()> {
-        self.last_mark = self.last_mark % i32::MAX as u32 + 1;
-        let mark = self.last_mark;
+        // A wait keeps its mark: a thread that only waits looks the same at each stop.
+        let mark = match self.known(tid, regs) {
+            Some(_) => (regs[reg::ORIG_RAX] >> 32) as u32,
+            None => {
+                self.last_mark = self.last_mark % i32::MAX as u32 + 1;
+                self.last_mark
+            }
+        };
         self.waits.insert(tid, Ongoing { mark, call, until, timeout });
         rewind(regs, call);
         regs[reg::RAX] |= u64::from(mark) << 32;

@@ -42,6 +42,8 @@ pub struct State {
     pub message_queues: Vec<MessageQueue>,
     /// Unix sockets, which descriptions and each other refer to by index.
     pub unix_sockets: Vec<unix::UnixSocket>,
+    /// Processes that have ended and were not waited for.
+    pub ended: Vec<task::Ended>,
 }
 
 impl State {
@@ -101,6 +103,10 @@ pub struct Process {
     pub dumpable: u8,
     /// Timers that send it signals.
     pub timers: task::Timers,
+    /// Where it stands in the tree, beside its numbers.
+    pub place: task::Place,
+    /// Settings that most processes leave as they were.
+    pub settings: task::ProcessSettings,
 }
 
 /// Fields for prctl(2) PR_SET_MM_MAP, in the order of struct prctl_mm_map.
@@ -133,6 +139,8 @@ pub struct Credentials {
     pub caps: [u64; 5],
     /// prctl(2) PR_GET_NO_NEW_PRIVS
     pub no_new_privs: bool,
+    /// prctl(2) PR_GET_SECUREBITS, "keep capabilities" among them.
+    pub securebits: u32,
 }
 
 /// One mapping of a process's address space, page aligned.
@@ -228,6 +236,8 @@ pub struct Thread {
     pub comm: String,
     /// The wait that it is in, if that has a time-out.
     pub wait: Option<task::Wait>,
+    /// Settings that most threads leave as they were.
+    pub settings: task::ThreadSettings,
 }
 
 /// The 27 words of the kernel's struct user_regs_struct on x86-64, in its order.

@@ -129,6 +129,87 @@ impl TimeUnit {
     }
 }
 
+/// Where a process stands in the tree, beside its numbers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Place {
+    /// When it was made, in ticks of the host's clock. With its pid it is one process and no other.
+    pub born: u64,
+    /// The signal that its parent gets when it ends.
+    pub exit_signal: i32,
+    /// prctl(2) PR_SET_CHILD_SUBREAPER: orphans among its descendants become its children.
+    pub subreaper: bool,
+    /// It stands still by job control (SIGSTOP and its like).
+    pub stopped: bool,
+}
+
+/// A process that has ended and that its parent has not waited for (a zombie).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ended {
+    /// Pid in the container's namespace.
+    pub pid: i32,
+    /// Parent's pid.
+    pub ppid: i32,
+    /// Process group.
+    pub pgid: i32,
+    /// Session.
+    pub sid: i32,
+    /// When it was made, see [`Place::born`].
+    pub born: u64,
+    /// See [`Place::exit_signal`].
+    pub exit_signal: i32,
+    /// How it ended, as wait(2) gives it.
+    pub status: i32,
+    /// Real user id, which its parent is told.
+    pub uid: u32,
+    /// Its name.
+    pub comm: String,
+}
+
+/// Settings of a process that most leave as they were.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessSettings {
+    /// Root directory as the container's init sees it, if it is another (chroot).
+    pub root: Option<String>,
+    /// personality(2)
+    pub personality: u32,
+    /// /proc/PID/oom_score_adj
+    pub oom_score_adj: i32,
+    /// prctl(2) PR_SET_THP_DISABLE
+    pub no_huge_pages: bool,
+    /// Registrations of membarrier(2), as MEMBARRIER_CMD_GET_REGISTRATIONS gives them.
+    pub membarrier: u32,
+}
+
+/// Settings of a thread that most leave as they were.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ThreadSettings {
+    /// Scheduling class, priority and nice value.
+    pub scheduling: Scheduling,
+    /// The processors that it may run on as a bit set, if it may not run on all.
+    pub processors: Option<Vec<u64>>,
+    /// ioprio_set(2)
+    pub io_priority: i32,
+    /// Timer slack in nanoseconds, prctl(2) PR_SET_TIMERSLACK.
+    pub timer_slack: u64,
+    /// The signal that it gets when its parent ends, prctl(2) PR_SET_PDEATHSIG.
+    pub death_signal: i32,
+    /// Its credentials, if they are not those of its process.
+    pub creds: Option<super::Credentials>,
+}
+
+/// struct sched_attr of sched_setattr(2).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "named after struct sched_attr")]
+pub struct Scheduling {
+    pub policy: u32,
+    pub flags: u64,
+    pub nice: i32,
+    pub priority: u32,
+    pub runtime: u64,
+    pub deadline: u64,
+    pub period: u64,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -6,7 +6,7 @@ use super::script::Script;
 use super::space::Special;
 use super::spare::{Spare, Stub};
 use super::tcp::{self, Connected, Peer, Segment};
-use super::{install, process, space, sysv, timers, tree};
+use super::{install, process, settings, space, sysv, timers, tree};
 use crate::container::SHM;
 use crate::image::net::{TcpConnection, TcpState};
 use crate::image::task::{TimeUnit, Wait};
@@ -15,6 +15,7 @@ use crate::sys::ptrace::{self, reg};
 use crate::sys::remote::{self, Call, SCRATCH, SCRATCH_LEN};
 use crate::sys::{SysError, SysResult, memory};
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
@@ -171,7 +172,6 @@ impl Spare {
             process::attributes(script, stub, p)?;
             process::actions(script, stub, p)?;
         }
-        process::groups(script, stubs, &state.processes)?;
         let attributes = Instant::now();
         for p in &state.processes {
             let stub = find(stubs, p.pid)?;
@@ -253,10 +253,9 @@ impl Spare {
         let together = Together::with(self.pid());
         self.attempt(Self::complete_all)?;
         drop(together);
-        for tid in self.finishing.restored.iter().flat_map(|r| &r.tids) {
-            sched_setaffinity(Pid::from_raw(*tid), &self.affinity)
-                .map_err(|e| SysError::errno("sched_setaffinity", format!("tid {tid}"), e as i32))
-                .doing(1, "let a thread run anywhere")?;
+        for (p, restored) in self.state.processes.iter().zip(&self.finishing.restored) {
+            settings::from_outside(p, restored, &self.affinity)
+                .doing(p.pid, "set how its threads are scheduled")?;
         }
         self.finishing.times.complete = start.elapsed();
         self.finishing.stage = Stage::Complete;
@@ -273,8 +272,14 @@ impl Spare {
             timers::set(script, restored.host, p, elapsed)?;
             for (thread, &tid) in p.threads.iter().zip(&restored.tids).rev() {
                 signals(script, p, thread);
-                if p.creds != now {
-                    process::credentials(script, &p.creds, &now);
+                let creds = thread.settings.creds.as_ref().unwrap_or(&p.creds);
+                if *creds != now {
+                    process::credentials(script, creds, &now);
+                }
+                if thread.settings.death_signal != 0 {
+                    // Changing the user would clear it.
+                    let args = [libc::PR_SET_PDEATHSIG as u64, thread.settings.death_signal as u64];
+                    script.call("prctl(PR_SET_PDEATHSIG)", libc::SYS_prctl, &args);
                 }
                 if tid != restored.host && !script.is_empty() {
                     script.run_ok(tid).doing(p.pid, "set signals and credentials")?;
@@ -306,16 +311,30 @@ impl Spare {
 
     /// Lets all threads run, still traced by the calling thread.
     pub fn resume_all(&mut self) -> Result<(), RestoreError> {
+        self.halt()?;
         self.each_thread(|tid| ptrace::cont(tid, 0))
     }
 
     /// Lets all threads run, and traces them no longer.
     pub fn detach_all(&mut self) -> Result<(), RestoreError> {
+        self.halt()?;
         // The first that run may end the others.
         self.each_thread(|tid| match ptrace::detach(tid) {
             Err(e) if e.is_gone() => Ok(()),
             other => other,
         })
+    }
+
+    /// Processes that job control had stopped stop again before they run.
+    fn halt(&mut self) -> Result<(), RestoreError> {
+        for (p, restored) in self.state.processes.iter().zip(&self.finishing.restored) {
+            if p.place.stopped {
+                kill(Pid::from_raw(restored.host), Signal::SIGSTOP)
+                    .map_err(|e| SysError::errno("kill", format!("pid {}", p.pid), e as i32))
+                    .doing(p.pid, "stop it again")?;
+            }
+        }
+        Ok(())
     }
 
     fn each_thread(&mut self, f: impl Fn(i32) -> SysResult<()>) -> Result<(), RestoreError> {

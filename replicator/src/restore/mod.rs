@@ -20,6 +20,7 @@
 mod error;
 mod finish;
 mod install;
+mod lineage;
 mod objects;
 mod options;
 mod pages;
@@ -27,6 +28,7 @@ mod plan;
 mod process;
 mod rebirth;
 mod script;
+mod settings;
 mod shared;
 mod sockets;
 mod space;

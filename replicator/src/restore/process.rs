@@ -2,12 +2,15 @@
 
 use super::error::{Doing, RestoreError};
 use super::script::Script;
+use super::settings;
 use super::spare::Stub;
 use crate::image::{Credentials, Process, Thread};
 use crate::sys::remote::DATA_LEN;
 use crate::sys::{SysError, SysResult, memory, ptrace};
 
 const PR_SET_MM_MAP: u64 = 14;
+/// Signals that a stub's children can have sent it: SIGCHLD and a few others.
+const FORGOTTEN: usize = 4;
 const CLONE_FLAGS: i32 = libc::CLONE_VM
     | libc::CLONE_FS
     | libc::CLONE_FILES
@@ -27,17 +30,12 @@ pub(super) fn attributes(
         let cwd = script.text(&p.cwd);
         script.call_on("chdir", p.cwd.clone(), libc::SYS_chdir, &[cwd]);
     }
+    settings::of_process(script, p);
     script.run_ok(stub.host).doing(stub.pid, "set the attributes").map(drop)
 }
 
-/// Signal dispositions. After the last process has been ended: stubs ignore SIGCHLD until here.
+/// Signal dispositions. What came to the stub itself while it followed is forgotten.
 pub(super) fn actions(script: &mut Script, stub: &Stub, p: &Process) -> Result<(), RestoreError> {
-    let children_default = !p.actions.iter().any(|a| i32::from(a.signal) == libc::SIGCHLD);
-    let default = script.words(&[0; 4]);
-    if children_default {
-        let args = [libc::SIGCHLD as u64, default, 0, 8];
-        script.call("rt_sigaction", libc::SYS_rt_sigaction, &args);
-    }
     for a in &p.actions {
         let action = script.words(&[a.handler, a.flags, a.restorer, a.mask]);
         let args = [u64::from(a.signal), action, 0, 8];
@@ -48,7 +46,13 @@ pub(super) fn actions(script: &mut Script, stub: &Stub, p: &Process) -> Result<(
             &args,
         );
     }
-    script.run_ok(stub.host).doing(stub.pid, "set the signal dispositions").map(drop)
+    script.run_ok(stub.host).doing(stub.pid, "set the signal dispositions")?;
+    // Its children have ended: one signal of each kind at most.
+    let (all, now) = (script.words(&[u64::MAX]), script.words(&[0, 0]));
+    for _ in 0..FORGOTTEN {
+        script.call("rt_sigtimedwait", libc::SYS_rt_sigtimedwait, &[all, 0, now, 8]);
+    }
+    script.run(stub.host).doing(stub.pid, "forget signals of the stub").map(drop)
 }
 
 /// PR_SET_MM_MAP with the program's file, see prctl(2).
@@ -84,43 +88,6 @@ fn memory_fields(script: &mut Script, p: &Process) {
     if exe_fd == 0 {
         script.call("close", libc::SYS_close, &[0]);
     }
-}
-
-/// Sessions and process groups of all processes; leaders first.
-pub(super) fn groups(
-    script: &mut Script,
-    stubs: &mut [Stub],
-    processes: &[Process],
-) -> Result<(), RestoreError> {
-    const DOING: &str = "set session and process group";
-    let find = |stubs: &[Stub], pid| stubs.iter().position(|s| s.pid == pid);
-    for p in processes {
-        let Some(at) = find(stubs, p.pid) else { continue };
-        let stub = &mut stubs[at];
-        if p.sid != stub.sid && p.sid == p.pid {
-            script.call("setsid", libc::SYS_setsid, &[]);
-            stub.sid = p.sid;
-        } else if p.sid != stub.sid && p.sid != 0 {
-            return Err(RestoreError::Impossible {
-                pid: p.pid,
-                object: format!("session {}", p.sid),
-                reason: "it was joined before its leader made it, or its leader is gone".into(),
-            });
-        }
-        if p.pgid == p.pid && p.sid != p.pid {
-            script.call("setpgid", libc::SYS_setpgid, &[0, 0]);
-        }
-        if !script.is_empty() {
-            script.run_ok(stub.host).doing(p.pid, DOING)?;
-        }
-    }
-    for p in processes.iter().filter(|p| p.pgid != p.pid && p.pgid != 0) {
-        let Some(at) = find(stubs, p.pid) else { continue };
-        let object = format!("group {} (has its leader ended?)", p.pgid);
-        script.call_on("setpgid", object, libc::SYS_setpgid, &[0, p.pgid as u64]);
-        script.run_ok(stubs[at].host).doing(p.pid, DOING)?;
-    }
-    Ok(())
 }
 
 /// Resource limits. A hard limit that cannot be raised here (that takes CAP_SYS_RESOURCE) stays
@@ -208,6 +175,8 @@ fn one_thread(script: &mut Script, t: &Thread) {
     let flags = if size == 0 { SS_DISABLE } else { flags & !SS_ONSTACK };
     let stack = script.words(&[pointer, flags & 0xffff_ffff, size]);
     script.call("sigaltstack", libc::SYS_sigaltstack, &[stack, 0]);
+    let args = [libc::PR_SET_TIMERSLACK as u64, t.settings.timer_slack];
+    script.call("prctl(PR_SET_TIMERSLACK)", libc::SYS_prctl, &args);
 }
 
 /// Where a thread goes on that was inside a restartable sequence: at its abort handler, since it
@@ -237,6 +206,7 @@ pub(super) fn resume_address(host: i32, t: &Thread) -> SysResult<u64> {
 pub(super) fn credentials(script: &mut Script, c: &Credentials, now: &Credentials) {
     const NO_SETUID_FIXUP: u64 = 1 << 2;
     const KEEP_CAPS: u64 = 1 << 4;
+    const CAP_SETPCAP: u32 = 8;
     let can = now.caps[1];
     let [inheritable, permitted, effective, bounding, ambient] = c.caps;
     let [inheritable, permitted, effective, ambient] =
@@ -260,22 +230,29 @@ pub(super) fn credentials(script: &mut Script, c: &Credentials, now: &Credential
         let args = [libc::PR_CAPBSET_DROP as u64, bit];
         prctl(script, "prctl(PR_CAPBSET_DROP)", &args);
     }
-    // Before capset: it takes CAP_SETPCAP.
-    prctl(script, "prctl(PR_SET_SECUREBITS)", &[libc::PR_SET_SECUREBITS as u64, 0]);
-    // Version 3: two elements of effective, permitted, inheritable, low halves first.
-    let header = script.data(&[0x2008_0522u32.to_ne_bytes(), 0u32.to_ne_bytes()].concat());
-    let low = [effective, permitted, inheritable].map(|c| c as u32);
-    let high = [effective, permitted, inheritable].map(|c| (c >> 32) as u32);
-    let sets: Vec<u8> = low.iter().chain(&high).flat_map(|w| w.to_ne_bytes()).collect();
-    let sets = script.data(&sets);
-    script.call("capset", libc::SYS_capset, &[header, sets]);
+    // Setting the securebits takes CAP_SETPCAP, and they can forbid to raise ambient capabilities:
+    // those come first, and the last capability goes last.
+    let setpcap = can & (1 << CAP_SETPCAP);
+    capset(script, [effective | setpcap, permitted | setpcap, inheritable]);
     for bit in (0..64).filter(|b| ambient & (1 << b) != 0) {
         let args = [libc::PR_CAP_AMBIENT as u64, libc::PR_CAP_AMBIENT_RAISE as u64, bit, 0, 0];
         prctl(script, "prctl(PR_CAP_AMBIENT)", &args);
     }
+    let bits = u64::from(c.securebits);
+    prctl(script, "prctl(PR_SET_SECUREBITS)", &[libc::PR_SET_SECUREBITS as u64, bits]);
+    capset(script, [effective, permitted, inheritable]);
     if c.no_new_privs {
         prctl(script, "prctl(PR_SET_NO_NEW_PRIVS)", &[libc::PR_SET_NO_NEW_PRIVS as u64, 1]);
     }
+}
+
+/// Version 3 of capset(2): two elements of effective, permitted, inheritable, low halves first.
+fn capset(script: &mut Script, sets: [u64; 3]) {
+    let header = script.data(&[0x2008_0522u32.to_ne_bytes(), 0u32.to_ne_bytes()].concat());
+    let (low, high) = (sets.map(|c| c as u32), sets.map(|c| (c >> 32) as u32));
+    let sets: Vec<u8> = low.iter().chain(&high).flat_map(|w| w.to_ne_bytes()).collect();
+    let sets = script.data(&sets);
+    script.call("capset", libc::SYS_capset, &[header, sets]);
 }
 
 /// Credentials of a process by its status file in /proc.
@@ -302,5 +279,6 @@ pub(super) fn credentials_now(host: i32) -> SysResult<Credentials> {
         groups: field("Groups").split_whitespace().filter_map(|g| g.parse().ok()).collect(),
         caps,
         no_new_privs: field("NoNewPrivs") == "1",
+        securebits: 0,
     })
 }

@@ -2,6 +2,7 @@
 
 use super::error::{Doing, RestoreError};
 use super::finish::Finishing;
+use super::lineage::Corpse;
 use super::script::Script;
 use super::shared::Held;
 use super::space::{self, ASIDE, Givers, Special, Target};
@@ -12,7 +13,6 @@ use crate::sys::memory::ForcedMemory;
 use crate::sys::remote::{self, Call};
 use crate::sys::{SysError, SysResult, ptrace};
 use nix::sched::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
-use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 /// How every thread of a spare is traced: it dies with its tracer, and what it creates is traced
@@ -34,8 +34,16 @@ pub(super) struct Stub {
     pub(super) pid: i32,
     /// Parent in the container.
     pub(super) ppid: i32,
-    /// Session in the container.
+    /// Session in the container, as the kernel has it now.
     pub(super) sid: i32,
+    /// Process group in the container, as the kernel has it now.
+    pub(super) pgid: i32,
+    /// When the process that it stands for was made.
+    pub(super) born: u64,
+    /// What its parent is sent when it ends.
+    pub(super) exit_signal: i32,
+    /// Whether orphans become its children.
+    pub(super) subreaper: bool,
     /// Pid as the host sees it.
     pub(super) host: i32,
     /// Its memory, written past all protection.
@@ -47,6 +55,7 @@ pub(super) struct Stub {
 #[derive(Debug)]
 pub struct Spare {
     pub(super) stubs: Vec<Stub>,
+    pub(super) corpses: Vec<Corpse>,
     pub(super) state: State,
     pub(super) script: Script,
     pub(super) specials: Vec<Special>,
@@ -67,10 +76,21 @@ impl Spare {
         let (specials, affinity) = take_over(host, &mut script).doing(1, "take over the memory")?;
         let forced = ForcedMemory::open(host).doing(1, "open the memory")?;
         let root = launched.root();
-        let sid = session_of(host).doing(root, "read the session")?;
-        let stub = Stub { pid: root, ppid: 0, sid, host, forced };
+        let (sid, pgid) = session_of(host).doing(root, "read the session")?;
+        let stub = Stub {
+            pid: root,
+            ppid: 0,
+            sid,
+            pgid,
+            born: 0,
+            exit_signal: libc::SIGCHLD,
+            subreaper: false,
+            host,
+            forced,
+        };
         Ok(Spare {
             stubs: vec![stub],
+            corpses: Vec::new(),
             state: State::default(),
             script,
             specials,
@@ -129,19 +149,10 @@ impl Spare {
     }
 
     fn fold(&mut self, state: &State, pages: &PageSet) -> Result<(), RestoreError> {
-        self.remove_gone(state)?;
+        self.follow_tree(state)?;
         self.held.follow(self.launched.pid, &state.objects).doing(1, "make the memory objects")?;
-        let mut order = Vec::with_capacity(state.processes.len());
-        for process in &state.processes {
-            let known = self.stubs.iter().position(|s| s.pid == process.pid);
-            order.push(match known {
-                Some(at) => at,
-                None => {
-                    self.create(process, &state.processes)?;
-                    self.stubs.len() - 1
-                }
-            });
-        }
+        let place = |p: &Process| self.stubs.iter().position(|s| s.pid == p.pid);
+        let order: Vec<usize> = state.processes.iter().filter_map(place).collect();
         let mut runs = pages.runs.as_slice();
         let mut sorted;
         if !runs.is_sorted_by_key(|r| r.process) {
@@ -170,60 +181,6 @@ impl Spare {
             .doing(1, "delete memory objects")?;
         self.state.clone_from(state);
         Ok(())
-    }
-
-    /// Ends the processes that are no more, or whose number another process has now.
-    fn remove_gone(&mut self, state: &State) -> Result<(), RestoreError> {
-        let root = self.launched.root();
-        loop {
-            // A child whose parent is gone belongs to the init, here as there.
-            let alive: Vec<i32> = self.stubs.iter().map(|s| s.pid).collect();
-            for stub in self.stubs.iter_mut().filter(|s| s.pid != root) {
-                if !alive.contains(&stub.ppid) {
-                    stub.ppid = root;
-                }
-            }
-            let gone = self.stubs.iter().position(|s| {
-                s.pid != root && !state.processes.iter().any(|p| p.pid == s.pid && p.ppid == s.ppid)
-            });
-            let Some(at) = gone else { return Ok(()) };
-            let stub = self.stubs.remove(at);
-            self.state.processes.retain(|p| p.pid != stub.pid);
-            end_process(stub.host).doing(stub.pid, "end the process")?;
-        }
-    }
-
-    /// Creates a process in the spare, as the child of its parent.
-    fn create(&mut self, process: &Process, all: &[Process]) -> Result<(), RestoreError> {
-        let pid = process.pid;
-        let doing = "create the process";
-        // `check` has seen that the parent stands before it.
-        let parent = self.stubs.iter_mut().find(|s| s.pid == process.ppid);
-        let Some(parent) = parent else {
-            let object = format!("its place under pid {}", process.ppid);
-            return Err(RestoreError::Impossible { pid, object, reason: "no such process".into() });
-        };
-        let parent_sid = all.iter().find(|p| p.pid == parent.pid).map_or(0, |p| p.sid);
-        if parent.sid != process.sid && process.sid == parent.pid && parent_sid == parent.pid {
-            self.script.call("setsid", libc::SYS_setsid, &[]);
-            parent.sid = parent.pid;
-        }
-        let tid = self.script.data(&pid.to_ne_bytes());
-        // struct clone_args: flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size,
-        // tls, set_tid, set_tid_size, cgroup.
-        let args = self.script.words(&[0, 0, 0, 0, libc::SIGCHLD as u64, 0, 0, 0, tid, 1, 0]);
-        self.script.call_on("clone3", format!("pid {pid}"), libc::SYS_clone3, &[args, 88]);
-        let mut born = Vec::new();
-        self.script.run_ok_spawning(parent.host, &mut born).doing(pid, doing)?;
-        let Some(&host) = born.first() else {
-            let source = SysError::errno("PTRACE_EVENT_FORK", format!("pid {pid}"), libc::ECHILD);
-            return Err(RestoreError::Kernel { pid, doing, source });
-        };
-        let sid = parent.sid;
-        let forced = ForcedMemory::open(host).doing(pid, doing)?;
-        self.stubs.push(Stub { pid, ppid: process.ppid, sid, host, forced });
-        space::wipe(&mut self.script);
-        self.script.run_ok(host).doing(pid, "empty the memory").map(drop)
     }
 }
 
@@ -272,34 +229,27 @@ fn take_over(host: i32, script: &mut Script) -> SysResult<(Vec<Special>, CpuSet)
     Ok((specials, affinity))
 }
 
-/// The session of a process, as it is numbered in its own pid namespace.
-fn session_of(host: i32) -> SysResult<i32> {
+/// Session and process group of a process, as they are numbered in its own pid namespace.
+fn session_of(host: i32) -> SysResult<(i32, i32)> {
     let path = format!("/proc/{host}/status");
     let text = std::fs::read_to_string(&path);
     let text = text.map_err(|source| SysError { call: "read", object: path.clone(), source })?;
-    text.lines()
-        .find_map(|l| l.strip_prefix("NSsid:")?.split_whitespace().last()?.parse().ok())
-        .ok_or_else(|| SysError::errno("parse", path, libc::EINVAL))
+    let last = |name: &str| {
+        let mut lines = text.lines();
+        lines.find_map(|l| l.strip_prefix(name)?.split_whitespace().last()?.parse().ok())
+    };
+    last("NSsid:")
+        .zip(last("NSpgid:"))
+        .ok_or_else(|| SysError::errno("parse", path.clone(), libc::EINVAL))
 }
 
-/// Puts all signal dispositions back, but children may end without a trace: their parents here
-/// wait for nobody.
+/// Puts all signal dispositions back.
 fn default_actions(script: &mut Script) {
     let default = script.words(&[0; 4]);
-    let ignore = script.words(&[libc::SIG_IGN as u64, 0, 0, 0]);
     for signal in (1..=64).filter(|s| ![libc::SIGKILL, libc::SIGSTOP].contains(s)) {
-        let action = if signal == libc::SIGCHLD { ignore } else { default };
-        let args = [signal as u64, action, 0, 8];
+        let args = [signal as u64, default, 0, 8];
         script.call_on("rt_sigaction", format!("signal {signal}"), libc::SYS_rt_sigaction, &args);
     }
-}
-
-/// Kills a single-threaded traced process and reaps it; its parent ignores SIGCHLD.
-fn end_process(host: i32) -> SysResult<()> {
-    kill(Pid::from_raw(host), Signal::SIGKILL)
-        .map_err(|e| SysError::errno("kill", format!("pid {host}"), e as i32))?;
-    while !ptrace::wait(host)?.is_end() {}
-    Ok(())
 }
 
 /// What must hold for a checkpoint before a spare is touched.
@@ -323,6 +273,16 @@ fn check(state: &State, root: i32) -> Result<(), RestoreError> {
             return refuse("the mappings", "they are out of order or overlap");
         }
         space::check_reserved(pid, &process.mappings)?;
+    }
+    for ended in &state.ended {
+        let has = |pid| state.processes.iter().any(|p| p.pid == pid);
+        if ended.pid == root || has(ended.pid) || !has(ended.ppid) {
+            return Err(RestoreError::Refused {
+                pid: ended.pid,
+                object: "the ended process".into(),
+                reason: "it lives too, or has no parent".into(),
+            });
+        }
     }
     if state.processes.is_empty() {
         return Err(RestoreError::Refused {

@@ -1,6 +1,7 @@
 //! Where and when our threads run: sched_setscheduler(2), sched_setaffinity(2), setpriority(2).
 
 use super::error::{SysResult, check};
+use crate::image::task::Scheduling;
 
 /// SCHED_RESET_ON_FORK: threads and processes made by a real-time thread are ordinary.
 const RESET_ON_FORK: i32 = 0x4000_0000;
@@ -51,4 +52,90 @@ pub fn set_nice(nice: i32) -> SysResult<()> {
     // SAFETY: no pointers. On Linux the value is the thread's, not the process's.
     let r = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice) };
     check(r.into(), "setpriority", || format!("this thread to {nice}")).map(drop)
+}
+
+/// IOPRIO_WHO_PROCESS of ioprio_set(2): one thread.
+const ONE_THREAD: i32 = 1;
+
+/// struct sched_attr in its first version, which all kernels since 3.14 take.
+#[repr(C)]
+#[derive(Default)]
+struct SchedAttr {
+    size: u32,
+    policy: u32,
+    flags: u64,
+    nice: i32,
+    priority: u32,
+    runtime: u64,
+    deadline: u64,
+    period: u64,
+}
+const _: () = assert!(size_of::<SchedAttr>() == 48);
+
+/// Scheduling class, priority and nice value of a thread, see sched_getattr(2).
+pub fn attributes(tid: i32) -> SysResult<Scheduling> {
+    let mut a = SchedAttr::default();
+    let size = size_of::<SchedAttr>();
+    // SAFETY: the kernel writes at most `size` bytes of `a`.
+    let r = unsafe { libc::syscall(libc::SYS_sched_getattr, tid, &mut a, size, 0) };
+    check(r, "sched_getattr", || format!("tid {tid}"))?;
+    let SchedAttr { policy, flags, nice, priority, runtime, deadline, period, .. } = a;
+    Ok(Scheduling { policy, flags, nice, priority, runtime, deadline, period })
+}
+
+/// Sets them.
+pub fn set_attributes(tid: i32, s: &Scheduling) -> SysResult<()> {
+    let a = SchedAttr {
+        size: size_of::<SchedAttr>() as u32,
+        policy: s.policy,
+        flags: s.flags,
+        nice: s.nice,
+        priority: s.priority,
+        runtime: s.runtime,
+        deadline: s.deadline,
+        period: s.period,
+    };
+    // SAFETY: the kernel reads one struct sched_attr of the size that it says.
+    let r = unsafe { libc::syscall(libc::SYS_sched_setattr, tid, &a, 0) };
+    check(r, "sched_setattr", || format!("tid {tid}, policy {}", s.policy)).map(drop)
+}
+
+/// The input and output priority of a thread, see ioprio_get(2).
+pub fn io_priority(tid: i32) -> SysResult<i32> {
+    // SAFETY: no pointers.
+    let r = unsafe { libc::syscall(libc::SYS_ioprio_get, ONE_THREAD, tid) };
+    check(r, "ioprio_get", || format!("tid {tid}")).map(|p| p as i32)
+}
+
+/// Sets it.
+pub fn set_io_priority(tid: i32, priority: i32) -> SysResult<()> {
+    // SAFETY: no pointers.
+    let r = unsafe { libc::syscall(libc::SYS_ioprio_set, ONE_THREAD, tid, priority) };
+    check(r, "ioprio_set", || format!("tid {tid}")).map(drop)
+}
+
+/// The processors that a thread may run on, as a bit set without trailing zeros.
+pub fn processors(tid: i32) -> SysResult<Vec<u64>> {
+    let mut set = [0u64; 16];
+    // SAFETY: the kernel writes at most the given number of bytes into `set`.
+    let r = unsafe {
+        libc::syscall(libc::SYS_sched_getaffinity, tid, size_of_val(&set), set.as_mut_ptr())
+    };
+    check(r, "sched_getaffinity", || format!("tid {tid}"))?;
+    let used = set.iter().rposition(|w| *w != 0).map_or(0, |i| i + 1);
+    Ok(set[..used].to_vec())
+}
+
+/// Lets a thread run on these processors alone.
+pub fn set_processors(tid: i32, set: &[u64]) -> SysResult<()> {
+    // SAFETY: the kernel reads the given number of bytes of `set`.
+    let r =
+        unsafe { libc::syscall(libc::SYS_sched_setaffinity, tid, size_of_val(set), set.as_ptr()) };
+    check(r, "sched_setaffinity", || format!("tid {tid}")).map(drop)
+}
+
+/// Number of processors that run.
+pub fn online() -> u32 {
+    // SAFETY: no pointers.
+    unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) }.max(1) as u32
 }

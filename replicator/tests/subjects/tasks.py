@@ -2,14 +2,18 @@
 its own that notices if any of it is wrong after a restore.
 
 A kind is a generator: it sets up what it has, yields, and looks again. The first process starts
-all kinds and prints "ready" when they are set up; each prints "kind NAME ok" in the end.
+the kinds of a group (its argument) and prints "ready" when they are set up; each prints "kind NAME ok" in the end.
 """
 
+import asyncio
 import ctypes
 import mmap
 import os
+import resource
 import signal
+import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -17,10 +21,17 @@ import traceback
 
 libc = ctypes.CDLL(None, use_errno=True)
 KINDS = {}
+GROUPS = {}
+
+
+def group(name):
+    """The kinds that follow share a container."""
+    GROUPS[name] = []
 
 
 def kind(function):
     KINDS[function.__name__] = function
+    GROUPS[list(GROUPS)[-1]].append(function.__name__)
     return function
 
 
@@ -56,6 +67,8 @@ def near(now, wanted, slack, what):
 
 
 # Time
+
+group("timers")
 
 
 @kind
@@ -187,6 +200,8 @@ def posix_timer_for_a_thread():
 # Waits: each begins before the first stop is over and lasts longer than the kill and the restore
 # take. If it began anew at the restore, or at each stop, it would end much too late.
 
+group("waits")
+
 WAIT = 6
 
 
@@ -224,7 +239,7 @@ def waits(wanted):
             equal(result, wanted, "the result")
 
         run.__name__ = "wait_of_" + begin.__name__
-        KINDS[run.__name__] = run
+        kind(run)
         return begin
 
     return decorate
@@ -360,6 +375,582 @@ def wait_of_read_and_of_a_lock_without_end():
     equal(got, [b"now", True])
 
 
+# The tree
+
+group("tree")
+
+
+def fork(child):
+    """A child that runs a function and ends."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            child()
+        except BaseException:
+            say(f"FAILED in a child\n{traceback.format_exc()}")
+            os._exit(1)
+        os._exit(0)
+    return pid
+
+
+def told(pipe):
+    """What a child writes into a pipe: one line."""
+    return os.read(pipe, 1000).decode()
+
+
+def forever():
+    while True:
+        time.sleep(0.05)
+
+
+class Probe:
+    """A descendant that tells its numbers when it is asked."""
+
+    def __init__(self, make=lambda run: fork(run)):
+        self.ask, self.answer = os.pipe(), os.pipe()
+        self.pid = make(self.run)
+
+    def run(self):
+        while True:
+            os.read(self.ask[0], 1)
+            os.write(self.answer[1], self.tell())
+
+    def tell(self):
+        numbers = (os.getpid(), os.getppid(), os.getpgrp(), os.getsid(0))
+        return " ".join(map(str, numbers)).encode()
+
+    def __call__(self):
+        os.write(self.ask[1], b"?")
+        return [int(n) for n in told(self.answer[0]).split()]
+
+
+def orphan(before=lambda: None, between=lambda: None):
+    """For Probe: its maker has ended and was waited for."""
+
+    def make(run):
+        def maker():
+            before()
+            fork(lambda: (between(), run()))
+
+        os.waitpid(fork(maker), 0)
+
+    return make
+
+
+def settled(probe):
+    """The numbers of an orphan, once its parent's end was noticed."""
+    maker = probe()[1]
+    if maker not in (1, os.getpid()):
+        wait_for(lambda: probe()[1] != maker, "it is an orphan")
+    return probe()
+
+
+@kind
+def orphans_are_children_of_the_first_process():
+    probe = Probe(orphan())
+    before = settled(probe)
+    equal(before[1], 1, "its parent")
+    yield
+    equal(probe(), before)
+
+
+@kind
+def orphans_are_children_of_a_subreaper():
+    prctl(36, 1)
+    probe = Probe(orphan())
+    before = settled(probe)
+    equal(before[1], os.getpid(), "its parent")
+    yield
+    equal(probe(), before)
+    equal(settled(Probe(orphan()))[1], os.getpid(), "a later one's parent")
+
+
+@kind
+def session_whose_leader_has_ended():
+    probe = Probe(orphan(before=os.setsid))
+    before = settled(probe)
+    assert before[3] != before[0] and before[3] == before[2]
+    yield
+    equal(probe(), before)
+
+
+@kind
+def sessions_and_groups_with_living_leaders():
+    leader = Probe(lambda run: fork(lambda: (os.setsid(), run())))
+    grouped = Probe(lambda run: fork(lambda: (os.setpgid(0, 0), run())))
+    wait_for(lambda: grouped()[2] == grouped.pid, "it leads")
+    joined = Probe(lambda run: fork(lambda: (os.setpgid(0, grouped.pid), run())))
+    before = [probe() for probe in (leader, grouped, joined)]
+    yield
+    equal([probe() for probe in (leader, grouped, joined)], before)
+
+
+@kind
+def orphan_in_the_session_of_its_grandparent():
+    inner = []
+
+    def make(run):
+        probe = Probe(orphan())
+        inner.append(probe)
+        settled(probe)
+        while True:
+            os.read(outer_ask[0], 1)
+            os.write(outer_answer[1], " ".join(map(str, [os.getpid(), *probe()])).encode())
+
+    outer_ask, outer_answer = os.pipe(), os.pipe()
+    fork(lambda: (os.setsid(), make(None)))
+
+    def ask():
+        os.write(outer_ask[1], b"?")
+        return told(outer_answer[0]).split()
+
+    before = ask()
+    equal((before[0], before[2]), (before[4], "1"), "its session and parent")
+    yield
+    equal(ask(), before)
+
+
+@kind
+def group_whose_leader_has_ended():
+    leader = fork(lambda: (os.setpgid(0, 0), forever()))
+    wait_for(lambda: os.getpgid(leader) == leader, "it leads")
+    probe = Probe(lambda run: fork(lambda: (os.setpgid(0, leader), run())))
+    probe()
+    os.kill(leader, signal.SIGKILL)
+    os.waitpid(leader, 0)
+    before = probe()
+    equal(before[2], leader)
+    yield
+    equal(probe(), before)
+    os.killpg(leader, signal.SIGKILL)
+    equal(os.waitpid(probe.pid, 0)[1], signal.SIGKILL)
+
+
+@kind
+def ended_children_wait_for_their_parent():
+    def as_nobody():
+        os.setuid(65534)
+        os._exit(9)
+
+    exited, other = fork(lambda: os._exit(7)), fork(as_nobody)
+    killed = fork(forever)
+    os.kill(killed, signal.SIGTERM)
+    waited = fork(lambda: os._exit(0))
+    os.waitpid(waited, 0)
+    for pid in (exited, other, killed):
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    yield
+    equal(os.waitpid(exited, os.WNOHANG), (exited, 7 << 8))
+    info = os.waitid(os.P_PID, other, os.WEXITED)
+    equal((info.si_pid, info.si_uid, info.si_status), (other, 65534, 9))
+    equal(os.waitpid(killed, os.WNOHANG), (killed, signal.SIGTERM))
+    try:
+        os.waitpid(-1, os.WNOHANG)
+        assert False, "it has more children"
+    except ChildProcessError:
+        pass
+
+
+@kind
+def ended_leader_of_a_session_with_members():
+    inner = Probe(lambda run: None)
+    leader = fork(lambda: (os.setsid(), fork(inner.run), os._exit(3)))
+    os.waitid(os.P_PID, leader, os.WEXITED | os.WNOWAIT)
+    before = settled(inner)
+    equal(before[1:], [1, leader, leader])
+    yield
+    equal(inner(), before)
+    equal(os.waitpid(leader, 0), (leader, 3 << 8))
+
+
+@kind
+def ended_child_is_told_once():
+    told = []
+    signal.signal(signal.SIGCHLD, lambda *_: told.append(1))
+    pid = fork(lambda: os._exit(0))
+    wait_for(lambda: told, "it is told")
+    yield
+    time.sleep(0.05)
+    equal(told, [1])
+    os.waitpid(pid, 0)
+
+
+@kind
+def exit_signal_of_a_child():
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    pid = syscall(56, int(signal.SIGUSR1), 0, 0, 0, 0)
+    if pid == 0:
+        while True:
+            time.sleep(1)
+    yield
+    os.kill(pid, signal.SIGKILL)
+    info = signal.sigtimedwait([signal.SIGUSR1], 30)
+    equal(info.si_pid, pid)
+    equal(os.waitpid(pid, 0x40000000)[0], pid)
+
+
+@kind
+def parent_death_signal():
+    prctl(1, int(signal.SIGUSR2))
+    yield
+    got = ctypes.c_int()
+    prctl(2, ctypes.byref(got))
+    equal(got.value, signal.SIGUSR2)
+
+
+def state_of(pid):
+    return open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0]
+
+
+@kind
+def stopped_by_job_control():
+    counter = os.pipe()
+    os.set_blocking(counter[0], False)
+
+    def ran():
+        try:
+            return os.read(counter[0], 65536)
+        except BlockingIOError:
+            return b""
+
+    pid = fork(lambda: [os.write(counter[1], b".") and time.sleep(0.001) for _ in iter(int, 1)])
+    wait_for(lambda: ran(), "it runs")
+    os.kill(pid, signal.SIGSTOP)
+    os.waitpid(pid, os.WUNTRACED)
+    ran()
+    yield
+    wait_for(lambda: state_of(pid) in "Tt", "it stands still")
+    ran()
+    time.sleep(0.1)
+    equal(ran(), b"", "what it did while stopped")
+    os.kill(pid, signal.SIGCONT)
+    wait_for(lambda: ran(), "it goes on")
+
+
+@kind
+def children_and_threads_that_come_and_go():
+    rounds = [0]
+
+    def churn():
+        while True:
+            pid = fork(lambda: os._exit(rounds[0] % 100))
+            thread = threading.Thread(target=lambda: None)
+            thread.start()
+            thread.join()
+            equal(os.waitpid(pid, 0)[1], (rounds[0] % 100) << 8)
+            rounds[0] += 1
+
+    threading.Thread(target=churn, daemon=True).start()
+    wait_for(lambda: rounds[0] > 10, "they come and go")
+    yield
+    before = rounds[0]
+    wait_for(lambda: rounds[0] > before + 10, "they come and go again")
+
+
+@kind
+def names_of_threads():
+    ids, end = [], threading.Event()
+    threads = [threading.Thread(target=lambda: (ids.append(syscall(186)), end.wait())) for _ in "ab"]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: len(ids) == 2, "they run")
+    names = lambda: [open(f"/proc/self/task/{i}/comm").read() for i in [os.getpid(), *ids]]
+    prctl(15, ctypes.c_char_p(b"first name"))
+    time.sleep(0.3)
+    for i, ident in enumerate(ids):
+        with open(f"/proc/self/task/{ident}/comm", "w") as file:
+            file.write(f"later {i}")
+    before = names()
+    yield
+    equal(names(), before)
+    end.set()
+
+
+# Settings
+
+group("settings")
+
+
+def status(*names, of="self"):
+    lines = open(f"/proc/{of}/status").read().splitlines()
+    return [line for line in lines if line.split(":")[0] in names]
+
+
+def keeps(name, set_up, look):
+    """A kind that is set up and looks the same afterwards."""
+
+    def run():
+        set_up()
+        before = look()
+        yield
+        equal(look(), before)
+
+    run.__name__ = name
+    kind(run)
+
+
+def priority():
+    return os.sched_getscheduler(0), os.sched_getparam(0).sched_priority
+
+
+def schedule(policy, level):
+    return lambda: os.sched_setscheduler(0, policy, os.sched_param(level))
+
+
+keeps("nice_value", lambda: os.nice(7), lambda: os.nice(0))
+keeps("class_batch", schedule(os.SCHED_BATCH, 0), priority)
+keeps("class_idle", schedule(os.SCHED_IDLE, 0), priority)
+keeps("class_round_robin", schedule(os.SCHED_RR | os.SCHED_RESET_ON_FORK, 3), priority)
+keeps("affinity", lambda: os.sched_setaffinity(0, {max(os.sched_getaffinity(0))}),
+      lambda: os.sched_getaffinity(0))
+keeps("io_priority", lambda: syscall(251, 1, 0, 3 << 13), lambda: syscall(252, 1, 0))
+keeps("timer_slack", lambda: prctl(29, 12345), lambda: prctl(30))
+keeps("oom_score", lambda: open("/proc/self/oom_score_adj", "w").write("321"),
+      lambda: open("/proc/self/oom_score_adj").read())
+keeps("personality", lambda: syscall(135, 0x0040000), lambda: syscall(135, 0xFFFFFFFF))
+keeps("no_huge_pages", lambda: prctl(41, 1), lambda: prctl(42))
+keeps("membarrier", lambda: (syscall(324, 1 << 4, 0), syscall(324, 1 << 8, 0)),
+      lambda: (syscall(324, 1 << 9, 0), syscall(324, 1 << 3, 0)))
+keeps("file_mode_mask", lambda: os.umask(0o053), lambda: status("Umask"))
+keeps("not_dumpable", lambda: prctl(4, 0), lambda: prctl(3))
+keeps("limits", lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (77, 99)),
+      lambda: open("/proc/self/limits").read())
+keeps("securebits", lambda: prctl(28, 0x1 | 0x2 | 0x20), lambda: prctl(27))
+keeps("keep_capabilities", lambda: prctl(8, 1), lambda: (prctl(7), prctl(27)))
+keeps("no_new_privileges", lambda: prctl(38, 1), lambda: prctl(39))
+
+IDS = ("Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
+
+
+def become_another():
+    os.setgroups([7, 9, 11])
+    os.setresgid(101, 102, 103)
+    os.setresuid(201, 202, 203)
+
+
+def set_caps(effective, permitted, inheritable):
+    sets = [s & 0xFFFFFFFF for s in (effective, permitted, inheritable)]
+    sets += [s >> 32 for s in (effective, permitted, inheritable)]
+    header = ctypes.create_string_buffer(struct.pack("Ii", 0x20080522, 0), 8)
+    syscall(126, header, ctypes.create_string_buffer(struct.pack("6I", *sets), 24))
+
+
+def ambient():
+    """An ordinary user with one capability for its children."""
+    prctl(24, 5)
+    prctl(8, 1)
+    os.setresgid(301, 301, 301)
+    os.setresuid(301, 301, 301)
+    set_caps(1 << 10, 1 << 10 | 1 << 13, 1 << 10)
+    prctl(47, 2, 10)
+
+
+keeps("users_and_groups", become_another, lambda: status(*IDS))
+keeps("capabilities", ambient, lambda: status(*IDS))
+
+
+@kind
+def users_of_threads_that_differ():
+    ids, end = [], threading.Event()
+
+    def other():
+        syscall(119, 65533, 65533, 65533)
+        syscall(117, 65534, 65534, 65534)
+        ids.append(syscall(186))
+        end.wait()
+
+    threading.Thread(target=other).start()
+    wait_for(lambda: ids, "it is another")
+    look = lambda: [status(*IDS, of=f"self/task/{i}") for i in (os.getpid(), ids[0])]
+    before = look()
+    assert before[0] != before[1]
+    yield
+    equal(look(), before)
+    end.set()
+
+
+@kind
+def root_directory():
+    os.makedirs("jail/inner", exist_ok=True)
+    os.chroot("jail")
+    yield
+    equal(os.listdir("/"), ["inner"])
+
+
+# Signals
+
+group("signals")
+
+
+def action(number):
+    buffer = ctypes.create_string_buffer(32)
+    syscall(13, number, 0, buffer, 8)
+    return buffer.raw
+
+
+def queue(number, word, thread=None):
+    info = ctypes.create_string_buffer(struct.pack("iii4xiiQ", number, 0, -1, 42, 43, word), 128)
+    if thread:
+        syscall(297, os.getpid(), thread, number, info)
+    else:
+        syscall(129, os.getpid(), number, info)
+
+
+def take(number):
+    buffer = ctypes.create_string_buffer(128)
+    syscall(128, signal_set(number), buffer, timespec(0), 8)
+    sig, _, code, pid, uid, word = struct.unpack("iii4xiiQ", buffer.raw[:32])
+    return sig, code, pid, uid, word
+
+
+@kind
+def pending_signals_with_their_words():
+    private, shared, plain = signal.SIGRTMIN + 5, signal.SIGRTMIN + 6, signal.SIGUSR1
+    signal.pthread_sigmask(signal.SIG_BLOCK, [private, shared, plain, signal.SIGTERM])
+    for word in (1, 2, 3):
+        queue(private, word, thread=os.getpid())
+        queue(shared, word + 10)
+    os.kill(os.getpid(), signal.SIGTERM)
+    signal.pthread_kill(threading.get_ident(), plain)
+    before = status("SigPnd", "ShdPnd", "SigBlk")
+    yield
+    equal(status("SigPnd", "ShdPnd", "SigBlk"), before)
+    for word in (1, 2, 3):
+        equal(take(private), (private, -1, 42, 43, word))
+        equal(take(shared), (shared, -1, 42, 43, word + 10))
+    equal(take(plain)[:3], (plain, -6, os.getpid()))
+    equal(take(signal.SIGTERM)[:3], (signal.SIGTERM, 0, os.getpid()))
+
+
+@kind
+def signal_actions():
+    # Handler, SA_RESTORER and others, restorer, mask.
+    for number in (signal.SIGUSR1, signal.SIGRTMIN + 9, 64):
+        raw = struct.pack("QQQQ", 0x1234000 + number, 0x04000000 | 0x50000004, 0x7777, 0x0F0F)
+        syscall(13, int(number), ctypes.create_string_buffer(raw, 32), 0, 8)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    everything = lambda: [action(n) for n in range(1, 65)]
+    before = everything()
+    yield
+    equal(everything(), before)
+
+
+@kind
+def alternate_stacks():
+    memory = mmap.mmap(-1, 65536, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    place = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+    def stack(*new):
+        old = ctypes.create_string_buffer(24)
+        new = ctypes.create_string_buffer(struct.pack("QiiQ", *new), 24) if new else 0
+        syscall(131, new, old)
+        return old.raw
+
+    stacks, go, ids = {}, threading.Event(), []
+
+    def other():
+        stack(place + 32768, 0, 0, 20000)
+        stacks["before"] = stack()
+        ids.append(1)
+        go.wait()
+        stacks["after"] = stack()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    # SS_AUTODISARM
+    stack(place, -(1 << 31), 0, 16384)
+    before = stack()
+    wait_for(lambda: ids, "the other has its stack")
+    yield
+    equal(stack(), before)
+    go.set()
+    thread.join()
+    equal(stacks["after"], stacks["before"])
+
+
+# Waits on sockets, and real programs
+
+group("programs")
+
+
+@kind
+def receiving_with_a_time_out_sees_no_interruption():
+    here, there = socket.socketpair()
+    here.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("qq", 0, 400_000))
+    results, end, buffer = [], [], ctypes.create_string_buffer(8)
+
+    def receive():
+        while not end:
+            begin = time.monotonic()
+            try:
+                syscall(45, here.fileno(), buffer, 8, 0, 0, 0)
+            except OSError as e:
+                results.append((e.errno, time.monotonic() - begin))
+
+    thread = threading.Thread(target=receive)
+    thread.start()
+    wait_for(lambda: results, "it has waited once")
+    yield
+    end.append(1)
+    there.send(b"enough")
+    thread.join()
+    assert len(results) > 3, "it has hardly waited"
+    for error, lasted in results:
+        equal(error, EAGAIN)
+        assert lasted > 0.398, f"it waited {lasted} s"
+        assert lasted < 0.8, f"it waited {lasted} s: it began anew at each stop"
+
+
+@kind
+def shell_with_children_and_pipes():
+    script = """
+        i=0; while :; do i=$((i+1)); echo $i; sleep 0.02; done |
+        while read n; do echo $(echo $n | sed 's/^/line /') > count.new; mv count.new count; done
+    """
+    subprocess.Popen(["sh", "-c", script])
+    count = lambda: int(open("count").read().split()[1]) if os.path.exists("count") else 0
+    wait_for(lambda: count() > 3, "it counts")
+    yield
+    before = count()
+    assert before > 3
+    wait_for(lambda: count() > before + 5, "it counts on")
+
+
+@kind
+def python_with_asyncio():
+    async def ticks(every, list_):
+        while True:
+            await asyncio.sleep(every)
+            list_.append(time.monotonic())
+
+    async def talk(server_side, client_side, list_):
+        # Both ends are kept: one that is forgotten is closed.
+        reader, *kept = await asyncio.open_connection(sock=server_side)
+        *kept, writer = kept + list(await asyncio.open_connection(sock=client_side))
+        while True:
+            writer.write(b"line\n")
+            list_.append(await reader.readline())
+            await asyncio.sleep(0.01)
+
+    lists = [], [], []
+
+    def run():
+        async def all_():
+            here, there = socket.socketpair()
+            await asyncio.gather(
+                ticks(0.01, lists[0]), ticks(0.025, lists[1]), talk(here, there, lists[2]))
+
+        asyncio.run(all_())
+
+    threading.Thread(target=run, daemon=True).start()
+    wait_for(lambda: all(len(l) > 3 for l in lists), "it runs")
+    yield
+    before = [len(l) for l in lists]
+    wait_for(lambda: all(len(l) > n + 5 for l, n in zip(lists, before)), "it goes on")
+    equal(set(lists[2]), {b"line\n"})
+
+
 # The first process
 
 
@@ -379,7 +970,8 @@ def run(name):
 
 
 def main():
-    names = sys.argv[1:] or list(KINDS)
+    names = GROUPS.get(sys.argv[1], sys.argv[1:])
+    say(f"kinds {len(names)}")
     for name in names:
         if os.fork() == 0:
             run(name)
