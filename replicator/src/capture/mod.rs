@@ -210,6 +210,9 @@ impl Capturer {
     }
 
     fn empty(root: i32, diag: UnixDiag) -> Result<Self, CaptureError> {
+        if process::ended(root)?.is_some() {
+            return Err(tracer::leader_has_ended(root));
+        }
         let tmpfs = tmpfs::Mounts::find(root)?;
         Ok(Self {
             tracer: Tracer::new(),
