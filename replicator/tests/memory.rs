@@ -87,4 +87,5 @@ kinds! {
     system_v_memory
     system_v_messages
     system_v_semaphores
+    advice
 }

@@ -12,6 +12,7 @@
 //! [`Capturer`] lives on one OS thread, the stop thread. It keeps CP-1 (the order of a stop) and
 //! CP-3 (what cannot be captured is an error that names it, never left out).
 
+mod advice;
 mod fdinfo;
 mod files;
 mod maps;
@@ -156,6 +157,7 @@ pub struct StopTimes {
 struct Tracked {
     handle: OwnedFd,
     space: AddressSpace,
+    advice: advice::Advices,
     threads: threads::Threads,
     files: files::Files,
     attributes: Attributes,
@@ -386,6 +388,7 @@ impl Capturer {
         self.batch.run_all_ok(pid)?;
         Ok(Tracked {
             space: AddressSpace::new(pid, attributes.pid, uffd?)?,
+            advice: advice::Advices::default(),
             handle,
             threads: threads::Threads::default(),
             files: files::Files::default(),
@@ -406,7 +409,14 @@ impl Capturer {
                 looked.map(|()| attributes)
             });
             match (round, read) {
-                (Ok(()), Ok(attributes)) => tracked.attributes = attributes,
+                (Ok(()), Ok(attributes)) => {
+                    tracked.attributes = attributes;
+                    let changed = tracked.space.is_changed();
+                    match tracked.advice.look(*pid, tracked.attributes.locked, changed) {
+                        Err(e) if !e.is_gone() => return Err(e),
+                        _ => {}
+                    }
+                }
                 // It has just ended; pump will hear of it.
                 (Err(e), _) | (_, Err(e)) if e.is_gone() => {}
                 (Err(e), _) | (_, Err(e)) => return Err(e),
@@ -495,6 +505,7 @@ impl Capturer {
             }
             refuse_mappings(*pid, tracked.space.vmas(), &mut self.refusals)?;
             let mappings = tracked.space.mappings();
+            let advice = tracked.advice.take(*pid, tracked.attributes.locked)?;
             times.memory += lap.next();
             let handle = tracked.handle.as_fd();
             let world = (&self.diag, &mut self.objects);
@@ -524,6 +535,7 @@ impl Capturer {
                 creds: a.creds.clone(),
                 dumpable: inner.dumpable,
                 timers,
+                advice,
             });
             times.threads += lap.next();
         }

@@ -19,6 +19,8 @@ pub(super) struct Attributes {
     pub(super) umask: u32,
     pub(super) limits: Vec<(u32, u64, u64)>,
     pub(super) creds: Credentials,
+    /// Locked memory in KiB.
+    pub(super) locked: u64,
     seccomp: bool,
 }
 
@@ -91,6 +93,7 @@ fn status(text: &str, a: &mut Attributes) -> Option<()> {
             "CapBnd" => a.creds.caps[3] = hex(value)?,
             "CapAmb" => a.creds.caps[4] = hex(value)?,
             "NoNewPrivs" => a.creds.no_new_privs = value.trim() == "1",
+            "VmLck" => a.locked = value.split_whitespace().next()?.parse().ok()?,
             "Seccomp" => a.seccomp = value.trim() != "0",
             _ => {}
         }

@@ -6,6 +6,7 @@
 //!
 //! Pids, tids and descriptor numbers are those that the container itself sees.
 
+pub mod advice;
 pub mod file;
 pub mod info;
 pub mod net;
@@ -101,6 +102,8 @@ pub struct Process {
     pub dumpable: u8,
     /// Timers that send it signals.
     pub timers: task::Timers,
+    /// What it has said of its memory, in order of address.
+    pub advice: Vec<advice::Advice>,
 }
 
 /// Fields for prctl(2) PR_SET_MM_MAP, in the order of struct prctl_mm_map.

@@ -6,7 +6,7 @@ use super::script::Script;
 use super::space::Special;
 use super::spare::{Spare, Stub};
 use super::tcp::{self, Connected, Peer, Segment};
-use super::{install, process, space, sysv, timers, tree};
+use super::{advice, install, process, space, sysv, timers, tree};
 use crate::container::SHM;
 use crate::image::net::{TcpConnection, TcpState};
 use crate::image::task::{TimeUnit, Wait};
@@ -170,6 +170,7 @@ impl Spare {
             let stub = find(stubs, p.pid)?;
             process::attributes(script, stub, p)?;
             process::actions(script, stub, p)?;
+            advice::repeat(script, stub, p)?;
         }
         process::groups(script, stubs, &state.processes)?;
         let attributes = Instant::now();
