@@ -25,6 +25,7 @@ mod outside;
 mod pipes;
 mod process;
 mod refusals;
+mod surroundings;
 mod survey;
 mod sysv;
 mod tcp;
@@ -170,6 +171,8 @@ pub struct Capturer {
     processes: BTreeMap<i32, Tracked>,
     objects: objects::Objects,
     tmpfs: tmpfs::Mounts,
+    namespaces: surroundings::Namespaces,
+    vdso: u64,
     sysv: Option<sysv::SystemV>,
     root: i32,
     offsets: (i64, i64),
@@ -212,6 +215,8 @@ impl Capturer {
             processes: BTreeMap::new(),
             objects: objects::Objects::new(tmpfs.devices()),
             tmpfs,
+            namespaces: surroundings::Namespaces::of(root)?,
+            vdso: 0,
             sysv: sysv::SystemV::open(root)?,
             root,
             offsets: clock_offsets(root)?,
@@ -264,6 +269,7 @@ impl Capturer {
             match change {
                 Change::Started(_) => {}
                 Change::Executed(pid) | Change::Ended(pid, _) => {
+                    self.namespaces.forget(pid);
                     match self.processes.remove(&pid) {
                         Some(t) => t.space.shared_objects().for_each(|o| self.objects.suspect(o)),
                         // It came and went unseen.
@@ -369,6 +375,9 @@ impl Capturer {
             CaptureError::unsupported(format!("pid {pid}"), "it has no vdso".into())
         })?;
         let gadget = remote::find_gadget(pid, start, end)?;
+        if self.vdso == 0 {
+            self.vdso = remote::fingerprint(pid, start, end)?;
+        }
         // A child made by fork has inherited the scratch area of its parent.
         if !vmas.iter().any(|v| v.mapping.start == SCRATCH) {
             remote::map_scratch(pid, gadget).map_err(|e| match e.code() {
@@ -402,6 +411,10 @@ impl Capturer {
     pub fn precopy(&mut self) -> Result<usize, CaptureError> {
         let before = self.pages.pages();
         for (pid, tracked) in &mut self.processes {
+            match self.namespaces.check(*pid) {
+                Err(e) if !e.is_gone() => return Err(e),
+                _ => {}
+            }
             let round = tracked.space.round(&mut self.pages, &mut self.objects, false);
             let read = process::read(*pid, Some(&tracked.attributes)).and_then(|attributes| {
                 let handle = tracked.handle.as_fd();
@@ -562,6 +575,9 @@ impl Capturer {
 
     /// The objects that mappings and descriptors of the state refer to, with their last pages.
     fn take_objects(&mut self, state: &mut State) -> Result<(), CaptureError> {
+        self.namespaces.check_mounts()?;
+        state.names = self.namespaces.names()?;
+        state.vdso = self.vdso;
         state.tmpfs = self.tmpfs.walk(&mut self.objects)?;
         let segments = self.look_at_segments()?;
         if let Some(sysv) = &mut self.sysv {

@@ -43,6 +43,11 @@ pub struct State {
     pub message_queues: Vec<MessageQueue>,
     /// Unix sockets, which descriptions and each other refer to by index.
     pub unix_sockets: Vec<unix::UnixSocket>,
+    /// Host name and domain name, if the container has its own.
+    pub names: Option<(String, String)>,
+    /// What stands for the code of the kernel's vdso, which must be the same where the container
+    /// goes on; 0: unknown.
+    pub vdso: u64,
 }
 
 impl State {

@@ -580,6 +580,20 @@ def advice():
     same("what a child gets", os.read(down, 3), b"yes")
 
 
+def host_names():
+    import socket
+
+    same("at first", socket.gethostname(), "inside")
+    socket.sethostname("renamed-once")
+    pause()
+    socket.sethostname("renamed-twice")
+    call("setdomainname", b"a.domain", 8)
+    last()
+    same("host name", socket.gethostname(), "renamed-twice")
+    with open("/proc/sys/kernel/domainname") as file:
+        same("domain name", file.read().strip(), "a.domain")
+
+
 KINDS = {
     f.__name__: f
     for f in (
@@ -593,6 +607,7 @@ KINDS = {
         system_v_messages,
         system_v_semaphores,
         advice,
+        host_names,
     )
 }
 
