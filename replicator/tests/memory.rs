@@ -7,6 +7,7 @@ mod common;
 use common::{Original, Scratch, wait_until};
 use replicator::restore::{Peer, Spare};
 use std::path::Path;
+use std::process::Command;
 
 const PYTHON: &str = "/usr/bin/python3";
 
@@ -33,9 +34,13 @@ fn survives(kind: &str) {
         println!("skipped: {PYTHON} is not there");
         return;
     }
-    let dir = Scratch::new(&format!("memory-{kind}"));
     let program = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/subjects/memory.py");
-    let mut original = Original::start(&dir, &[PYTHON, "-B", program, kind]);
+    let dir = Scratch::new(&format!("memory-{kind}"));
+    program_survives(kind, &dir, &[PYTHON, "-B", program, kind]);
+}
+
+fn program_survives(kind: &str, dir: &Scratch, command: &[&str]) {
+    let mut original = Original::start(dir, command);
     let console = original.console();
     let mut spare = None;
     let mut step = 0;
@@ -73,6 +78,29 @@ fn survives(kind: &str) {
     println!("{done}");
 }
 
+#[test]
+fn vectors() {
+    let features = std::fs::read_to_string("/proc/cpuinfo").expect("cpuinfo");
+    if !features.contains("avx512f") {
+        println!("skipped: this processor has no AVX-512");
+        return;
+    }
+    let dir = Scratch::new("memory-vectors");
+    let program = dir.0.join("vectors");
+    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/subjects/vectors.c");
+    let flags = "-O1 -mgeneral-regs-only -static -nostdlib -ffreestanding -fno-stack-protector";
+    let built = Command::new("gcc")
+        .args(flags.split(' '))
+        .arg("-o")
+        .args([program.as_path(), Path::new(source)])
+        .status();
+    if !built.is_ok_and(|status| status.success()) {
+        println!("skipped: gcc does not build it");
+        return;
+    }
+    program_survives("vectors", &dir, &[program.to_str().expect("a path")]);
+}
+
 macro_rules! kinds {
     ($($kind:ident)*) => { $(#[test] fn $kind() { survives(stringify!($kind)); })* };
 }
@@ -87,4 +115,6 @@ kinds! {
     system_v_memory
     system_v_messages
     system_v_semaphores
+    advice
+    host_names
 }

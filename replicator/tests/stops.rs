@@ -123,6 +123,49 @@ fn a_deleted_file_with_other_names_is_refused_by_name() {
 }
 
 #[test]
+fn a_mount_that_the_container_made_is_refused_by_name() {
+    let ready = std::env::temp_dir().join(format!("nilicon-stops-mnt-{}", std::process::id()));
+    std::fs::create_dir_all(&ready).expect("a directory");
+    let point = ready.display();
+    let script = format!("read x; mount -t tmpfs none {point}; exec sleep 600");
+    let mut command = Command::new("unshare");
+    command.args(["-m", "--propagation", "private", "sh", "-c", &script]);
+    command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut child = Killed(command.spawn().expect("unshare starts"));
+    let begin = Instant::now();
+    let comm = |pid| std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    while comm(child.pid()) != "sh\n" {
+        assert!(begin.elapsed() < Duration::from_secs(20), "it does not start");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let mut capturer = adopt(child.pid());
+    drop(child.0.stdin.take());
+    let (mut state, mut pages) = (State::default(), PageSet::default());
+    let mut epoch = 0;
+    let error = loop {
+        assert!(begin.elapsed() < Duration::from_secs(20), "it is not refused");
+        epoch += 1;
+        let taken = capturer
+            .pump()
+            .and_then(|()| capturer.prepare())
+            .and_then(|()| capturer.precopy().map(drop))
+            .and_then(|()| {
+                let epoch = Epoch(epoch);
+                capturer.stop(epoch, &mut NoBoundary, &mut state, &mut pages).map(drop)
+            });
+        match taken {
+            Err(error @ CaptureError::Unsupported { .. }) => break error,
+            Ok(()) | Err(CaptureError::Transient(_)) => {}
+            Err(error) => panic!("{error}"),
+        }
+    };
+    assert_names(&error, &format!("mount at {point}"), "not protected");
+    drop(capturer);
+    drop(child);
+    let _ = std::fs::remove_dir(&ready);
+}
+
+#[test]
 fn a_file_lock_is_refused_by_name() {
     let path = format!("/tmp/nilicon-stops-lock-{}", std::process::id());
     let error = refusal(&format!("exec 9>{path}; flock 9; exec sleep 600"));

@@ -273,6 +273,11 @@ impl Files {
                     let dup = pidfd::get_fd(handle, number)?;
                     return deleted(name, dup, info, objects, what);
                 }
+                // The root of that file system is the only place for queues.
+                if !link[1..].contains('/') && is_queue(&pidfd::get_fd(handle, number)?) {
+                    let why = format!("the POSIX message queue {link}; not protected yet");
+                    return Err(CaptureError::unsupported(what.into(), why));
+                }
                 file(link, info, what)
             }
             other => {
@@ -424,6 +429,12 @@ fn numbers(pid: i32) -> Result<Vec<i32>, CaptureError> {
     }
     all.sort_unstable();
     Ok(all)
+}
+
+/// Whether it is a POSIX message queue.
+fn is_queue(fd: &OwnedFd) -> bool {
+    const MQUEUE_MAGIC: i64 = 0x1980_0202;
+    nix::sys::statfs::fstatfs(fd).is_ok_and(|s| s.filesystem_type().0 == MQUEUE_MAGIC)
 }
 
 /// A memfd, or a file that was deleted: its contents are part of the checkpoint.

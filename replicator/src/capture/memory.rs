@@ -397,6 +397,11 @@ impl AddressSpace {
         out
     }
 
+    /// Whether the mappings changed since the last checkpoint.
+    pub(super) fn is_changed(&self) -> bool {
+        self.changed
+    }
+
     /// Whether the mappings changed since the last checkpoint, and forgets it.
     pub(super) fn finish(&mut self) -> bool {
         self.fresh.clear();

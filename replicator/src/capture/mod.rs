@@ -12,6 +12,7 @@
 //! [`Capturer`] lives on one OS thread, the stop thread. It keeps CP-1 (the order of a stop) and
 //! CP-3 (what cannot be captured is an error that names it, never left out).
 
+mod advice;
 mod farewell;
 mod fdinfo;
 mod files;
@@ -26,6 +27,7 @@ mod outside;
 mod pipes;
 mod process;
 mod refusals;
+mod surroundings;
 mod survey;
 mod sysv;
 mod tcp;
@@ -159,6 +161,7 @@ pub struct StopTimes {
 struct Tracked {
     handle: OwnedFd,
     space: AddressSpace,
+    advice: advice::Advices,
     threads: threads::Threads,
     files: files::Files,
     attributes: Attributes,
@@ -171,6 +174,8 @@ pub struct Capturer {
     processes: BTreeMap<i32, Tracked>,
     objects: objects::Objects,
     tmpfs: tmpfs::Mounts,
+    namespaces: surroundings::Namespaces,
+    vdso: u64,
     sysv: Option<sysv::SystemV>,
     root: i32,
     offsets: (i64, i64),
@@ -219,6 +224,8 @@ impl Capturer {
             processes: BTreeMap::new(),
             objects: objects::Objects::new(tmpfs.devices()),
             tmpfs,
+            namespaces: surroundings::Namespaces::of(root)?,
+            vdso: 0,
             sysv: sysv::SystemV::open(root)?,
             root,
             offsets: clock_offsets(root)?,
@@ -292,6 +299,7 @@ impl Capturer {
                     if matches!(change, Change::Ended(..)) {
                         self.remains.add(pid);
                     }
+                    self.namespaces.forget(pid);
                     match self.processes.remove(&pid) {
                         Some(t) => t.space.shared_objects().for_each(|o| self.objects.suspect(o)),
                         // It came and went unseen.
@@ -397,6 +405,9 @@ impl Capturer {
             CaptureError::unsupported(format!("pid {pid}"), "it has no vdso".into())
         })?;
         let gadget = remote::find_gadget(pid, start, end)?;
+        if self.vdso == 0 {
+            self.vdso = remote::fingerprint(pid, start, end)?;
+        }
         // A child made by fork has inherited the scratch area of its parent.
         if !vmas.iter().any(|v| v.mapping.start == SCRATCH) {
             remote::map_scratch(pid, gadget).map_err(|e| match e.code() {
@@ -416,6 +427,7 @@ impl Capturer {
         self.batch.run_all_ok(pid)?;
         Ok(Tracked {
             space: AddressSpace::new(pid, attributes.pid, uffd?)?,
+            advice: advice::Advices::default(),
             handle,
             threads: threads::Threads::default(),
             files: files::Files::default(),
@@ -432,9 +444,13 @@ impl Capturer {
     /// One round of pre-copy: copies what was written since the last round while the container
     /// runs, and reads what rarely changes. Gives the number of pages copied.
     pub fn precopy(&mut self) -> Result<usize, CaptureError> {
-        let Self { processes, pages, objects, diag, .. } = self;
+        let Self { processes, pages, objects, diag, namespaces, .. } = self;
         let before = pages.pages();
         for (pid, tracked) in processes {
+            match namespaces.check(*pid) {
+                Err(e) if !e.is_gone() => return Err(e),
+                _ => {}
+            }
             let round = tracked.space.round(pages, objects, false);
             let read = process::read(*pid, Some(&tracked.attributes)).and_then(|attributes| {
                 tracked.threads.look_ahead()?;
@@ -443,7 +459,14 @@ impl Capturer {
                 looked.map(|()| attributes)
             });
             match (round, read) {
-                (Ok(()), Ok(attributes)) => tracked.attributes = attributes,
+                (Ok(()), Ok(attributes)) => {
+                    tracked.attributes = attributes;
+                    let changed = tracked.space.is_changed();
+                    match tracked.advice.look(*pid, tracked.attributes.locked, changed) {
+                        Err(e) if !e.is_gone() => return Err(e),
+                        _ => {}
+                    }
+                }
                 // It has just ended; pump will hear of it.
                 (Err(e), _) | (_, Err(e)) if e.is_gone() => {}
                 (Err(e), _) | (_, Err(e)) => return Err(e),
@@ -541,6 +564,7 @@ impl Capturer {
             }
             refuse_mappings(*pid, tracked.space.vmas(), &mut self.refusals)?;
             let mappings = tracked.space.mappings();
+            let advice = tracked.advice.take(*pid, tracked.attributes.locked)?;
             times.memory += lap.next();
             let handle = tracked.handle.as_fd();
             let world = (&self.diag, &mut self.objects);
@@ -583,6 +607,7 @@ impl Capturer {
                     no_huge_pages: inner.no_huge_pages,
                     membarrier: inner.membarrier,
                 },
+                advice,
             });
             times.threads += lap.next();
         }
@@ -615,6 +640,9 @@ impl Capturer {
 
     /// The objects that mappings and descriptors of the state refer to, with their last pages.
     fn take_objects(&mut self, state: &mut State) -> Result<(), CaptureError> {
+        self.namespaces.check_mounts()?;
+        state.names = self.namespaces.names()?;
+        state.vdso = self.vdso;
         state.tmpfs = self.tmpfs.walk(&mut self.objects)?;
         let segments = self.look_at_segments()?;
         if let Some(sysv) = &mut self.sysv {

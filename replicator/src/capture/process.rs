@@ -24,6 +24,8 @@ pub(super) struct Attributes {
     pub(super) exit_signal: i32,
     pub(super) root: Option<String>,
     pub(super) oom_score_adj: i32,
+    /// Locked memory in KiB.
+    pub(super) locked: u64,
     seccomp: bool,
 }
 
@@ -99,6 +101,7 @@ fn status(text: &str, a: &mut Attributes) -> Option<()> {
             "CapBnd" => a.creds.caps[3] = hex(value)?,
             "CapAmb" => a.creds.caps[4] = hex(value)?,
             "NoNewPrivs" => a.creds.no_new_privs = value.trim() == "1",
+            "VmLck" => a.locked = value.split_whitespace().next()?.parse().ok()?,
             "Seccomp" => a.seccomp = value.trim() != "0",
             _ => {}
         }

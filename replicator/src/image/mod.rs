@@ -6,6 +6,7 @@
 //!
 //! Pids, tids and descriptor numbers are those that the container itself sees.
 
+pub mod advice;
 pub mod file;
 pub mod info;
 pub mod net;
@@ -51,6 +52,11 @@ pub struct State {
     pub farewells: Vec<net::TcpConnection>,
     /// Connections that were closed within one epoch, by what the gate saw of their end.
     pub partings: Vec<net::Parting>,
+    /// Host name and domain name, if the container has its own.
+    pub names: Option<(String, String)>,
+    /// What stands for the code of the kernel's vdso, which must be the same where the container
+    /// goes on; 0: unknown.
+    pub vdso: u64,
 }
 
 impl State {
@@ -114,6 +120,8 @@ pub struct Process {
     pub place: task::Place,
     /// Settings that most processes leave as they were.
     pub settings: task::ProcessSettings,
+    /// What it has said of its memory, in order of address.
+    pub advice: Vec<advice::Advice>,
 }
 
 /// Fields for prctl(2) PR_SET_MM_MAP, in the order of struct prctl_mm_map.

@@ -6,11 +6,12 @@ use super::script::Script;
 use super::space::Special;
 use super::spare::{Spare, Stub};
 use super::tcp::{self, Connected, Peer, Segment};
-use super::{install, process, settings, sockets, space, sysv, timers, tree};
+use super::{advice, install, process, settings, sockets, space, sysv, timers, tree};
 use crate::container::SHM;
 use crate::image::net::{TcpConnection, TcpState};
 use crate::image::task::{TimeUnit, Wait};
 use crate::image::{Description, Kind, Mapping, Process, Regs, Source, State, Thread, VdsoPart};
+use crate::sys::namespace::is_ours;
 use crate::sys::ptrace::{self, reg};
 use crate::sys::remote::{self, Call, SCRATCH, SCRATCH_LEN};
 use crate::sys::{SysError, SysResult, memory};
@@ -164,6 +165,7 @@ impl Spare {
             .doing(1, "name the files of a tmpfs")?;
         tree::remove_others(init, &[SHM.to_owned()], &self.state.tmpfs)
             .doing(1, "remove files of a tmpfs")?;
+        self.host_names()?;
         sysv::make_all(init, &self.state).doing(1, "make System V objects")?;
         let hosts = self.stubs.iter().map(|s| (s.pid, s.host)).collect();
         let elapsed = self.elapsed();
@@ -180,6 +182,7 @@ impl Spare {
             let stub = find(stubs, p.pid)?;
             process::attributes(script, stub, p)?;
             process::actions(script, stub, p)?;
+            advice::repeat(script, stub, p)?;
         }
         let attributes = Instant::now();
         for p in &state.processes {
@@ -214,6 +217,24 @@ impl Spare {
         times.descriptors = descriptors - attributes;
         times.threads = descriptors.elapsed();
         Ok(())
+    }
+
+    /// Host name and domain name.
+    fn host_names(&mut self) -> Result<(), RestoreError> {
+        let Some((host, domain)) = &self.state.names else { return Ok(()) };
+        // Without a namespace of its own, the name is that of the host.
+        if is_ours(self.launched.pid, "uts").doing(1, "look for its namespace")? {
+            return Ok(());
+        }
+        let script = &mut self.script;
+        for (name, number, text) in [
+            ("sethostname", libc::SYS_sethostname, host),
+            ("setdomainname", libc::SYS_setdomainname, domain),
+        ] {
+            let at = script.data(text.as_bytes());
+            script.call_on(name, text.clone(), number, &[at, text.len() as u64]);
+        }
+        script.run_ok(self.launched.pid).doing(1, "set the host name").map(drop)
     }
 
     /// Phase b: connects the TCP connections. `answers` tells what each one's peer expects. The

@@ -17,6 +17,7 @@
 //! so ([`RestoreError::spare_is_lost`]); cost follows the difference to the checkpoint before;
 //! no process of it runs an instruction of its program before [`Spare::resume_all`].
 
+mod advice;
 mod error;
 mod finish;
 mod install;

@@ -62,6 +62,7 @@ pub struct Spare {
     pub(super) finishing: Finishing,
     pub(super) affinity: CpuSet,
     pub(super) held: Held,
+    vdso: u64,
     lost: bool,
     // Last, so that it is dropped last.
     pub(super) launched: Launched,
@@ -74,6 +75,9 @@ impl Spare {
         let host = launched.pid;
         let mut script = Script::default();
         let (specials, affinity) = take_over(host, &mut script).doing(1, "take over the memory")?;
+        let code = specials.iter().find(|s| s.part == VdsoPart::Vdso);
+        let vdso = code.map_or(Ok(0), |s| remote::fingerprint(host, s.start, s.start + s.len));
+        let vdso = vdso.doing(1, "read the vdso")?;
         let forced = ForcedMemory::open(host).doing(1, "open the memory")?;
         let root = launched.root();
         let (sid, pgid) = session_of(host).doing(root, "read the session")?;
@@ -97,6 +101,7 @@ impl Spare {
             finishing: Finishing::default(),
             affinity,
             held: Held::default(),
+            vdso,
             lost: false,
             launched,
         })
@@ -117,6 +122,13 @@ impl Spare {
     /// was folded in before (all of them, the first time).
     pub fn apply(&mut self, state: &State, pages: &PageSet) -> Result<(), RestoreError> {
         check(state, self.launched.root())?;
+        if state.vdso != 0 && state.vdso != self.vdso {
+            return Err(RestoreError::Refused {
+                pid: 1,
+                object: "the vdso".into(),
+                reason: "this host's kernel has another one; run the same kernel on both".into(),
+            });
+        }
         self.attempt(|spare| spare.fold(state, pages))
     }
 

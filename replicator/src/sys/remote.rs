@@ -283,6 +283,14 @@ pub fn find_gadget(pid: i32, start: u64, end: u64) -> SysResult<u64> {
     })
 }
 
+/// What stands for the code of the vdso, whose mapping is `start..end`: two kernels that have the
+/// same one can run the same program in the middle of it.
+pub fn fingerprint(pid: i32, start: u64, end: u64) -> SysResult<u64> {
+    let mut code = vec![0u8; (end - start) as usize];
+    memory::read(pid, start, &mut code)?;
+    Ok(xxhash_rust::xxh3::xxh3_64(&code) | 1)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -507,6 +507,93 @@ def system_v_semaphores():
     same("one who waited goes on", child.answers.readline().strip(), "0")
 
 
+def smaps_flags(address):
+    flags = None
+    with open("/proc/self/smaps") as smaps:
+        here = False
+        for line in smaps:
+            head = line.split()[0]
+            if "-" in head and not head.endswith(":"):
+                start, end = (int(n, 16) for n in head.split("-"))
+                here = start <= address < end
+            elif here and head == "VmFlags:":
+                flags = set(line.split()[1:])
+    return flags
+
+
+def advice():
+    names = {
+        10: "dc", 12: "mg", 14: "hg", 15: "nh", 16: "dd", 18: "wf", 2: "sr", 1: "rr",
+        "mlock": "lo", "mlock2": "lf", "mseal": "sl",
+    }
+    places = {}
+    def place(what):
+        memory = mmap.mmap(-1, 8 * PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory[0:4] = b"here"
+        base = address_of(memory)
+        # A mapping without flags on either side.
+        for end in (base, base + 7 * PAGE):
+            call("mprotect", ctypes.c_void_p(end), PAGE, mmap.PROT_READ)
+        middle, size = ctypes.c_void_p(base + PAGE), ctypes.c_size_t(6 * PAGE)
+        memory[PAGE : PAGE + 4] = b"this"
+        if what == "mlock":
+            call("mlock", middle, size)
+        elif what == "mlock2":
+            call("mlock2", middle, size, 1)
+        elif what == "mseal":
+            if libc.syscall(462, middle, size, 0) != 0:
+                return
+        elif libc.madvise(middle, size, what) != 0:
+            return
+        places[what] = (memory, base + PAGE)
+    early = (10, 14, 16, 1, "mlock", "mseal")
+    for what in early:
+        place(what)
+    changed = mmap.mmap(-1, 4 * PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    call("madvise", ctypes.c_void_p(address_of(changed)), 4 * PAGE, 10)
+    pause()
+    for what in names:
+        if what not in early:
+            place(what)
+    call("madvise", ctypes.c_void_p(address_of(changed)), 4 * PAGE, 11)
+    time.sleep(0.3)
+    pause()
+    last()
+    same("kinds", len(places) >= 9, True)
+    for what, (memory, at) in places.items():
+        same(f"flag of {what}", names[what] in smaps_flags(at), True)
+        others = set(names.values()) - {names[what], "lo"}
+        same(f"other flags with {what}", smaps_flags(at) & others, set())
+        same(f"contents of {what}", memory[PAGE : PAGE + 4], b"this")
+        same(f"beside {what}", smaps_flags(at - PAGE) & set(names.values()), set())
+    same("a flag taken back", "dc" in smaps_flags(address_of(changed)), False)
+    same("locked", libc.madvise(ctypes.c_void_p(places["mlock"][1]), PAGE, 4), -1)
+    if "mseal" in places:
+        same("sealed", libc.munmap(ctypes.c_void_p(places["mseal"][1]), PAGE), -1)
+    down, up = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        forgot = map_line(places[10][1]) is None
+        wiped = places[18][0][PAGE : PAGE + 4] == bytes(4)
+        os.write(up, b"yes" if forgot and wiped else b"no")
+        os._exit(0)
+    same("what a child gets", os.read(down, 3), b"yes")
+
+
+def host_names():
+    import socket
+
+    same("at first", socket.gethostname(), "inside")
+    socket.sethostname("renamed-once")
+    pause()
+    socket.sethostname("renamed-twice")
+    call("setdomainname", b"a.domain", 8)
+    last()
+    same("host name", socket.gethostname(), "renamed-twice")
+    with open("/proc/sys/kernel/domainname") as file:
+        same("domain name", file.read().strip(), "a.domain")
+
+
 KINDS = {
     f.__name__: f
     for f in (
@@ -519,6 +606,8 @@ KINDS = {
         system_v_memory,
         system_v_messages,
         system_v_semaphores,
+        advice,
+        host_names,
     )
 }
 

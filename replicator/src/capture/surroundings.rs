@@ -1,0 +1,139 @@
+//! The namespaces of a container: its host name, and what in them cannot be brought back: mounts
+//! that it made, and processes with namespaces of their own.
+
+use super::CaptureError;
+use crate::sys::namespace::is_ours;
+use crate::sys::{SysError, SysResult};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CloneFlags, setns};
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+
+/// Namespaces that all processes of a container must share.
+const SHARED: [&str; 6] = ["cgroup", "ipc", "mnt", "net", "user", "uts"];
+
+/// Looks at a process between two readings of its namespaces.
+const LOOKS: u32 = 16;
+
+#[derive(Debug)]
+pub(super) struct Namespaces {
+    /// The namespaces of the container's init.
+    of_init: Vec<PathBuf>,
+    /// Our uts namespace and the container's, if they are two.
+    uts: Option<(File, File)>,
+    /// The container's mounts and how they were at first, if they are its own.
+    mounts: Option<(File, Vec<u8>)>,
+    /// The mounts are other ones than at first.
+    differ: bool,
+    looks: BTreeMap<i32, u32>,
+}
+
+impl Namespaces {
+    /// Those of the container whose init this is.
+    pub(super) fn of(root: i32) -> Result<Self, CaptureError> {
+        let open = |path: String| File::open(&path).map_err(|e| CaptureError::proc(&path, e));
+        let uts = match is_ours(root, "uts")? {
+            true => None,
+            false => {
+                let ours = open("/proc/thread-self/ns/uts".into())?;
+                Some((ours, open(format!("/proc/{root}/ns/uts"))?))
+            }
+        };
+        let mounts = match is_ours(root, "mnt")? {
+            true => None,
+            false => {
+                let file = open(format!("/proc/{root}/mountinfo"))?;
+                let at_first = read(&file)?;
+                Some((file, at_first))
+            }
+        };
+        Ok(Self { of_init: links(root)?, uts, mounts, differ: false, looks: BTreeMap::new() })
+    }
+
+    /// Refuses a process that has left a namespace of its container. Read at the first look and
+    /// then from time to time.
+    pub(super) fn check(&mut self, pid: i32) -> Result<(), CaptureError> {
+        let looks = self.looks.entry(pid).or_default();
+        *looks += 1;
+        if *looks % LOOKS != 1 {
+            return Ok(());
+        }
+        for (index, link) in links(pid)?.iter().enumerate() {
+            if *link != self.of_init[index] {
+                let why = format!("it has a namespace of its own ({})", SHARED[index]);
+                return Err(CaptureError::unsupported(format!("pid {pid}"), why));
+            }
+        }
+        Ok(())
+    }
+
+    /// Forgets a process that ended.
+    pub(super) fn forget(&mut self, pid: i32) {
+        self.looks.remove(&pid);
+    }
+
+    /// Host name and domain name, if the container has its own.
+    pub(super) fn names(&self) -> SysResult<Option<(String, String)>> {
+        let Some((ours, theirs)) = &self.uts else { return Ok(None) };
+        let failed = |call| move |e: nix::Error| SysError::errno(call, "uts namespace", e as i32);
+        setns(theirs, CloneFlags::CLONE_NEWUTS).map_err(failed("setns"))?;
+        let names = nix::sys::utsname::uname();
+        setns(ours, CloneFlags::CLONE_NEWUTS).map_err(failed("setns"))?;
+        let names = names.map_err(failed("uname"))?;
+        let text = |s: &std::ffi::OsStr| s.to_string_lossy().into_owned();
+        Ok(Some((text(names.nodename()), text(names.domainname()))))
+    }
+
+    /// Refuses mounts that were made or taken away since the container began.
+    pub(super) fn check_mounts(&mut self) -> Result<(), CaptureError> {
+        let Some((file, at_first)) = &mut self.mounts else { return Ok(()) };
+        let mut polled = [PollFd::new(file.as_fd(), PollFlags::POLLPRI)];
+        let changed = poll(&mut polled, PollTimeout::ZERO)
+            .map_err(|e| SysError::errno("poll", "mountinfo", e as i32))?;
+        // A change is told once.
+        if changed == 0 && !self.differ {
+            return Ok(());
+        }
+        let now = read(file)?;
+        self.differ = now != *at_first;
+        if !self.differ {
+            return Ok(());
+        }
+        let (now, before) = (String::from_utf8_lossy(&now), String::from_utf8_lossy(at_first));
+        let other = |a: &str, b: &str| {
+            let line = a.lines().find(|line| !b.lines().any(|l| l == *line))?;
+            line.split(' ').nth(4).map(str::to_owned)
+        };
+        let point = other(&now, &before).or_else(|| other(&before, &now)).unwrap_or_default();
+        let why = "it was mounted, unmounted or changed by the container; mounts are not protected";
+        Err(CaptureError::unsupported(format!("the mount at {point}"), why.into()))
+    }
+}
+
+fn links(pid: i32) -> Result<Vec<PathBuf>, CaptureError> {
+    let link = |name: &&str| {
+        let path = format!("/proc/{pid}/ns/{name}");
+        fs::read_link(&path).map_err(|e| CaptureError::proc(&path, e))
+    };
+    SHARED.iter().map(link).collect()
+}
+
+fn read(file: &File) -> Result<Vec<u8>, CaptureError> {
+    let mut all = vec![0; 16 << 10];
+    let mut used = 0;
+    loop {
+        let n = file.read_at(&mut all[used..], used as u64);
+        used += match n.map_err(|e| CaptureError::proc("mountinfo", e))? {
+            0 => break,
+            n => n,
+        };
+        if used == all.len() {
+            all.resize(2 * used, 0);
+        }
+    }
+    all.truncate(used);
+    Ok(all)
+}
