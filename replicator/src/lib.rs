@@ -15,5 +15,6 @@ pub mod sys;
 mod term;
 pub mod transport;
 pub mod wire;
+pub mod young;
 
 pub use term::{Epoch, Generation};

@@ -67,6 +67,13 @@ impl Bed {
         bed
     }
 
+    /// As [`Bed::new`], with addresses of IPv6.
+    pub fn of_ipv6(tag: &str, sketch: &Sketch) -> Self {
+        let bed = Self::new(tag, sketch);
+        bed.write(&sketch.text_of_ipv6(&bed.name, &bed.mark().replace('=', ": ")));
+        bed
+    }
+
     /// Replaces the topology file.
     pub fn write(&self, text: &str) {
         fs::write(&self.file, text).expect("write the topology");

@@ -52,6 +52,26 @@ impl Relay {
         line.trim_end().to_owned()
     }
 
+    /// The next bytes that come.
+    ///
+    /// # Panics
+    /// There are not so many.
+    #[track_caller]
+    pub fn bytes(&mut self, count: usize) -> Vec<u8> {
+        let mut bytes = vec![0; count];
+        self.from.read_exact(&mut bytes).expect("so many bytes");
+        bytes
+    }
+
+    /// Everything that comes until the other side closes, which must not be a reset.
+    #[track_caller]
+    pub fn all_bytes(&mut self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        self.from.read_to_end(&mut bytes).expect("bytes");
+        assert!(self.child.wait().expect("its end").success(), "the connection was broken");
+        bytes
+    }
+
     /// Sends a line and returns the line that answers it.
     #[track_caller]
     pub fn ask(&mut self, line: &str) -> String {

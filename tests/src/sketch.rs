@@ -55,6 +55,16 @@ impl Sketch {
         self
     }
 
+    /// The same with addresses of IPv6, for clients, the container and the checkpoints.
+    pub fn text_of_ipv6(&self, lab: &str, mark: &str) -> String {
+        self.text(lab, mark)
+            .replace("10.77.0.1/24", "'fd00:77::1/64'")
+            .replace("10.78.0.1/30", "'fd00:78::1/64'")
+            .replace("10.78.0.2/30", "'fd00:78::2/64'")
+            .replace("10.77.0.10/24", "'fd00:77::10/64'\n    also: [10.77.0.10/24]")
+            .replace("0.0.0.0", "'*', '-::*'")
+    }
+
     /// The topology file of a lab of this name. All its processes inherit the mark.
     pub fn text(&self, lab: &str, mark: &str) -> String {
         let metrics = if self.metrics { ", metrics: '127.0.0.1:9464'" } else { "" };

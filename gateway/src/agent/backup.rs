@@ -35,6 +35,7 @@ use replicator::transport::link::PrimaryConfig;
 use replicator::transport::{BackupEndpoint, Event, PrimaryLink, SharedBackup};
 use replicator::wire::Checkpoint;
 use replicator::wire::message::{Bye, RefuseCode};
+use replicator::young::Door;
 use replicator::{Epoch, Generation};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -261,6 +262,8 @@ pub(super) struct Warm {
     pub(super) spare: Spare,
     pub(super) gate: Arc<Gate>,
     pub(super) last: Option<(Arc<Checkpoint>, Instant)>,
+    /// For connections that are not accepted yet, if this kernel can restore them.
+    pub(super) door: Option<Door>,
 }
 
 /// Asks the other side who runs the container, until that is known: an agent that starts must not
@@ -430,7 +433,12 @@ impl Applier {
             },
         )?;
         lock(&self.shell.status).pid = Some(pid);
-        self.warm = Some(Warm { spare, gate: Arc::new(gate), last: None });
+        let door = Door::load();
+        if let Err(error) = &door {
+            tracing::warn!(container = self.shell.name, %error,
+                "connections that are not accepted yet will be reset by a failover");
+        }
+        self.warm = Some(Warm { spare, gate: Arc::new(gate), last: None, door: door.ok() });
         Ok(())
     }
 

@@ -16,6 +16,7 @@ pub mod status;
 mod stop;
 mod takeover;
 mod worker;
+mod young;
 
 pub use journal::monotonic_us;
 

@@ -6,12 +6,12 @@ use crate::frames::resume::LocalNet;
 use anyhow::{Context, Result};
 use netns_tools::links::Network;
 use netns_tools::namespace::Namespace;
-use netns_tools::topology::{Container, Topology};
+use netns_tools::topology::{Cidr, Container, Topology};
 use replicator::sys::tap::{LinkSetup, Tap, TapOptions};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 
 /// The container's own name of its device.
-const INNER: &str = "eth0";
+pub(super) const INNER: &str = "eth0";
 /// Frames that a TAP queues towards us before it drops. During a stop both queues fill.
 const QUEUE: u32 = 16_384;
 /// The kernel's limit of an interface name, without the terminating zero.
@@ -24,10 +24,8 @@ pub(super) struct Place {
     pub(super) name: String,
     /// Hardware address, the same on every host.
     pub(super) mac: Mac,
-    /// IP address.
-    pub(super) ip: IpAddr,
-    /// Length of its prefix.
-    pub(super) prefix: u8,
+    /// IP addresses.
+    pub(super) addresses: Vec<Cidr>,
     /// Default gateway.
     pub(super) gateway: Option<IpAddr>,
     /// The host's interface that leads to clients.
@@ -41,18 +39,31 @@ impl Place {
         Ok(Self {
             name: name.to_owned(),
             mac: Mac(mac.0),
-            ip: container.address.ip,
-            prefix: container.address.prefix,
+            addresses: container.addresses().collect(),
             gateway: container.gateway,
             uplink: container.uplink.clone(),
         })
+    }
+
+    /// Every address that neighbours may know, the one of the link that the kernel derives from
+    /// the hardware address (RFC 4291, appendix A) included.
+    pub(super) fn all_addresses(&self) -> Vec<Cidr> {
+        let mut all = self.addresses.clone();
+        if self.uses_ipv6() {
+            all.push(Cidr { ip: link_local(self.mac).into(), prefix: 64 });
+        }
+        all
+    }
+
+    fn uses_ipv6(&self) -> bool {
+        self.addresses.iter().any(|a| a.ip.is_ipv6())
     }
 
     /// For probing peers.
     pub(super) fn local_net(&self) -> LocalNet {
         LocalNet {
             mac: self.mac,
-            addresses: vec![(self.ip, self.prefix)],
+            addresses: self.all_addresses().iter().map(|a| (a.ip, a.prefix)).collect(),
             gateways: self.gateway.into_iter().collect(),
         }
     }
@@ -61,10 +72,7 @@ impl Place {
     /// up and with a carrier.
     pub(super) fn make_inner(&self, pid: i32) -> Result<Tap> {
         let namespace = Namespace::of_process(pid).context("enter the container's network")?;
-        // IPv6 is not carried yet; without it the container's kernel says nothing by itself.
-        for (key, value) in
-            [("net.ipv6.conf.all.disable_ipv6", "1"), ("net.ipv6.conf.default.disable_ipv6", "1")]
-        {
+        for (key, value) in self.sysctls() {
             // A kernel without IPv6 has no such file, and nothing to switch off.
             if let Err(error) = namespace.set_sysctl(key, value) {
                 tracing::debug!(%error, "sysctl not set");
@@ -79,12 +87,36 @@ impl Place {
         })?;
         let network = Network::open(&namespace)?;
         network.set_up("lo")?;
-        let cidr = netns_tools::topology::Cidr { ip: self.ip, prefix: self.prefix };
-        network.add_address(INNER, cidr)?;
+        for address in &self.addresses {
+            network.add_address(INNER, *address)?;
+        }
         if let Some(gateway) = self.gateway {
             network.set_default_route(INNER, gateway)?;
         }
         Ok(tap)
+    }
+
+    /// What the container's network is told before its device is made. Without an address of IPv6
+    /// its kernel says nothing of that by itself. With one, it takes its addresses from here
+    /// alone, and at once: the same ones come up in two places, and nobody has to be asked
+    /// whether they are free.
+    fn sysctls(&self) -> &'static [(&'static str, &'static str)] {
+        match self.uses_ipv6() {
+            false => &[
+                ("net.ipv6.conf.all.disable_ipv6", "1"),
+                ("net.ipv6.conf.default.disable_ipv6", "1"),
+            ],
+            true => &[
+                ("net.ipv6.conf.all.disable_ipv6", "0"),
+                ("net.ipv6.conf.default.disable_ipv6", "0"),
+                ("net.ipv6.conf.all.accept_dad", "0"),
+                ("net.ipv6.conf.default.accept_dad", "0"),
+                ("net.ipv6.conf.default.addr_gen_mode", "0"),
+                ("net.ipv6.conf.default.use_tempaddr", "0"),
+                ("net.ipv6.conf.default.accept_ra", "0"),
+                ("net.ipv6.conf.default.router_solicitations", "0"),
+            ],
+        }
     }
 
     /// Makes the port towards the clients in this process's network namespace: a TAP in the
@@ -112,6 +144,13 @@ impl Place {
     }
 }
 
+/// The link-local address with the modified EUI-64 of a hardware address.
+fn link_local(mac: Mac) -> Ipv6Addr {
+    let [a, b, c, d, e, f] = mac.0.map(u16::from);
+    let high = (a ^ 2) << 8 | b;
+    Ipv6Addr::new(0xfe80, 0, 0, 0, high, c << 8 | 0xff, 0xfe00 | d, e << 8 | f)
+}
+
 /// An interface name from a prefix and a name that may be too long for it: the end gives way to
 /// a digest of the whole.
 fn short(prefix: &str, name: &str) -> String {
@@ -129,6 +168,12 @@ fn short(prefix: &str, name: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_link_local_address_is_the_one_that_the_kernel_takes() {
+        let mac = Mac([2, 0, 0, 0xaa, 0xbb, 0x01]);
+        assert_eq!(link_local(mac), "fe80::ff:feaa:bb01".parse::<Ipv6Addr>().unwrap());
+    }
 
     #[test]
     fn long_names_stay_apart() {

@@ -10,6 +10,7 @@
 
 use super::pace::{self, Look, Pacer};
 use super::primary::{Next, Shell};
+use super::young;
 use crate::frames::gate::{Gate, InputHold};
 use anyhow::{Context, Result};
 use nix::errno::Errno;
@@ -19,6 +20,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::time::TimeSpec;
 use replicator::capture::{Boundary, CaptureError, Capturer, StopTimes};
 use replicator::image::State;
+use replicator::image::net::{Parting, Young};
 use replicator::image::pages::PageSet;
 use replicator::protocol::LinkId;
 use replicator::protocol::primary::{Input, State as Stand};
@@ -132,6 +134,8 @@ struct GateBoundary<'a> {
     last: bool,
     sealed: Option<Instant>,
     error: Option<crate::frames::gate::GateError>,
+    young: Vec<Young>,
+    partings: Vec<Parting>,
 }
 
 impl Boundary for GateBoundary<'_> {
@@ -148,6 +152,8 @@ impl Boundary for GateBoundary<'_> {
             Ok(_) => self.sealed = Some(Instant::now()),
             Err(e) => self.error = Some(e),
         }
+        self.young = self.gate.young();
+        self.partings = self.gate.partings();
     }
 
     fn release_input(&mut self) {
@@ -369,6 +375,8 @@ impl StopLoop {
             last,
             sealed: None,
             error: None,
+            young: Vec::new(),
+            partings: Vec::new(),
         };
         let real_time = RealTime::start();
         taken.times =
@@ -379,6 +387,7 @@ impl StopLoop {
             return Err(CaptureError::Transient("output cannot be sealed"));
         }
         taken.sealed = boundary.sealed;
+        young::add(&mut taken.state, boundary.young, boundary.partings, &self.gate);
         Ok(())
     }
 
@@ -407,6 +416,7 @@ impl StopLoop {
 
     /// Looks after the container without taking checkpoints, until it or the agent ends.
     pub(super) fn only_look_after(&mut self) -> Result<Ending> {
+        self.capturer.let_go();
         while !self.shell.must_end() {
             match self.capturer.pump() {
                 Ok(()) => {}

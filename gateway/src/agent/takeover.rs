@@ -12,13 +12,14 @@ use super::backup::{Warm, ms};
 use super::journal::monotonic_us;
 use super::network::Place;
 use super::status::{FailoverPhases, FailoverRecord};
+use super::young;
 use crate::frames::Mac;
 use crate::frames::announce::Announcer;
 use crate::frames::gate::Gate;
 use crate::frames::resume::{Answer, Connection, PeerProbe, PeerSegment};
 use anyhow::{Result, anyhow};
 use bytes::Bytes;
-use replicator::image::net::{TcpConnection, TcpState};
+use replicator::image::net::TcpConnection;
 use replicator::image::{Kind, State};
 use replicator::restore::{Peer, Segment};
 use replicator::{Epoch, Generation};
@@ -82,23 +83,25 @@ pub(super) fn run(
     phases.connect = lap_ms(&mut lap);
 
     gate.open_output()?;
+    let elapsed = received.elapsed();
+    young::restore(warm, takeover.place.mac, &checkpoint.state, elapsed)?;
+    young::stand_in(&gate, takeover.place.mac, &checkpoint.state, elapsed)?;
     warm.spare.push_unsent()?;
     let restored = warm.spare.complete()?;
     phases.finish = lap_ms(&mut lap);
 
     let mac_of = |s: &Segment| answers.get(&key(s.local, s.remote)).and_then(|(_, mac)| *mac);
-    for (segment, reset) in resumption
-        .fins
-        .iter()
-        .map(|s| (s, false))
-        .chain(resumption.resets.iter().map(|s| (s, true)))
-    {
-        inject(&gate, takeover.place.mac, mac_of(segment), segment, reset)?;
-    }
+    let say = |segments: &[Segment], what: fn(&PeerSegment) -> Option<Vec<u8>>| {
+        segments.iter().try_for_each(|s| inject(&gate, takeover.place.mac, mac_of(s), s, what))
+    };
+    say(&resumption.fins, PeerSegment::fin)?;
+    warm.spare.close_sides()?;
+    say(&resumption.acks, PeerSegment::ack)?;
+    say(&resumption.resets, PeerSegment::rst)?;
     let mut replayed = gate.counters().backlog_frames as u64;
     for frame in &logged() {
         // A frame that the device does not take is sent again by its sender.
-        match gate.inject(frame) {
+        match gate.replay(frame) {
             Ok(()) => replayed += 1,
             Err(error) => tracing::debug!(%error, "a logged frame was not replayed"),
         }
@@ -129,14 +132,15 @@ fn lap_ms(lap: &mut Instant) -> f64 {
 }
 
 fn live_connections(state: &State) -> impl Iterator<Item = &TcpConnection> {
-    state.descriptions.iter().filter_map(|d| match &d.kind {
-        Kind::Tcp(c) if c.state != TcpState::Closed => Some(&**c),
+    let named = state.descriptions.iter().filter_map(|d| match &d.kind {
+        Kind::Tcp(c) if c.state.is_synchronized() => Some(&**c),
         _ => None,
-    })
+    });
+    named.chain(&state.farewells)
 }
 
 /// IPv4 addresses of dual-stack sockets are told as IPv4, as on the wire.
-fn key(local: SocketAddr, remote: SocketAddr) -> (SocketAddr, SocketAddr) {
+pub(super) fn key(local: SocketAddr, remote: SocketAddr) -> (SocketAddr, SocketAddr) {
     let plain = |a: SocketAddr| SocketAddr::new(a.ip().to_canonical(), a.port());
     (plain(local), plain(remote))
 }
@@ -160,7 +164,8 @@ fn probe(gate: &Gate, place: &Place, connections: Vec<Connection>) -> Result<(An
 
 /// Says at once where the container is now, and again a little later from a thread of its own.
 fn announce(place: &Place, gate: std::sync::Arc<Gate>) -> Result<()> {
-    let mut announcer = Announcer::new(place.mac, &[place.ip], ANNOUNCEMENTS, ANNOUNCE_PAUSE);
+    let addresses: Vec<_> = place.all_addresses().iter().map(|a| a.ip).collect();
+    let mut announcer = Announcer::new(place.mac, &addresses, ANNOUNCEMENTS, ANNOUNCE_PAUSE);
     for frame in announcer.due(Instant::now()) {
         gate.send(frame)?;
     }
@@ -177,13 +182,13 @@ fn announce(place: &Place, gate: std::sync::Arc<Gate>) -> Result<()> {
     Ok(())
 }
 
-/// Tells the container what it knew of a peer that has closed, in the peer's name.
+/// Tells the container what it knew of a peer, in the peer's name.
 fn inject(
     gate: &Gate,
     mac: Mac,
     peer_mac: Option<Mac>,
     segment: &Segment,
-    reset: bool,
+    what: fn(&PeerSegment) -> Option<Vec<u8>>,
 ) -> Result<()> {
     let frame = PeerSegment {
         to_mac: mac,
@@ -196,8 +201,7 @@ fn inject(
         window: u16::MAX,
         timestamp: None,
     };
-    let bytes = if reset { frame.rst() } else { frame.fin() };
-    if let Some(bytes) = bytes {
+    if let Some(bytes) = what(&frame) {
         gate.inject(&bytes)?;
     }
     Ok(())

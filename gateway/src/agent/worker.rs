@@ -338,7 +338,7 @@ impl Place {
         signals: &SignalFd,
     ) -> Result<()> {
         let Some(ready) = &self.ready else { return Ok(()) };
-        let address = SocketAddr::new(self.network.ip, ready.tcp);
+        let address = SocketAddr::new(self.network.addresses[0].ip, ready.tcp);
         let timeout: Duration = *ready.timeout;
         let begin = Instant::now();
         let over = AtomicBool::new(false);

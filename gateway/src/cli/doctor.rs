@@ -14,6 +14,7 @@ use netns_tools::cgroup::Cgroup;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::utsname::uname;
 use replicator::sys::{SysError, pidfd, probe, procmap::ProcMap};
+use replicator::young::Door;
 use serde::Serialize;
 
 use super::args::{Output, OutputArg};
@@ -115,6 +116,14 @@ fn checks() -> Vec<Check> {
             ptrace_scope(fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").ok()),
             "boot without kernel.yama.ptrace_scope=3: it cannot be lowered while the system runs",
         ),
+        Check::of(
+            "young connections",
+            said(Door::load().map(drop)),
+            "boot a kernel of version 6.9 or later with BPF_SYSCALL, NET_CLS_ACT and \
+             DEBUG_INFO_BTF; without it a failover resets the connections that a container has \
+             not accepted yet",
+        )
+        .optional(),
         Check::of("/dev/net/tun", tun(), "modprobe tun, or make the device available here"),
         Check::of("cgroups", cgroups(), "mount the unified hierarchy at /sys/fs/cgroup, writable"),
     ];

@@ -357,6 +357,14 @@ impl CommitCore {
         self.open.room(&mut self.spare_chunks)
     }
 
+    /// The frames of the open epoch, in the order in which the container sent them.
+    pub(super) fn open_frames(&self) -> impl Iterator<Item = &[u8]> {
+        self.open
+            .frames
+            .iter()
+            .map(|f| &self.open.chunks[f.chunk as usize][f.at as usize..(f.at + f.len) as usize])
+    }
+
     /// Adds the first `len` bytes of [`CommitCore::room`] to the open epoch.
     ///
     /// # Panics

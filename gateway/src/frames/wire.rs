@@ -114,9 +114,33 @@ pub(super) struct Segment {
     pub(super) bare: bool,
 }
 
-/// Reads a TCP segment; anything else, fragments and IPv6 extension headers included, is none.
-pub(super) fn read_tcp(frame: &[u8]) -> Option<Segment> {
+/// A TCP segment of a frame.
+pub(super) struct TcpView<'a> {
+    pub(super) mac: Mac,
+    pub(super) from: SocketAddr,
+    pub(super) to: SocketAddr,
+    pub(super) tcp: TcpPacket<&'a [u8]>,
+}
+
+impl TcpView<'_> {
+    pub(super) fn seq(&self) -> u32 {
+        self.tcp.seq_number().0 as u32
+    }
+
+    pub(super) fn ack(&self) -> u32 {
+        self.tcp.ack_number().0 as u32
+    }
+}
+
+/// Where a frame goes.
+pub(super) fn destination(frame: &[u8]) -> Option<Mac> {
+    frame.get(HEADER..HEADER + 6).map(Mac::from_bytes)
+}
+
+/// Looks at a TCP segment; anything else, fragments and IPv6 extension headers included, is none.
+pub(super) fn view_tcp(frame: &[u8]) -> Option<TcpView<'_>> {
     let ethernet = EthernetFrame::new_checked(frame.get(HEADER..)?).ok()?;
+    let mac = ethernet.src_addr();
     let (from, to, payload): (IpAddr, IpAddr, &[u8]) = match ethernet.ethertype() {
         EthernetProtocol::Ipv4 => {
             let ip = Ipv4Packet::new_checked(ethernet.payload()).ok()?;
@@ -135,14 +159,21 @@ pub(super) fn read_tcp(frame: &[u8]) -> Option<Segment> {
         _ => return None,
     };
     let tcp = TcpPacket::new_checked(payload).ok()?;
+    let (from, to) = (SocketAddr::new(from, tcp.src_port()), SocketAddr::new(to, tcp.dst_port()));
+    Some(TcpView { mac, from, to, tcp })
+}
+
+/// Reads a TCP segment.
+pub(super) fn read_tcp(frame: &[u8]) -> Option<Segment> {
+    let view = view_tcp(frame)?;
     Some(Segment {
-        from: SocketAddr::new(from, tcp.src_port()),
-        to: SocketAddr::new(to, tcp.dst_port()),
-        seq: tcp.seq_number().0 as u32,
-        ack: tcp.ack().then(|| tcp.ack_number().0 as u32),
-        window: tcp.window_len(),
-        rst: tcp.rst(),
-        bare: tcp.segment_len() == 0,
+        from: view.from,
+        to: view.to,
+        seq: view.seq(),
+        ack: view.tcp.ack().then(|| view.ack()),
+        window: view.tcp.window_len(),
+        rst: view.tcp.rst(),
+        bare: view.tcp.segment_len() == 0,
     })
 }
 

@@ -318,6 +318,13 @@ impl Lab {
                 }
             }
         }
+        if self.uses_ipv6() {
+            // Addresses of a lab are its own: nobody has to be asked whether they are free, which
+            // would take a second.
+            for which in ["all", "default"] {
+                namespace.set_sysctl(&format!("net.ipv6.conf.{which}.accept_dad"), "0")?;
+            }
+        }
         let network = Network::open(&namespace)?;
         network.set_up("lo")?;
         if kind == NodeKind::Bridge {
@@ -329,8 +336,9 @@ impl Lab {
 
     fn uses_ipv6(&self) -> bool {
         let links = self.topology.links.iter().flat_map(|link| link.addresses.values());
-        let containers = self.topology.containers.values().map(|container| &container.address);
-        links.chain(containers).any(|address| address.ip.is_ipv6())
+        let containers =
+            self.topology.containers.values().flat_map(|container| container.addresses());
+        links.copied().chain(containers).any(|address| address.ip.is_ipv6())
     }
 
     /// One end of a link, whose interface is there.

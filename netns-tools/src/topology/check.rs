@@ -220,7 +220,11 @@ impl Check<'_> {
                 self.at_value(&path, "the server needs at least one thread", None);
             }
             self.address(&format!("{path}/address"), container.address);
-            if let Some(gateway) = container.gateway.filter(|ip| !container.address.contains(*ip)) {
+            for (number, address) in container.also.iter().enumerate() {
+                self.address(&format!("{path}/also/{number}"), *address);
+            }
+            let outside = |ip: &IpAddr| container.addresses().all(|a| !a.contains(*ip));
+            if let Some(gateway) = container.gateway.filter(outside) {
                 let subnet = container.address.subnet();
                 let message = format!("the gateway {gateway} is not in the subnet {subnet}");
                 self.at_value(&format!("{path}/gateway"), message, None);

@@ -158,6 +158,16 @@ pub struct Container {
     /// The program's working directory.
     #[serde(default = "defaults::workdir")]
     pub workdir: String,
+    /// More addresses of it, of either family; it keeps them as well.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub also: Vec<Cidr>,
+}
+
+impl Container {
+    /// All its addresses, the first one first.
+    pub fn addresses(&self) -> impl Iterator<Item = Cidr> {
+        std::iter::once(self.address).chain(self.also.iter().copied())
+    }
 }
 
 /// What a container runs.

@@ -9,7 +9,7 @@ use super::fdinfo::{self, Info};
 use super::objects::{Class, Objects};
 use super::refusals::Refusals;
 use super::unix::{self, Empties};
-use super::{CaptureError, options, pipes, tcp};
+use super::{CaptureError, farewell, options, pipes, tcp};
 use crate::image::net::RawOptions;
 use crate::image::{Description, Fd, Kind, State};
 use crate::sys::sockopt::get_i32;
@@ -34,6 +34,8 @@ struct Seen {
     ahead: Option<(i32, tcp::Ahead)>,
     /// Options of another socket, if they were read just before this stop.
     options: Option<RawOptions>,
+    /// What is remembered of a TCP socket.
+    known: tcp::Known,
 }
 
 /// Remembered between stops, one for a process.
@@ -62,6 +64,23 @@ pub(super) struct Builder {
     inner: HashMap<i32, i32>,
     /// Descriptors that were in flight.
     held: Vec<OwnedFd>,
+    /// Duplicates of TCP sockets with bytes under way, and their inodes. They outlive the stop.
+    sending: Vec<(u64, OwnedFd)>,
+}
+
+/// What is left of a [`Builder`] after the stop.
+#[derive(Debug)]
+pub(super) struct Sockets {
+    /// Duplicates of TCP sockets with bytes under way, and their inodes.
+    pub(super) sending: Vec<(u64, OwnedFd)>,
+    by_inode: HashMap<u64, Vec<u32>>,
+}
+
+impl Sockets {
+    /// Whether a descriptor with this inode was captured.
+    pub(super) fn has(&self, inode: u64) -> bool {
+        self.by_inode.contains_key(&inode)
+    }
 }
 
 /// A process that holds a descriptor, or this one with a duplicate.
@@ -92,6 +111,7 @@ impl Files {
         pid: i32,
         handle: BorrowedFd<'_>,
         objects: &mut Objects,
+        diag: &UnixDiag,
     ) -> Result<(), CaptureError> {
         for number in numbers(pid)? {
             // A descriptor that is closed meanwhile is looked at in the stop, if it is there.
@@ -112,7 +132,8 @@ impl Files {
             }
             let what = format!("descriptor {number} of pid {pid}");
             if seen.is_tcp() {
-                seen.ahead = tcp::ahead(dup.as_fd(), &what)?.map(|ahead| (info.flags, ahead));
+                let ahead = tcp::ahead(dup.as_fd(), &what, Some(&mut seen.known), diag)?;
+                seen.ahead = ahead.map(|ahead| (info.flags, ahead));
             } else {
                 let socket = (seen.domain, seen.kind, seen.protocol);
                 seen.options = Some(options::read(dup.as_fd(), socket, &what)?);
@@ -127,6 +148,8 @@ impl Files {
         handle: BorrowedFd<'_>,
         number: i32,
         what: impl Fn() -> String,
+        builder: &mut Builder,
+        diag: &UnixDiag,
     ) -> Result<Option<(Info, Kind)>, CaptureError> {
         let Some(seen) = self.seen.get_mut(&number) else { return Ok(None) };
         let Some((before, ahead)) = seen.ahead.take() else { return Ok(None) };
@@ -140,7 +163,8 @@ impl Files {
         let flags = nix::fcntl::fcntl(&dup, nix::fcntl::FcntlArg::F_GETFL)
             .map_err(|e| SysError::errno("F_GETFL", what(), e as i32))?;
         let flags = flags | before & libc::O_CLOEXEC;
-        let kind = tcp::tcp(dup.as_fd(), &what(), Some(&ahead))?;
+        let kind = tcp::tcp(dup.as_fd(), &what(), Some(&ahead), diag)?;
+        builder.keep(seen.inode, dup, &kind);
         Ok(Some((Info { flags, inode: seen.inode, ..Info::default() }, kind)))
     }
 
@@ -159,7 +183,8 @@ impl Files {
         let mut out = Vec::with_capacity(numbers.len());
         for &number in &numbers {
             let what = || format!("descriptor {number} of pid {pid}");
-            let Some(connection) = refusals.admit(self.connection(handle, number, what))? else {
+            let connection = self.connection(handle, number, what, builder, diag);
+            let Some(connection) = refusals.admit(connection)? else {
                 continue;
             };
             let (info, ready) = match connection {
@@ -209,7 +234,9 @@ impl Files {
             let options = seen.options.take();
             return match (seen.domain, seen.kind, seen.protocol) {
                 (libc::AF_INET | libc::AF_INET6, libc::SOCK_STREAM, libc::IPPROTO_TCP) => {
-                    tcp::tcp(dup.as_fd(), what, None)
+                    let kind = tcp::tcp(dup.as_fd(), what, None, diag)?;
+                    builder.keep(info.inode, dup, &kind);
+                    Ok(kind)
                 }
                 (libc::AF_INET | libc::AF_INET6, libc::SOCK_DGRAM, libc::IPPROTO_UDP) => {
                     tcp::udp(dup.as_fd(), what)
@@ -220,6 +247,10 @@ impl Files {
                     let found =
                         unix::Found { dup, inode, kind, options, pid: place, what, diag, inner };
                     builder.unix.add(found, state).map(Kind::Unix)
+                }
+                (libc::AF_INET | libc::AF_INET6, _, libc::IPPROTO_MPTCP) => {
+                    let why = "an MPTCP socket; plain TCP works";
+                    Err(CaptureError::unsupported(what.into(), why.into()))
                 }
                 (domain, kind, protocol) => Err(CaptureError::unsupported(
                     what.into(),
@@ -274,8 +305,8 @@ impl Files {
                 protocol = so(libc::SO_PROTOCOL)?;
             }
             let (inode, mount) = (info.inode, info.mount);
-            let (ahead, options) = (None, None);
-            let seen = Seen { inode, mount, link, domain, kind, protocol, ahead, options };
+            let (ahead, options, known) = (None, None, tcp::Known::default());
+            let seen = Seen { inode, mount, link, domain, kind, protocol, ahead, options, known };
             self.seen.insert(number, seen);
         }
         self.seen.get_mut(&number).ok_or(CaptureError::Ended)
@@ -286,6 +317,13 @@ impl Builder {
     /// `inner` are the pids inside by the pids outside.
     pub(super) fn new(inner: HashMap<i32, i32>) -> Self {
         Self { inner, ..Self::default() }
+    }
+
+    /// Keeps the duplicate of a connection that has bytes under way.
+    fn keep(&mut self, inode: u64, dup: OwnedFd, kind: &Kind) {
+        if farewell::is_sending(kind) {
+            self.sending.push((inode, dup));
+        }
     }
 
     /// Adds a description that was not captured before; gives its index.
@@ -330,7 +368,7 @@ impl Builder {
         state: &mut State,
         (diag, objects): (&UnixDiag, &mut Objects),
         memory: &mut Memory,
-    ) -> Result<(), CaptureError> {
+    ) -> Result<Sockets, CaptureError> {
         let mut at = 0;
         // Descriptors in flight can be unix sockets, with a queue of their own.
         while at < self.unix.len() {
@@ -345,7 +383,8 @@ impl Builder {
             state.unix_sockets[at].queue = messages;
             at += 1;
         }
-        self.unix.join(state)
+        self.unix.join(state)?;
+        Ok(Sockets { sending: self.sending, by_inode: self.by_inode })
     }
 
     /// The description behind a duplicate that travels in a message.

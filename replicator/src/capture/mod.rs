@@ -12,6 +12,7 @@
 //! [`Capturer`] lives on one OS thread, the stop thread. It keeps CP-1 (the order of a stop) and
 //! CP-3 (what cannot be captured is an error that names it, never left out).
 
+mod farewell;
 mod fdinfo;
 mod files;
 mod maps;
@@ -27,6 +28,7 @@ mod refusals;
 mod survey;
 mod sysv;
 mod tcp;
+mod tcp_options;
 mod threads;
 mod timers;
 mod tmpfs;
@@ -179,6 +181,7 @@ pub struct Capturer {
     /// The next stop that succeeds does not end.
     still: bool,
     refusals: refusals::Refusals,
+    farewells: farewell::Farewells,
 }
 
 impl Capturer {
@@ -220,6 +223,7 @@ impl Capturer {
             interrupted: waits::Interrupted::default(),
             still: false,
             refusals: refusals::Refusals::default(),
+            farewells: farewell::Farewells::default(),
         })
     }
 
@@ -404,15 +408,21 @@ impl Capturer {
         })
     }
 
+    /// No checkpoint follows: what was kept for one goes back to the kernel alone.
+    pub fn let_go(&mut self) {
+        self.farewells.let_go();
+    }
+
     /// One round of pre-copy: copies what was written since the last round while the container
     /// runs, and reads what rarely changes. Gives the number of pages copied.
     pub fn precopy(&mut self) -> Result<usize, CaptureError> {
-        let before = self.pages.pages();
-        for (pid, tracked) in &mut self.processes {
-            let round = tracked.space.round(&mut self.pages, &mut self.objects, false);
+        let Self { processes, pages, objects, diag, .. } = self;
+        let before = pages.pages();
+        for (pid, tracked) in processes {
+            let round = tracked.space.round(pages, objects, false);
             let read = process::read(*pid, Some(&tracked.attributes)).and_then(|attributes| {
                 let handle = tracked.handle.as_fd();
-                let looked = tracked.files.look_ahead(*pid, handle, &mut self.objects);
+                let looked = tracked.files.look_ahead(*pid, handle, objects, diag);
                 looked.map(|()| attributes)
             });
             match (round, read) {
@@ -539,7 +549,12 @@ impl Capturer {
         }
         let world = (&self.diag, &mut self.objects);
         let finished = builder.finish(self.root, &mut state, world, &mut self.files);
-        self.refusals.admit(finished)?;
+        if let Some(mut sockets) = self.refusals.admit(finished)? {
+            let sending = std::mem::take(&mut sockets.sending);
+            let settled =
+                self.farewells.settle(sending, |i| sockets.has(i), &mut state, &self.diag);
+            self.refusals.admit(settled)?;
+        }
         times.files += lap.next();
         // Last: memory that travels between processes as a descriptor is an object as well.
         let taken = self.take_objects(&mut state);

@@ -5,13 +5,14 @@
 //! SO_REUSEADDR, and while the send queue is selected in repair mode anything the kernel would
 //! transmit counts as sent and is not, so that queue stays selected as briefly as possible.
 
-use super::CaptureError;
+use super::{CaptureError, tcp_options as options};
 use crate::image::Kind;
 use crate::image::net::{InetIdle, SocketOptions, TcpConnection, TcpListener, TcpState};
-use crate::sys::sockopt::{get, get_i32, in_queue, out_queue, set_i32};
-use crate::sys::{SysError, SysResult};
+use crate::sys::sockopt::{events, get, get_i32, in_queue, out_queue, set_i32};
+use crate::sys::unix_diag::UnixDiag;
+use crate::sys::{SysError, SysResult, inet_diag};
 use nix::sys::socket::{MsgFlags, SockaddrStorage, getpeername, getsockname, recv};
-use std::net::{Ipv6Addr, SocketAddr};
+use std::net::{Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 const TCP_REPAIR: i32 = 19;
@@ -20,6 +21,8 @@ const TCP_QUEUE_SEQ: i32 = 21;
 const TCP_TIMESTAMP: i32 = 24;
 const TCP_REPAIR_WINDOW: i32 = 29;
 const TCP_ULP: i32 = 31;
+const TCP_AO_INFO: i32 = 40;
+const SO_COOKIE: i32 = 57;
 const REPAIR_ON: i32 = 1;
 const REPAIR_OFF_NO_WINDOW_PROBE: i32 = -1;
 const NO_QUEUE: i32 = 0;
@@ -31,10 +34,22 @@ const INFO_WINDOW_SCALE: u8 = 4;
 
 /// The kernel's numbers of tcp_states.h.
 mod state {
-    pub(super) const ESTABLISHED: u8 = 1;
+    pub(super) const SYN_SENT: u8 = 2;
     pub(super) const CLOSE: u8 = 7;
-    pub(super) const CLOSE_WAIT: u8 = 8;
     pub(super) const LISTEN: u8 = 10;
+}
+
+/// The states of a connection that both sides know of.
+fn synchronized(state: u8) -> Option<TcpState> {
+    Some(match state {
+        1 => TcpState::Established,
+        4 => TcpState::FinWait1,
+        5 => TcpState::FinWait2,
+        8 => TcpState::CloseWait,
+        9 => TcpState::LastAck,
+        11 => TcpState::Closing,
+        _ => return None,
+    })
 }
 
 /// What rarely changes of a connection, read just before the stop so that the stop does not pay
@@ -46,19 +61,76 @@ pub(super) struct Ahead {
     options: SocketOptions,
 }
 
-/// Reads it, if the socket is a connection.
-pub(super) fn ahead(fd: BorrowedFd<'_>, what: &str) -> Result<Option<Ahead>, CaptureError> {
+/// What is remembered of a socket from one look ahead to the next.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Known {
+    looks: u8,
+    more: Vec<(i32, i32, i32)>,
+}
+
+/// Options that programs set once if at all are read again only at every so many looks.
+const LOOK_AGAIN: u8 = 8;
+
+/// Reads it, if the socket is a connection, and refuses what cannot be carried over.
+pub(super) fn ahead(
+    fd: BorrowedFd<'_>,
+    what: &str,
+    known: Option<&mut Known>,
+    diag: &UnixDiag,
+) -> Result<Option<Ahead>, CaptureError> {
     let mut info = [0u8; 8];
     get(fd, libc::IPPROTO_TCP, libc::TCP_INFO, &mut info)?;
-    if !matches!(info[0], state::ESTABLISHED | state::CLOSE_WAIT) {
+    let listens = info[0] == state::LISTEN;
+    let first = known.as_ref().is_none_or(|k| k.looks == 0);
+    if first && (listens || synchronized(info[0]).is_some()) {
+        refuse(fd, what, diag, listens)?;
+    }
+    let looks = known.as_ref().map_or(0, |k| k.looks);
+    if listens && let Some(known) = known {
+        known.looks = 1;
+        return Ok(None);
+    }
+    if synchronized(info[0]).is_none() {
         return Ok(None);
     }
     let Ok(remote) = peer(fd) else { return Ok(None) };
+    let options = match known {
+        Some(known) => {
+            if looks.is_multiple_of(LOOK_AGAIN) {
+                known.more = options::more(fd, true)?;
+            }
+            known.looks = looks.checked_add(1).unwrap_or(LOOK_AGAIN);
+            options::common(fd, true, known.more.clone())?
+        }
+        None => options::all(fd, true)?,
+    };
+    Ok(Some(Ahead { local: local(fd)?, remote, options }))
+}
+
+/// What a checkpoint cannot hold of a TCP socket.
+fn refuse(
+    fd: BorrowedFd<'_>,
+    what: &str,
+    diag: &UnixDiag,
+    listens: bool,
+) -> Result<(), CaptureError> {
+    let no = |why: &str| Err(CaptureError::unsupported(what.into(), why.into()));
     let mut ulp = [0u8; 16];
     if get(fd, libc::IPPROTO_TCP, TCP_ULP, &mut ulp).is_ok_and(|n| n > 0 && ulp[0] != 0) {
-        return Err(CaptureError::unsupported(what.into(), "a TCP socket with kernel TLS".into()));
+        return no("a TCP socket with kernel TLS; TLS in the program works");
     }
-    Ok(Some(Ahead { local: local(fd)?, remote, options: options(fd, true)? }))
+    // A kernel without TCP-AO does not know the option; a socket without keys says ENOENT.
+    if get(fd, libc::IPPROTO_TCP, TCP_AO_INFO, &mut [0u8; 64]).is_ok() {
+        return no("a TCP socket with TCP-AO; its keys cannot be read");
+    }
+    if get(fd, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &mut []).is_ok_and(|n| n > 0) {
+        return no("a socket with a packet filter (SO_ATTACH_FILTER)");
+    }
+    let remote = if listens { None } else { peer(fd).ok() };
+    if inet_diag::find(diag, local(fd)?, remote)?.is_some_and(|row| row.md5) {
+        return no("a TCP socket with TCP-MD5; its keys cannot be carried over");
+    }
+    Ok(())
 }
 
 /// Captures a TCP socket. `what` names it in errors; `known` is what was read of it just before.
@@ -66,41 +138,74 @@ pub(super) fn tcp(
     fd: BorrowedFd<'_>,
     what: &str,
     known: Option<&Ahead>,
+    diag: &UnixDiag,
 ) -> Result<Kind, CaptureError> {
     let mut info = [0u8; 104];
     get(fd, libc::IPPROTO_TCP, libc::TCP_INFO, &mut info)?;
-    let state = info[0];
-    match state {
+    if let Some(state) = synchronized(info[0]) {
+        let gone = CaptureError::Transient("a TCP connection is opening or closing");
+        return match known {
+            Some(known) => connection(fd, &info, state, known),
+            None => connection(fd, &info, state, &ahead(fd, what, None, diag)?.ok_or(gone)?),
+        };
+    }
+    match info[0] {
         state::LISTEN => {
             let backlog = u32::from_ne_bytes(info[28..32].try_into().expect("four bytes"));
-            Ok(Kind::TcpListener(TcpListener {
-                local: local(fd)?,
-                backlog,
-                options: options(fd, true)?,
-            }))
+            let mut options = options::all(fd, true)?;
+            options.max_segment = max_segment(fd)?;
+            Ok(Kind::TcpListener(TcpListener { local: local(fd)?, backlog, options }))
         }
-        state::ESTABLISHED | state::CLOSE_WAIT => {
-            let gone = CaptureError::Transient("a TCP connection is opening or closing");
-            match known {
-                Some(known) => connection(fd, &info, state, known),
-                None => connection(fd, &info, state, &ahead(fd, what)?.ok_or(gone)?),
-            }
-        }
-        state::CLOSE => match peer(fd) {
-            // A socket that was never connected, or whose connection ended: the kernel keeps
-            // no peer of either.
-            Ok(remote) => Ok(Kind::Tcp(Box::new(closed(fd, Some(remote))?))),
-            Err(_) => match idle(fd, libc::SOCK_STREAM)? {
-                // What is left of an accepted connection shows its listener's address, which is
-                // not its own: bound to it, it would be in the listener's way.
-                Kind::InetIdle(socket) if has_ended(fd)? => {
-                    Ok(Kind::InetIdle(InetIdle { local: None, ..socket }))
-                }
-                kind => Ok(kind),
-            },
-        },
-        // SYN_SENT, FIN_WAIT and the like pass by themselves; the stop is tried again.
+        state::SYN_SENT => connecting(fd, what, diag),
+        state::CLOSE if has_ended(fd)? => Ok(Kind::Tcp(Box::new(closed(fd)?))),
+        state::CLOSE => idle(fd, libc::SOCK_STREAM),
+        // SYN_RECV of a fast open, and what a socket passes through within one call.
         _ => Err(CaptureError::Transient("a TCP connection is opening or closing")),
+    }
+}
+
+/// A connection whose connect(2) is under way. The kernel does not tell its remote address by
+/// getpeername(2).
+fn connecting(fd: BorrowedFd<'_>, what: &str, diag: &UnixDiag) -> Result<Kind, CaptureError> {
+    let mut cookie = [0u8; 8];
+    get(fd, libc::SOL_SOCKET, SO_COOKIE, &mut cookie)?;
+    let local = local(fd)?;
+    let family = if local.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+    let rows = inet_diag::sockets(diag, family, 1 << state::SYN_SENT)?;
+    let cookie = u64::from_ne_bytes(cookie);
+    let row = rows.into_iter().find(|row| row.cookie == cookie);
+    let row = row.ok_or(CaptureError::Transient("a TCP connection is opening"))?;
+    if row.md5 {
+        let why = "a TCP socket with TCP-MD5; its keys cannot be carried over";
+        return Err(CaptureError::unsupported(what.into(), why.into()));
+    }
+    let options = options::all(fd, true)?;
+    set_i32(fd, libc::IPPROTO_TCP, TCP_REPAIR, REPAIR_ON)?;
+    let write_seq = set_i32(fd, libc::IPPROTO_TCP, TCP_REPAIR_QUEUE, SEND_QUEUE)
+        .and_then(|()| get_i32(fd, libc::IPPROTO_TCP, TCP_QUEUE_SEQ));
+    leave_repair(fd, &options)?;
+    Ok(Kind::Tcp(Box::new(TcpConnection {
+        state: TcpState::SynSent,
+        remote: row.remote,
+        write_seq: write_seq? as u32,
+        ..empty(local, options)
+    })))
+}
+
+/// TCP_MAXSEG of a socket that is not connected: what the program has set, or the default.
+fn max_segment(fd: BorrowedFd<'_>) -> SysResult<i32> {
+    const DEFAULT: i32 = 536;
+    let value = get_i32(fd, libc::IPPROTO_TCP, libc::TCP_MAXSEG)?;
+    Ok(if value == DEFAULT { 0 } else { value })
+}
+
+/// Leaves repair mode, which clears SO_REUSEADDR, with everything as it was.
+fn leave_repair(fd: BorrowedFd<'_>, options: &SocketOptions) -> SysResult<()> {
+    set_i32(fd, libc::IPPROTO_TCP, TCP_REPAIR_QUEUE, NO_QUEUE)?;
+    set_i32(fd, libc::IPPROTO_TCP, TCP_REPAIR, REPAIR_OFF_NO_WINDOW_PROBE)?;
+    match options.reuse_addr {
+        true => set_i32(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1),
+        false => Ok(()),
     }
 }
 
@@ -126,33 +231,48 @@ fn has_ended(fd: BorrowedFd<'_>) -> SysResult<bool> {
 fn idle(fd: BorrowedFd<'_>, kind: i32) -> Result<Kind, CaptureError> {
     let v6 = get_i32(fd, libc::SOL_SOCKET, libc::SO_DOMAIN)? == libc::AF_INET6;
     let local = local(fd).ok().filter(|a| a.port() != 0);
-    let options = options(fd, kind == libc::SOCK_STREAM)?;
+    let stream = kind == libc::SOCK_STREAM;
+    let mut options = options::all(fd, stream)?;
+    if stream {
+        options.max_segment = max_segment(fd)?;
+    }
     Ok(Kind::InetIdle(InetIdle { v6, kind, local, options }))
 }
 
-fn closed(fd: BorrowedFd<'_>, remote: Option<SocketAddr>) -> Result<TcpConnection, CaptureError> {
+/// What is left of a connection: what was received and not read, and whether it ended badly.
+fn closed(fd: BorrowedFd<'_>) -> Result<TcpConnection, CaptureError> {
     let local = local(fd)?;
     Ok(TcpConnection {
+        receive_queue: peek(fd, in_queue(fd)?)?,
+        error: events(fd)? & libc::POLLERR != 0,
+        ..empty(local, options::all(fd, true)?)
+    })
+}
+
+fn empty(local: SocketAddr, options: SocketOptions) -> TcpConnection {
+    TcpConnection {
         local,
-        remote: remote.unwrap_or(local),
+        remote: SocketAddr::new(local.ip(), 0),
         state: TcpState::Closed,
         write_seq: 0,
         rcv_nxt: 0,
         send_queue: Vec::new(),
-        receive_queue: peek(fd, in_queue(fd)?)?,
+        receive_queue: Vec::new(),
         window: [0; 5],
         mss: 536,
         sack: false,
         window_scale: None,
         timestamp: None,
-        options: options(fd, true)?,
-    })
+        options,
+        shut_read: false,
+        error: false,
+    }
 }
 
 fn connection(
     fd: BorrowedFd<'_>,
     info: &[u8; 104],
-    state: u8,
+    state: TcpState,
     known: &Ahead,
 ) -> Result<Kind, CaptureError> {
     let flags = info[5];
@@ -163,22 +283,20 @@ fn connection(
     let unread = in_queue(fd)?;
     let receive_queue = peek(fd, unread)?;
     set_i32(fd, libc::IPPROTO_TCP, TCP_REPAIR, REPAIR_ON)?;
-    let repaired = in_repair(fd);
+    let repaired = in_repair(fd, state);
     let grown = in_queue(fd).is_ok_and(|now| now != unread);
-    set_i32(fd, libc::IPPROTO_TCP, TCP_REPAIR, REPAIR_OFF_NO_WINDOW_PROBE)?;
-    if options.reuse_addr {
-        set_i32(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
-    }
+    leave_repair(fd, &options)?;
     let r = repaired?;
     if grown {
         // A segment that was inside the container's own network when its input was held.
         return Err(CaptureError::Transient("a TCP connection has just received data"));
     }
     let scales = (info[6] & 15, info[6] >> 4);
+    let hung_up = events(fd)? & libc::POLLRDHUP != 0;
     Ok(Kind::Tcp(Box::new(TcpConnection {
         local,
         remote,
-        state: if state == state::CLOSE_WAIT { TcpState::CloseWait } else { TcpState::Established },
+        state,
         write_seq: r.write_seq,
         rcv_nxt: r.rcv_nxt,
         send_queue: r.send_queue,
@@ -189,6 +307,8 @@ fn connection(
         window_scale: (flags & INFO_WINDOW_SCALE != 0).then_some(scales),
         timestamp,
         options,
+        shut_read: hung_up && !state.has_received_fin(),
+        error: false,
     })))
 }
 
@@ -200,9 +320,12 @@ struct Repaired {
     mss: u32,
 }
 
-fn in_repair(fd: BorrowedFd<'_>) -> SysResult<Repaired> {
+fn in_repair(fd: BorrowedFd<'_>, state: TcpState) -> SysResult<Repaired> {
     const TCP: i32 = libc::IPPROTO_TCP;
-    let unacknowledged = out_queue(fd)?;
+    // Our FIN has a sequence number and no byte.
+    let fin = u32::from(state.has_sent_fin());
+    let open = if state == TcpState::FinWait2 { 0 } else { fin as usize };
+    let unacknowledged = out_queue(fd)?.saturating_sub(open);
     set_i32(fd, TCP, TCP_REPAIR_QUEUE, SEND_QUEUE)?;
     let write_seq = get_i32(fd, TCP, TCP_QUEUE_SEQ);
     let send_queue = peek_tail(fd, unacknowledged);
@@ -213,7 +336,7 @@ fn in_repair(fd: BorrowedFd<'_>) -> SysResult<Repaired> {
     get(fd, TCP, TCP_REPAIR_WINDOW, &mut raw)?;
     let word = |i: usize| u32::from_ne_bytes(raw[i * 4..i * 4 + 4].try_into().expect("4 bytes"));
     Ok(Repaired {
-        write_seq: write_seq? as u32,
+        write_seq: (write_seq? as u32).wrapping_sub(fin),
         rcv_nxt: rcv_nxt? as u32,
         send_queue: send_queue?,
         window: [word(0), word(1), word(2), word(3), word(4)],
@@ -261,44 +384,6 @@ fn peek_tail(fd: BorrowedFd<'_>, len: usize) -> SysResult<Vec<u8>> {
     }
 }
 
-fn options(fd: BorrowedFd<'_>, tcp: bool) -> SysResult<SocketOptions> {
-    const SO_BUF_LOCK: i32 = 72;
-    let so = |name| get_i32(fd, libc::SOL_SOCKET, name);
-    let mut linger = [0u8; 8];
-    get(fd, libc::SOL_SOCKET, libc::SO_LINGER, &mut linger)?;
-    let half = |i: usize| i32::from_ne_bytes(linger[i..i + 4].try_into().expect("four bytes"));
-    let mut o = SocketOptions {
-        reuse_addr: so(libc::SO_REUSEADDR)? != 0,
-        reuse_port: so(libc::SO_REUSEPORT)? != 0,
-        keep_alive: so(libc::SO_KEEPALIVE)? != 0,
-        buffers: [so(libc::SO_SNDBUF)?, so(libc::SO_RCVBUF)?],
-        buffer_lock: so(SO_BUF_LOCK)?,
-        linger: (half(0), half(4)),
-        mark: so(libc::SO_MARK)? as u32,
-        priority: so(libc::SO_PRIORITY)?,
-        ..SocketOptions::default()
-    };
-    if so(libc::SO_DOMAIN)? == libc::AF_INET6 {
-        o.v6_only = get_i32(fd, libc::IPPROTO_IPV6, libc::IPV6_V6ONLY)? != 0;
-    }
-    if tcp {
-        let t = |name| get_i32(fd, libc::IPPROTO_TCP, name);
-        o.keep_alive_timing =
-            [t(libc::TCP_KEEPIDLE)?, t(libc::TCP_KEEPINTVL)?, t(libc::TCP_KEEPCNT)?];
-        o.no_delay = t(libc::TCP_NODELAY)? != 0;
-        o.cork = t(libc::TCP_CORK)? != 0;
-        o.user_timeout = t(libc::TCP_USER_TIMEOUT)? as u32;
-        o.defer_accept = t(libc::TCP_DEFER_ACCEPT)?;
-        o.quick_ack = t(libc::TCP_QUICKACK)? != 0;
-        let mut name = [0u8; 16];
-        let n = get(fd, libc::IPPROTO_TCP, libc::TCP_CONGESTION, &mut name)?;
-        let name = &name[..n];
-        let end = name.iter().position(|b| *b == 0).unwrap_or(n);
-        o.congestion = String::from_utf8_lossy(&name[..end]).into_owned();
-    }
-    Ok(o)
-}
-
 fn local(fd: BorrowedFd<'_>) -> Result<SocketAddr, CaptureError> {
     let a = getsockname::<SockaddrStorage>(fd.as_raw_fd())
         .map_err(|e| SysError::errno("getsockname", "a socket", e as i32))?;
@@ -316,5 +401,6 @@ fn address(a: &SockaddrStorage) -> Option<SocketAddr> {
         return Some(SocketAddr::from((v4.ip(), v4.port())));
     }
     let v6 = a.as_sockaddr_in6()?;
-    Some(SocketAddr::from((Ipv6Addr::from(v6.ip().octets()), v6.port())))
+    let ip = Ipv6Addr::from(v6.ip().octets());
+    Some(SocketAddrV6::new(ip, v6.port(), v6.flowinfo(), v6.scope_id()).into())
 }

@@ -10,6 +10,7 @@ pub mod file;
 pub mod info;
 pub mod net;
 pub mod object;
+pub mod options;
 pub mod pages;
 pub mod sysv;
 pub mod task;
@@ -42,6 +43,12 @@ pub struct State {
     pub message_queues: Vec<MessageQueue>,
     /// Unix sockets, which descriptions and each other refer to by index.
     pub unix_sockets: Vec<unix::UnixSocket>,
+    /// Connections that no descriptor names yet, in the order in which they are to be accepted.
+    pub young: Vec<net::Young>,
+    /// Connections that the program has closed and whose peers have not acknowledged everything.
+    pub farewells: Vec<net::TcpConnection>,
+    /// Connections that were closed within one epoch, by what the gate saw of their end.
+    pub partings: Vec<net::Parting>,
 }
 
 impl State {

@@ -27,6 +27,14 @@ pub struct SocketOptions {
     pub congestion: String,
     pub mark: u32,
     pub priority: i32,
+    /// Options of [`super::options::INTS`] that are not at their default: level, name, value.
+    pub more: Vec<(i32, i32, i32)>,
+    /// SO_BINDTODEVICE: the interface's name, or nothing.
+    pub device: String,
+    /// SO_RCVTIMEO and SO_SNDTIMEO: seconds and microseconds; zero for none.
+    pub timeouts: [(i64, i64); 2],
+    /// TCP_MAXSEG as set before the connection; 0 for none.
+    pub max_segment: i32,
 }
 
 /// A listening TCP socket.
@@ -49,6 +57,33 @@ pub enum TcpState {
     CloseWait,
     /// Nothing is left of the connection but the descriptor.
     Closed,
+    /// The program has closed its side; the peer has not acknowledged that.
+    FinWait1,
+    /// The program has closed its side, and the peer knows.
+    FinWait2,
+    /// Both have closed, this side first; the peer has not acknowledged our end.
+    Closing,
+    /// Both have closed, the peer first; it has not acknowledged our end.
+    LastAck,
+    /// connect(2) is under way.
+    SynSent,
+}
+
+impl TcpState {
+    /// Whether the program has closed its side: a FIN follows the send queue.
+    pub fn has_sent_fin(self) -> bool {
+        matches!(self, Self::FinWait1 | Self::FinWait2 | Self::Closing | Self::LastAck)
+    }
+
+    /// Whether the peer has closed its side: its FIN is counted in `rcv_nxt`.
+    pub fn has_received_fin(self) -> bool {
+        matches!(self, Self::CloseWait | Self::Closing | Self::LastAck)
+    }
+
+    /// Whether there is a peer that knows of the connection.
+    pub fn is_synchronized(self) -> bool {
+        !matches!(self, Self::Closed | Self::SynSent)
+    }
 }
 
 /// A TCP connection, captured in repair mode (tcp(7), TCP_REPAIR).
@@ -64,9 +99,10 @@ pub struct TcpConnection {
     pub remote: SocketAddr,
     /// State at the stop.
     pub state: TcpState,
-    /// Sequence number after the last byte that the program has written.
+    /// Sequence number after the last byte that the program has written, our FIN not counted. In
+    /// `SynSent` the SYN is counted.
     pub write_seq: u32,
-    /// Sequence number expected next from the peer. In `CloseWait` the peer's FIN is counted.
+    /// Sequence number expected next from the peer, its FIN counted.
     pub rcv_nxt: u32,
     /// Written but not acknowledged.
     pub send_queue: Vec<u8>,
@@ -84,6 +120,10 @@ pub struct TcpConnection {
     pub timestamp: Option<u32>,
     /// Its options.
     pub options: SocketOptions,
+    /// The program has shut its side for reading (SHUT_RD), and the peer has not closed.
+    pub shut_read: bool,
+    /// An error waits to be read (SO_ERROR); only in `Closed`.
+    pub error: bool,
 }
 
 /// A socket that is neither connected nor listening.
@@ -101,3 +141,60 @@ pub struct InetIdle {
 
 /// Options as getsockopt(2) gives them: level, name and value.
 pub type RawOptions = Vec<(i32, i32, Vec<u8>)>;
+
+/// A connection that no descriptor names yet: its handshake is under way, or it waits in a
+/// listener's accept queue. What is known of it the gateway has seen.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Young {
+    /// The container's side.
+    pub local: SocketAddr,
+    /// The client.
+    pub remote: SocketAddr,
+    /// The hardware address that the client's frames come from.
+    pub peer_mac: [u8; 6],
+    /// Sequence number of the client's SYN.
+    pub client_isn: u32,
+    /// Sequence number of our SYN.
+    pub server_isn: u32,
+    /// Maximum segment size that the client takes.
+    pub mss: u16,
+    /// Window scales of the client and ours, if both offered one.
+    pub window_scale: Option<(u8, u8)>,
+    /// Both offered selective acknowledgement.
+    pub sack: bool,
+    /// Both offered explicit congestion notification.
+    pub ecn: bool,
+    /// The client's clock as last seen, and ours at the stop, if both offered timestamps.
+    pub timestamp: Option<(u32, u32)>,
+    /// The client has acknowledged our SYN: for it the connection is established.
+    pub acknowledged: bool,
+    /// Window that the client announced last, as on the wire.
+    pub window: u16,
+    /// What the client has sent.
+    pub received: Vec<u8>,
+    /// The client has closed its side after that.
+    pub fin: bool,
+    /// The frame with our SYN, to be sent again to a client that has not answered.
+    pub syn_ack: Vec<u8>,
+}
+
+/// A connection that the program has closed, and what it has still to say.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Parting {
+    /// The container's side.
+    pub local: SocketAddr,
+    /// The peer.
+    pub remote: SocketAddr,
+    /// The hardware address that frames to the peer go to.
+    pub peer_mac: [u8; 6],
+    /// Sequence number after our FIN.
+    pub end: u32,
+    /// Sequence number expected next from the peer.
+    pub rcv_nxt: u32,
+    /// Window that was announced last, as on the wire.
+    pub window: u16,
+    /// Our clock as last sent, if timestamps were agreed on.
+    pub timestamp: Option<u32>,
+    /// Frames that the peer has not acknowledged, the one with the FIN last.
+    pub frames: Vec<Vec<u8>>,
+}

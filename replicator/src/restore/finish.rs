@@ -6,17 +6,18 @@ use super::script::Script;
 use super::space::Special;
 use super::spare::{Spare, Stub};
 use super::tcp::{self, Connected, Peer, Segment};
-use super::{install, process, space, sysv, timers, tree};
+use super::{install, process, sockets, space, sysv, timers, tree};
 use crate::container::SHM;
 use crate::image::net::{TcpConnection, TcpState};
 use crate::image::task::{TimeUnit, Wait};
-use crate::image::{Kind, Mapping, Process, Regs, Source, Thread, VdsoPart};
+use crate::image::{Description, Kind, Mapping, Process, Regs, Source, State, Thread, VdsoPart};
 use crate::sys::ptrace::{self, reg};
 use crate::sys::remote::{self, Call, SCRATCH, SCRATCH_LEN};
 use crate::sys::{SysError, SysResult, memory};
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::sys::socket::Shutdown;
 use nix::unistd::Pid;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 /// How long the phases of a failover took.
@@ -56,8 +57,11 @@ impl FinishTimes {
 pub struct Resumption {
     /// Connections whose peer had closed its side: send the container this FIN.
     pub fins: Vec<Segment>,
-    /// Connections that were over, or that the peer knows nothing of: send the container this RST.
+    /// Connections that the peer knows nothing of: send the container this RST.
     pub resets: Vec<Segment>,
+    /// Connections whose peer has everything and our FIN: send the container this ACK, after
+    /// [`Spare::close_sides`].
+    pub acks: Vec<Segment>,
 }
 
 /// A restored process, all of whose threads are stopped and traced by the calling thread.
@@ -74,10 +78,14 @@ pub struct Restored {
 /// What the phases hand on to each other.
 #[derive(Debug, Default)]
 pub(super) struct Finishing {
-    /// TCP sockets to connect: index of the description, socket.
+    /// TCP sockets to connect: place (see [`connection`]), socket.
     sockets: Vec<(usize, OwnedFd)>,
-    /// Sockets with bytes to write.
-    unsent: Vec<(OwnedFd, Vec<u8>)>,
+    /// Sockets with bytes to write or a side to close: place, socket, bytes.
+    unsent: Vec<(usize, OwnedFd, Vec<u8>)>,
+    /// TCP listeners: index of the description, socket.
+    listeners: Vec<(usize, OwnedFd)>,
+    /// Sockets whose own side is to be closed after the peer's.
+    last: Vec<OwnedFd>,
     restored: Vec<Restored>,
     /// Where each thread of `restored` goes on.
     addresses: Vec<Vec<u64>>,
@@ -165,6 +173,7 @@ impl Spare {
             let pid = state.processes.iter().find(holds).map_or(1, |p| p.pid);
             RestoreError::Kernel { pid, doing: "make an open file", source }
         })?;
+        let farewells = objects::create_farewells(state, &place).doing(1, "make a socket")?;
         let objects = Instant::now();
         for p in &state.processes {
             let stub = find(stubs, p.pid)?;
@@ -190,9 +199,15 @@ impl Spare {
             self.finishing.addresses.push(addresses);
             self.finishing.restored.push(Restored { pid: p.pid, host: stub.host, tids });
         }
-        let is_tcp = |i: &usize| matches!(state.descriptions[*i].kind, Kind::Tcp(_));
-        let sockets = made.into_iter().enumerate().filter(|(i, _)| is_tcp(i));
-        self.finishing.sockets = sockets.collect();
+        for (i, fd) in made.into_iter().enumerate() {
+            match state.descriptions[i].kind {
+                Kind::Tcp(_) => self.finishing.sockets.push((i, fd)),
+                Kind::TcpListener(_) => self.finishing.listeners.push((i, fd)),
+                _ => {}
+            }
+        }
+        let first = state.descriptions.len();
+        self.finishing.sockets.extend((first..).zip(farewells));
         let times = &mut self.finishing.times;
         times.objects = objects - start;
         times.attributes = attributes - objects;
@@ -213,17 +228,16 @@ impl Spare {
         let resumption = self.attempt(|spare| {
             let mut resumption = Resumption::default();
             for (index, fd) in std::mem::take(&mut spare.finishing.sockets) {
-                let Kind::Tcp(c) = &spare.state.descriptions[index].kind else { continue };
-                // A closed socket that does not know its peer any more is but a new one.
-                if c.remote.port() == 0 {
+                let Some(c) = connection(&spare.state, index) else { continue };
+                if c.state == TcpState::Closed {
                     continue;
                 }
-                let peer = if c.state == TcpState::Closed { Peer::Gone } else { answers(c) };
+                let peer = if c.state.is_synchronized() { answers(c) } else { Peer::Silent };
                 let done =
                     tcp::restore(&fd, c, peer, elapsed).doing(1, "restore a TCP connection")?;
                 resumption.add(c, peer, &done);
-                if !done.unsent.is_empty() {
-                    spare.finishing.unsent.push((fd, done.unsent));
+                if tcp::is_unfinished(c, &done.unsent) {
+                    spare.finishing.unsent.push((index, fd, done.unsent));
                 }
             }
             Ok(resumption)
@@ -233,17 +247,57 @@ impl Spare {
         Ok(resumption)
     }
 
-    /// Phase c, when the network is plugged in: writes what the peers have not got.
+    /// Connections that listeners make from now on have room for so many bytes that are not read.
+    pub fn widen_listeners(&mut self, bytes: usize) -> Result<(), RestoreError> {
+        self.attempt(|spare| {
+            for (index, fd) in &spare.finishing.listeners {
+                if let Kind::TcpListener(l) = &spare.state.descriptions[*index].kind {
+                    sockets::widen(fd, &l.options, bytes).doing(1, "widen a listener")?;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Listeners are again what they were before [`Spare::widen_listeners`].
+    pub fn narrow_listeners(&mut self) -> Result<(), RestoreError> {
+        self.attempt(|spare| {
+            for (index, fd) in std::mem::take(&mut spare.finishing.listeners) {
+                if let Kind::TcpListener(l) = &spare.state.descriptions[index].kind {
+                    sockets::set_buffers(fd.as_fd(), &l.options).doing(1, "narrow a listener")?;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Phase c, when output can leave: writes what the peers have not got, and closes sides that
+    /// were closed.
     pub fn push_unsent(&mut self) -> Result<(), RestoreError> {
         let start = Instant::now();
         self.attempt(|spare| {
-            for (fd, bytes) in std::mem::take(&mut spare.finishing.unsent) {
-                tcp::push(&fd, &bytes).doing(1, "send what a peer has not got")?;
+            for (index, fd, bytes) in std::mem::take(&mut spare.finishing.unsent) {
+                let Some(c) = connection(&spare.state, index) else { continue };
+                tcp::go_on(&fd, c, &bytes).doing(1, "go on with a TCP connection")?;
+                if c.state == TcpState::LastAck {
+                    spare.finishing.last.push(fd);
+                }
             }
             Ok(())
         })?;
         self.finishing.times.unsent = start.elapsed();
         Ok(())
+    }
+
+    /// When the container has received the FINs of [`Resumption::fins`]: closes its own side of
+    /// connections whose peer had closed first.
+    pub fn close_sides(&mut self) -> Result<(), RestoreError> {
+        self.attempt(|spare| {
+            for fd in std::mem::take(&mut spare.finishing.last) {
+                tcp::shut(&fd, Shutdown::Write).doing(1, "close a TCP connection")?;
+            }
+            Ok(())
+        })
     }
 
     /// Phase d: credentials, registers and signals; the scratch area goes. Nothing runs yet.
@@ -252,6 +306,8 @@ impl Spare {
         let start = Instant::now();
         let together = Together::with(self.pid());
         self.attempt(Self::complete_all)?;
+        // From now on a listener ends when the program closes it.
+        self.finishing.listeners.clear();
         drop(together);
         for tid in self.finishing.restored.iter().flat_map(|r| &r.tids) {
             sched_setaffinity(Pid::from_raw(*tid), &self.affinity)
@@ -329,14 +385,31 @@ impl Spare {
     }
 }
 
+/// A connection by its place: a description, or behind them one that has none.
+fn connection(state: &State, index: usize) -> Option<&TcpConnection> {
+    match state.descriptions.get(index) {
+        Some(Description { kind: Kind::Tcp(c), .. }) => Some(c),
+        Some(_) => None,
+        None => state.farewells.get(index - state.descriptions.len()),
+    }
+}
+
 impl Resumption {
     fn add(&mut self, c: &TcpConnection, peer: Peer, done: &Connected) {
         let segment =
             Segment { local: c.local, remote: c.remote, seq: done.rcv_nxt, ack: done.una };
-        if peer == Peer::Gone {
+        let has_all = tcp::has_all(c, peer);
+        if peer == Peer::Gone && !has_all {
             self.resets.push(segment);
-        } else if c.state == TcpState::CloseWait {
+            return;
+        }
+        let fin = c.state.has_received_fin();
+        if fin {
             self.fins.push(segment);
+        }
+        if has_all {
+            let seq = segment.seq.wrapping_add(u32::from(fin));
+            self.acks.push(Segment { seq, ack: segment.ack.wrapping_add(1), ..segment });
         }
     }
 }

@@ -6,6 +6,7 @@ use super::error::sys;
 use super::script::Script;
 use super::shared::Held;
 use super::{sockets, unix, unix_queues};
+use crate::image::net::TcpState;
 use crate::image::{Description, Kind, Pipe, State, TimerFd};
 use crate::sys::{SysError, SysResult, descriptors};
 use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
@@ -69,6 +70,7 @@ pub(super) fn create_all(
                 Kind::Unix(index) => duplicate(&unix, *index),
                 Kind::TcpListener(l) => sockets::listener(l),
                 Kind::InetIdle(s) => sockets::idle(s),
+                Kind::Tcp(c) if c.state == TcpState::Closed => sockets::ended(c),
                 Kind::Tcp(c) => sockets::unconnected(&c.local),
                 _ => continue,
             };
@@ -86,6 +88,15 @@ fn duplicate(unix: &unix::Made, index: u32) -> SysResult<OwnedFd> {
     let fd = unix.fds.get(index as usize).and_then(Option::as_ref);
     let fd = fd.ok_or_else(|| SysError::errno("search", object(), libc::ENOENT))?;
     fd.try_clone().map_err(|source| SysError { call: "dup", object: object(), source })
+}
+
+/// Makes the sockets of connections that no process has a descriptor of any more.
+pub(super) fn create_farewells(state: &State, place: &Place<'_>) -> SysResult<Vec<OwnedFd>> {
+    if state.farewells.is_empty() {
+        return Ok(Vec::new());
+    }
+    let make = || state.farewells.iter().map(|c| sockets::unconnected(&c.local)).collect();
+    in_network_of(place.init, make)?
 }
 
 fn text() -> String {

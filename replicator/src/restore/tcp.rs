@@ -9,7 +9,8 @@ use super::error::sys;
 use super::sockets;
 use crate::image::net::{TcpConnection, TcpState};
 use crate::sys::{SysResult, sockopt};
-use nix::sys::socket::{MsgFlags, SockaddrStorage, connect, send};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::socket::{MsgFlags, Shutdown, SockaddrStorage, connect, send, shutdown};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
@@ -25,6 +26,8 @@ const TCP_REPAIR_WINDOW: i32 = 29;
 const REPAIR_OFF_NO_PROBE: i32 = -1;
 const RECEIVE_QUEUE: i32 = 1;
 const SEND_QUEUE: i32 = 2;
+/// The least and the largest TCP_MAXSEG.
+const SEGMENT_SIZES: (u32, u32) = (88, 32_767);
 /// Most bytes put into a queue by one call.
 const CHUNK: usize = 32 << 10;
 
@@ -68,6 +71,8 @@ fn split(c: &TcpConnection, peer: Peer) -> Split<'_> {
     let queue = c.send_queue.as_slice();
     let una = c.write_seq.wrapping_sub(queue.len() as u32);
     match peer {
+        // It has our FIN, which comes after all bytes.
+        _ if has_all(c, peer) => Split { una: c.write_seq, sent: &[], unsent: &[] },
         Peer::Expects(next) => match queue.get(next.wrapping_sub(una) as usize..) {
             Some(rest) => Split { una: next, sent: &[], unsent: rest },
             // It expects what was never written here (or was acknowledged long ago): an old or
@@ -76,6 +81,19 @@ fn split(c: &TcpConnection, peer: Peer) -> Split<'_> {
         },
         Peer::Silent => Split { una, sent: queue, unsent: &[] },
         Peer::Gone => Split { una: c.write_seq, sent: &[], unsent: &[] },
+    }
+}
+
+/// Whether the peer is known to have received everything and our FIN.
+pub(super) fn has_all(c: &TcpConnection, peer: Peer) -> bool {
+    match peer {
+        Peer::Expects(next) => c.state.has_sent_fin() && next == c.write_seq.wrapping_add(1),
+        // A peer that both sides have said farewell to, with nothing left to say, is gone because
+        // it got our FIN.
+        Peer::Gone => {
+            matches!(c.state, TcpState::Closing | TcpState::LastAck) && c.send_queue.is_empty()
+        }
+        Peer::Silent => c.state == TcpState::FinWait2,
     }
 }
 
@@ -99,8 +117,11 @@ pub(super) fn restore(
 ) -> SysResult<Connected> {
     let socket = fd.as_fd();
     let split = split(c, peer);
+    if c.state == TcpState::SynSent {
+        return prepare_to_dial(fd, c);
+    }
     // The peer's FIN takes a sequence number; it is received anew.
-    let fin = u32::from(c.state == TcpState::CloseWait);
+    let fin = u32::from(c.state.has_received_fin());
     let rcv_nxt = c.rcv_nxt.wrapping_sub(fin);
     let set = |name, value| sockopt::set_i32(socket, TCP, name, value);
     set(TCP_REPAIR, 1)?;
@@ -110,12 +131,20 @@ pub(super) fn restore(
     set(TCP_QUEUE_SEQ, rcv_nxt.wrapping_sub(c.receive_queue.len() as u32) as i32)?;
     // No SO_REUSEADDR here: it would undo what repair mode allows, and bind would fail beside a
     // listener.
-    sockets::before_bind(socket, &c.options, c.local.is_ipv6())?;
+    sockets::before_bind(socket, &c.options, c.local.is_ipv6(), true)?;
     sockets::bind_to(fd, c.local)?;
     let to = SockaddrStorage::from(c.remote);
     let object = || format!("{} from {} (is there a route?)", c.remote, c.local);
+    // The size of segments is worked out when it connects and not when the option below tells
+    // what the peer takes: without this it would stay at the least.
+    set(libc::TCP_MAXSEG, c.mss.clamp(SEGMENT_SIZES.0, SEGMENT_SIZES.1) as i32)?;
     sys(connect(fd.as_raw_fd(), &to), "connect", object)?;
+    set(libc::TCP_MAXSEG, 0)?;
     sockopt::set(socket, TCP, TCP_REPAIR_OPTIONS, &agreed(c))?;
+    if c.mss > SEGMENT_SIZES.1 && c.local.is_ipv4() {
+        // Over the loopback segments are larger; a change of IP options works it out again.
+        sockopt::set(socket, libc::IPPROTO_IP, libc::IP_OPTIONS, &[])?;
+    }
     if let Some(then) = c.timestamp {
         set(TCP_TIMESTAMP, clock(then, elapsed) as i32)?;
     }
@@ -131,6 +160,71 @@ pub(super) fn restore(
     set(TCP_REPAIR, REPAIR_OFF_NO_PROBE)?;
     sockets::set_options(socket, &c.options, true)?;
     Ok(Connected { unsent: split.unsent.to_vec(), una: split.una, rcv_nxt })
+}
+
+/// A socket that will send the SYN of the checkpoint again, with the same sequence number: the
+/// peer may have answered the first one, and no answer to that can have left.
+fn prepare_to_dial(fd: &OwnedFd, c: &TcpConnection) -> SysResult<Connected> {
+    let socket = fd.as_fd();
+    let set = |name, value| sockopt::set_i32(socket, TCP, name, value);
+    let first = c.write_seq.wrapping_sub(1);
+    set(TCP_REPAIR, 1)?;
+    set(TCP_REPAIR_QUEUE, SEND_QUEUE)?;
+    set(TCP_QUEUE_SEQ, first as i32)?;
+    set(TCP_REPAIR_QUEUE, 0)?;
+    sockets::before_bind(socket, &c.options, c.local.is_ipv6(), true)?;
+    sockets::bind_to(fd, c.local)?;
+    set(TCP_REPAIR, REPAIR_OFF_NO_PROBE)?;
+    sockets::set_options(socket, &c.options, true)?;
+    Ok(Connected { unsent: Vec::new(), una: c.write_seq, rcv_nxt: 0 })
+}
+
+/// Begins to connect, without waiting for the answer.
+fn dial(fd: &OwnedFd, c: &TcpConnection) -> SysResult<()> {
+    let object = || format!("{} from {} (is there a route?)", c.remote, c.local);
+    let flags = sys(fcntl(fd, FcntlArg::F_GETFL), "F_GETFL", object)?;
+    let set = |flags| sys(fcntl(fd, FcntlArg::F_SETFL(flags)), "F_SETFL", object).map(drop);
+    let flags = OFlag::from_bits_retain(flags);
+    set(flags | OFlag::O_NONBLOCK)?;
+    let result = connect(fd.as_raw_fd(), &SockaddrStorage::from(c.remote));
+    set(flags)?;
+    match result {
+        Err(nix::errno::Errno::EINPROGRESS) => Ok(()),
+        other => sys(other, "connect", object),
+    }
+}
+
+/// What a restored connection does as soon as the network is there: it sends what its peer has
+/// not got, and closes the sides that the program has closed.
+pub(super) fn go_on(fd: &OwnedFd, c: &TcpConnection, unsent: &[u8]) -> SysResult<()> {
+    if c.state == TcpState::SynSent {
+        return dial(fd, c);
+    }
+    if !unsent.is_empty() {
+        push(fd, unsent)?;
+    }
+    if c.shut_read {
+        shut(fd, Shutdown::Read)?;
+    }
+    // A peer that closed first must be heard first.
+    if c.state.has_sent_fin() && c.state != TcpState::LastAck {
+        shut(fd, Shutdown::Write)?;
+    }
+    Ok(())
+}
+
+/// Whether [`go_on`] has something to do.
+pub(super) fn is_unfinished(c: &TcpConnection, unsent: &[u8]) -> bool {
+    c.state == TcpState::SynSent || c.state.has_sent_fin() || c.shut_read || !unsent.is_empty()
+}
+
+/// Closes a side.
+pub(super) fn shut(fd: &OwnedFd, how: Shutdown) -> SysResult<()> {
+    match shutdown(fd.as_raw_fd(), how) {
+        // The peer has reset it meanwhile.
+        Err(nix::errno::Errno::ENOTCONN) => Ok(()),
+        other => sys(other, "shutdown", || format!("{how:?}")),
+    }
 }
 
 /// struct tcp_repair_opt for what the two sides agreed on.
@@ -208,7 +302,7 @@ fn restore_send_buffer(socket: BorrowedFd<'_>, (size, lock): (i32, i32)) -> SysR
 }
 
 /// Writes what the peer has not got, at once and in order.
-pub(super) fn push(fd: &OwnedFd, bytes: &[u8]) -> SysResult<()> {
+fn push(fd: &OwnedFd, bytes: &[u8]) -> SysResult<()> {
     let socket = fd.as_fd();
     let room = grow_send_buffer(socket, bytes.len())?;
     let no_delay = sockopt::get_i32(socket, TCP, libc::TCP_NODELAY)?;
@@ -250,6 +344,8 @@ mod tests {
             window_scale: Some((7, 9)),
             timestamp: Some(1000),
             options: SocketOptions::default(),
+            shut_read: false,
+            error: false,
         }
     }
 
@@ -266,6 +362,17 @@ mod tests {
         assert_eq!(split(&c, Peer::Expects(3)), all, "nobody can expect that");
         assert_eq!(split(&c, Peer::Expects(una.wrapping_sub(1))), all);
         assert_eq!(split(&c, Peer::Gone), Split { una: 2, sent: b"", unsent: b"" });
+    }
+
+    #[test]
+    fn a_fin_of_ours_counts_as_the_last_thing_that_the_peer_may_have() {
+        let c = TcpConnection { state: TcpState::FinWait1, ..connection() };
+        let all = Split { una: 2, sent: b"", unsent: b"" };
+        assert_eq!(split(&c, Peer::Expects(3)), all);
+        assert!(has_all(&c, Peer::Expects(3)) && !has_all(&c, Peer::Expects(2)));
+        assert!(!has_all(&c, Peer::Gone), "it may have gone without the rest");
+        let last = TcpConnection { state: TcpState::LastAck, send_queue: vec![], ..connection() };
+        assert!(has_all(&last, Peer::Gone) && !has_all(&last, Peer::Silent));
     }
 
     #[test]

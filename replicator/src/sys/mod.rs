@@ -3,8 +3,10 @@
 #![allow(unsafe_code)]
 
 pub mod birth;
+pub mod bpf;
 pub mod descriptors;
 pub mod error;
+pub mod inet_diag;
 pub mod local_time;
 pub mod loopback;
 pub mod memory;

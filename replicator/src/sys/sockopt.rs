@@ -1,4 +1,4 @@
-//! getsockopt(2), setsockopt(2) and the queue ioctls of sockets, see socket(7) and tcp(7).
+//! getsockopt(2), setsockopt(2), poll(2) and the queue ioctls of sockets, see socket(7) and tcp(7).
 
 use super::error::{SysResult, check};
 use libc::{c_int, c_void};
@@ -42,6 +42,16 @@ pub fn set(fd: BorrowedFd<'_>, level: c_int, name: c_int, value: &[u8]) -> SysRe
 /// Sets an int option.
 pub fn set_i32(fd: BorrowedFd<'_>, level: c_int, name: c_int, value: i32) -> SysResult<()> {
     set(fd, level, name, &value.to_ne_bytes())
+}
+
+/// What poll(2) says of a descriptor without waiting, POLLRDHUP included.
+pub fn events(fd: BorrowedFd<'_>) -> SysResult<i16> {
+    let events = libc::POLLIN | libc::POLLOUT | libc::POLLRDHUP;
+    let mut entry = libc::pollfd { fd: fd.as_raw_fd(), events, revents: 0 };
+    // SAFETY: one entry, which is ours.
+    let r = unsafe { libc::poll(&mut entry, 1, 0) };
+    check(r.into(), "poll", || format!("fd {}", fd.as_raw_fd()))?;
+    Ok(entry.revents)
 }
 
 /// Bytes that wait to be read (SIOCINQ).

@@ -23,7 +23,7 @@ const LISTEN: u8 = 10;
 /// A diagnostics socket of one network namespace.
 #[derive(Debug)]
 pub struct UnixDiag {
-    socket: OwnedFd,
+    pub(super) socket: OwnedFd,
 }
 
 /// A unix socket as its namespace sees it.

@@ -13,6 +13,7 @@ use replicator::container::{ContainerSpec, Launched, Role, launch};
 use replicator::image::State;
 use replicator::image::pages::PageSet;
 use replicator::restore::Spare;
+use replicator::sys::tap::{Tap, TapOptions};
 use replicator::sys::unix_diag::UnixDiag;
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -210,6 +211,15 @@ impl Lan {
     pub fn plug(&self, cable: &str) {
         self.network.set_bridge(cable, "br0").expect("plugged in");
         wait_until("the cable is ready", || self.network.is_ready(cable).expect("asked"));
+    }
+
+    /// A device in the bridge, to send frames from.
+    pub fn tap(&self, name: &str) -> Tap {
+        let make = || Tap::create(name, TapOptions::default()).expect("a TAP");
+        let tap = self.namespace.enter(make).expect("entered");
+        self.network.set_up(name).expect("up");
+        self.plug(name);
+        tap
     }
 
     pub fn unplug(&self, cable: &str) {

@@ -32,12 +32,14 @@
 mod backlog;
 mod counters;
 mod pump;
+mod track;
 
 pub use backlog::BacklogBounds;
 pub use counters::GateCounters;
 
 use super::commit::{Bounds, CommitCore, CommitError, Output, SealedOutput, Unprotected};
 use super::input_log::LogWriter;
+use super::parting::Heard;
 use super::resume::PeerProbe;
 use super::urgent::{UrgentGuard, UrgentLock};
 use super::{MAX_FRAME, Mac};
@@ -55,6 +57,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+use track::Young;
 
 /// Most frames that a seal takes out of the inner TAP; the rest belongs to the next epoch.
 const MAX_DRAIN: usize = 1 << 16;
@@ -177,6 +180,8 @@ struct Shared {
     stopping: AtomicBool,
     patience: Duration,
     totals: Totals,
+    /// Connections that are not accepted yet.
+    young: Young,
 }
 
 /// A running gate. Dropping it ends its threads and closes both devices.
@@ -238,6 +243,7 @@ impl Gate {
             stopping: AtomicBool::new(false),
             patience: config.patience.unwrap_or(Duration::from_millis(5)),
             totals: Totals::default(),
+            young: Young::default(),
         });
         let mut gate = Gate { shared, threads: Vec::new() };
         for which in [GateThread::Outbound, GateThread::Inbound] {
@@ -300,6 +306,7 @@ impl Gate {
             return Err(CommitError::NotProtected(epoch).into());
         }
         shared.drain(&mut out)?;
+        shared.young.collect(out.core.open_frames());
         let sealed = out.core.seal(epoch)?;
         shared.publish(&mut out);
         Ok(sealed)
@@ -407,9 +414,19 @@ impl Gate {
     /// peers ([`super::resume`]).
     pub fn inject(&self, frame: &[u8]) -> Result<(), GateError> {
         let shared = &*self.shared;
+        shared.young.inbound(frame);
         shared.inner.write(frame).map_err(|e| device("write", &shared.inner, e))?;
         shared.totals.injected.fetch_add(1, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// Writes a frame of the input log to the container, as if it came now.
+    pub fn replay(&self, frame: &[u8]) -> Result<(), GateError> {
+        match self.shared.young.heard(frame) {
+            Heard::Not => self.inject(frame),
+            Heard::Handled(Some(answer)) => self.send(&answer),
+            Heard::Handled(None) => Ok(()),
+        }
     }
 
     /// Writes a frame of our own to the clients' side: announcements and probes. It is none of

@@ -6,6 +6,7 @@ use super::{
 use crate::frames::MAX_FRAME;
 use crate::frames::commit::Pushed;
 use crate::frames::input_log::LogWriter;
+use crate::frames::parting::Heard;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use replicator::Epoch;
@@ -104,6 +105,7 @@ impl Shared {
         }
         let Some(n) = read_one(&self.inner, scratch)? else { return Ok(Step::Drained) };
         drop(out);
+        self.young.outbound(&scratch[..n]);
         let written = self.write_out(std::iter::once(&scratch[..n]));
         self.totals.passed.fetch_add(written as u64, Relaxed);
         self.totals.out_dropped.fetch_add(1 - written as u64, Relaxed);
@@ -113,8 +115,16 @@ impl Shared {
     /// Reads one frame of the container into the open epoch, or to nowhere while unplugged.
     fn take_one(&self, out: &mut Outbound) -> Result<bool, GateError> {
         let Some(n) = read_one(&self.inner, out.core.room())? else { return Ok(false) };
-        if out.output == OutputState::Open && out.core.pushed(n) == Pushed::First {
-            self.notify(out, true);
+        if out.output == OutputState::Open {
+            let protected = !out.core.is_pass_through();
+            let frame = &out.core.room()[..n];
+            self.young.outbound(frame);
+            if protected {
+                self.young.held(frame);
+            }
+            if out.core.pushed(n) == Pushed::First {
+                self.notify(out, true);
+            }
         }
         Ok(true)
     }
@@ -153,7 +163,13 @@ impl Shared {
 
     /// Gives a frame to the container, and a copy to the input log if there is a backup for it.
     pub(super) fn deliver(&self, frame: &[u8], log: Option<&mut LogWriter>) {
+        if let Heard::Handled(answer) = self.young.heard(frame) {
+            // Lost, it is asked for again.
+            let _ = answer.map(|answer| self.outer.write(&answer));
+            return;
+        }
         self.log(frame, log);
+        self.young.inbound(frame);
         let counter = match self.inner.write(frame) {
             Ok(()) => &self.totals.in_frames,
             // A full backlog of the kernel or a device that is down: as on a wire, it is lost.

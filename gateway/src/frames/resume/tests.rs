@@ -160,6 +160,8 @@ fn a_checkpoint_gives_a_connection() {
         window_scale: Some((7, 8)),
         timestamp: Some(u32::MAX),
         options: Default::default(),
+        shut_read: false,
+        error: false,
     };
     let got = Connection::of_checkpoint(&c, Duration::from_millis(11));
     assert_eq!(got.snd_una, 10u32.wrapping_sub(30));
