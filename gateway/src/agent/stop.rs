@@ -45,6 +45,8 @@ const MAX_TRANSIENT: Duration = Duration::from_secs(10);
 const GRACE: Duration = Duration::from_secs(1);
 /// How much longer than asked for a sleep may be, in nanoseconds.
 const SLACK_NS: u64 = 1_000;
+/// Without a stop for so long, nothing is kept for the next one.
+const NO_STOP: Duration = Duration::from_secs(1);
 /// Longest sleep when nothing is due.
 const IDLE: Duration = Duration::from_millis(200);
 /// Pages in one round of pre-copy that make another round worth its while.
@@ -235,6 +237,7 @@ impl StopLoop {
             })?;
             self.plugged = true;
         }
+        self.capturer.let_go_after(NO_STOP);
         let next = if self.buffers.is_empty() || !self.shell.may_begin_stop() {
             pace::Next::After(IDLE)
         } else if self.shell.hands_over() {

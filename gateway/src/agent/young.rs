@@ -13,6 +13,9 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+/// No handshake lasts longer.
+const HANDSHAKE: Duration = Duration::from_secs(70);
+
 /// Adds those that no descriptor of the checkpoint names. The gate forgets the young ones that
 /// have one.
 pub(super) fn add(state: &mut State, mut young: Vec<Young>, partings: Vec<Parting>, gate: &Gate) {
@@ -61,7 +64,7 @@ pub(super) fn restore(warm: &mut Warm, mac: Mac, state: &State, elapsed: Duratio
     if state.young.is_empty() {
         return Ok(());
     }
-    let Some(door) = &mut warm.door else {
+    let Some(mut door) = warm.door.take() else {
         tracing::warn!(
             count = state.young.len(),
             "connections that were not accepted yet are reset: this kernel cannot restore them"
@@ -93,6 +96,11 @@ pub(super) fn restore(warm: &mut Warm, mac: Mac, state: &State, elapsed: Duratio
         }
     }
     warm.spare.narrow_listeners()?;
+    // Until clients in the middle of their handshake have answered or given up.
+    std::thread::Builder::new().name("door".into()).spawn(move || {
+        std::thread::sleep(HANDSHAKE);
+        drop(door);
+    })?;
     Ok(())
 }
 

@@ -408,6 +408,11 @@ impl Capturer {
         })
     }
 
+    /// Lets go if the last stop was so long ago.
+    pub fn let_go_after(&mut self, time: Duration) {
+        self.farewells.let_go_after(time);
+    }
+
     /// No checkpoint follows: what was kept for one goes back to the kernel alone.
     pub fn let_go(&mut self) {
         self.farewells.let_go();
