@@ -58,7 +58,7 @@ pub(super) struct Look {
     pub(super) now: Duration,
     /// A backup waits for its first copy.
     pub(super) awaited: bool,
-    /// The backup holds a copy that it could take over with.
+    /// The backup holds a copy that it could take over with, and nothing waits for the next stop.
     pub(super) settled: bool,
     /// Frames of output that wait for the stop.
     pub(super) output: usize,

@@ -237,9 +237,7 @@ impl StopLoop {
             })?;
             self.plugged = true;
         }
-        if self.pacer.since(self.origin.elapsed()) > NO_STOP {
-            self.capturer.let_go();
-        }
+        self.capturer.let_go_after(NO_STOP);
         let next = if self.buffers.is_empty() || !self.shell.may_begin_stop() {
             pace::Next::After(IDLE)
         } else if self.shell.hands_over() {
@@ -248,7 +246,7 @@ impl StopLoop {
             self.pacer.look(Look {
                 now: self.origin.elapsed(),
                 awaited: self.shell.full_is_due(),
-                settled: self.shell.is_settled(),
+                settled: self.shell.is_settled() && !self.capturer.keeps_connections(),
                 output: self.gate.open_frames(),
                 used: self.capturer.cpu_time(),
             })

@@ -358,7 +358,7 @@ impl CommitCore {
     }
 
     /// The frames of the open epoch, in the order in which the container sent them.
-    pub(super) fn waiting_frames(&self) -> impl Iterator<Item = &[u8]> {
+    pub(super) fn frames_of_open_epoch(&self) -> impl Iterator<Item = &[u8]> {
         self.open
             .frames
             .iter()

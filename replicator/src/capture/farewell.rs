@@ -30,6 +30,8 @@ pub(super) struct Farewells {
     sending: HashMap<u64, OwnedFd>,
     /// What the program has closed.
     closed: Vec<(OwnedFd, Instant)>,
+    /// When this was looked through last.
+    at: Option<Instant>,
 }
 
 /// Whether a captured connection is worth a duplicate.
@@ -47,6 +49,7 @@ impl Farewells {
         state: &mut State,
         diag: &UnixDiag,
     ) -> Result<(), CaptureError> {
+        self.at = Some(Instant::now());
         let before = std::mem::replace(&mut self.sending, sending.into_iter().collect());
         for (_, fd) in before.into_iter().filter(|(inode, _)| !is_open(*inode)) {
             if !resets(fd.as_fd())? {
@@ -62,6 +65,18 @@ impl Farewells {
             }
         }
         Ok(())
+    }
+
+    /// Whether anything is kept: the end of such a connection waits for the next stop.
+    pub(super) fn are_kept(&self) -> bool {
+        !self.sending.is_empty() || !self.closed.is_empty()
+    }
+
+    /// Lets go if the last stop was so long ago.
+    pub(super) fn let_go_after(&mut self, time: Duration) {
+        if self.at.is_some_and(|at| at.elapsed() > time) {
+            self.let_go();
+        }
     }
 
     /// No checkpoint follows: the kernel does the rest.

@@ -436,6 +436,16 @@ impl Capturer {
         })
     }
 
+    /// Whether the end of a connection would wait for the next stop.
+    pub fn keeps_connections(&self) -> bool {
+        self.farewells.are_kept()
+    }
+
+    /// Lets go if the last stop was so long ago.
+    pub fn let_go_after(&mut self, time: Duration) {
+        self.farewells.let_go_after(time);
+    }
+
     /// No checkpoint follows: what was kept for one goes back to the kernel alone.
     pub fn let_go(&mut self) {
         self.farewells.let_go();

@@ -306,7 +306,7 @@ impl Gate {
             return Err(CommitError::NotProtected(epoch).into());
         }
         shared.drain(&mut out)?;
-        shared.young.collect(out.core.waiting_frames());
+        shared.young.collect(out.core.frames_of_open_epoch());
         let sealed = out.core.seal(epoch)?;
         shared.publish(&mut out);
         Ok(sealed)
