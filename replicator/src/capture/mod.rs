@@ -14,6 +14,9 @@
 
 mod fdinfo;
 mod files;
+mod inet;
+mod inotify;
+mod locks;
 mod maps;
 mod memory;
 mod namespaces;
@@ -507,7 +510,11 @@ impl Capturer {
             let mappings = tracked.space.mappings();
             times.memory += lap.next();
             let handle = tracked.handle.as_fd();
-            let world = (&self.diag, &mut self.objects);
+            let world = files::World {
+                diag: &self.diag,
+                objects: &mut self.objects,
+                memory: &mut self.files,
+            };
             let refusals = &mut self.refusals;
             let fds =
                 tracked.files.capture(*pid, handle, &mut builder, &mut state, world, refusals)?;
@@ -537,8 +544,9 @@ impl Capturer {
             });
             times.threads += lap.next();
         }
-        let world = (&self.diag, &mut self.objects);
-        let finished = builder.finish(self.root, &mut state, world, &mut self.files);
+        let world =
+            files::World { diag: &self.diag, objects: &mut self.objects, memory: &mut self.files };
+        let finished = builder.finish(self.root, &mut state, world);
         self.refusals.admit(finished)?;
         times.files += lap.next();
         // Last: memory that travels between processes as a descriptor is an object as well.

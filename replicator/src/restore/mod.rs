@@ -17,9 +17,12 @@
 //! so ([`RestoreError::spare_is_lost`]); cost follows the difference to the checkpoint before;
 //! no process of it runs an instruction of its program before [`Spare::resume_all`].
 
+mod datagrams;
 mod error;
+mod files;
 mod finish;
 mod install;
+mod locks;
 mod objects;
 mod options;
 mod pages;

@@ -5,7 +5,9 @@
 pub mod birth;
 pub mod descriptors;
 pub mod error;
+pub mod inotify;
 pub mod local_time;
+pub mod locks;
 pub mod loopback;
 pub mod memory;
 pub mod messages;
