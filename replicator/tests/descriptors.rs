@@ -78,3 +78,29 @@ fn unix_client() {
 fn unix_sockets_go_on() {
     fail_over("unix_program", kinds::unix::KINDS);
 }
+
+/// Not a test: the program of the next one.
+#[test]
+fn files_program() {
+    if is_program() {
+        kinds::run(kinds::files::KINDS);
+    }
+}
+
+#[test]
+fn files_pipes_locks_and_event_descriptors_go_on() {
+    fail_over("files_program", kinds::files::KINDS);
+}
+
+/// Not a test: the program of the next one.
+#[test]
+fn internet_program() {
+    if is_program() {
+        kinds::run(kinds::internet::KINDS);
+    }
+}
+
+#[test]
+fn datagram_raw_and_netlink_sockets_go_on() {
+    fail_over("internet_program", kinds::internet::KINDS);
+}

@@ -166,14 +166,6 @@ fn a_mount_that_the_container_made_is_refused_by_name() {
 }
 
 #[test]
-fn a_file_lock_is_refused_by_name() {
-    let path = format!("/tmp/nilicon-stops-lock-{}", std::process::id());
-    let error = refusal(&format!("exec 9>{path}; flock 9; exec sleep 600"));
-    let _ = std::fs::remove_file(&path);
-    assert_names(&error, "descriptor 9", "lock");
-}
-
-#[test]
 fn a_deleted_working_directory_is_refused_by_name() {
     let path = format!("/tmp/nilicon-stops-dir-{}", std::process::id());
     let error = refusal(&format!("mkdir {path}; cd {path}; rmdir {path}; exec sleep 600"));

@@ -15,7 +15,35 @@ pub(super) struct Info {
     pub(super) epoll: Vec<EpollTarget>,
     pub(super) eventfd: Option<(u64, bool)>,
     pub(super) timer: TimerFd,
-    pub(super) locked: bool,
+    pub(super) locks: Vec<Lock>,
+    /// Mask of a signalfd.
+    pub(super) signals: Option<u64>,
+    /// Host pid of a pidfd; -1: it has ended.
+    pub(super) pidfd: Option<i32>,
+    pub(super) watches: Vec<Watch>,
+}
+
+/// A line of a lock.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Lock {
+    /// FLOCK, POSIX, OFDLCK, LEASE
+    pub(super) kind: String,
+    /// ADVISORY, or of a lease ACTIVE, BREAKING, BREAKER.
+    pub(super) mode: String,
+    pub(super) exclusive: bool,
+    pub(super) start: u64,
+    pub(super) end: Option<u64>,
+}
+
+/// A watch of an inotify instance: number, what (device as the kernel numbers it, inode, type and
+/// bytes of the file handle), flags.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Watch {
+    pub(super) number: i32,
+    pub(super) device: u64,
+    pub(super) inode: u64,
+    pub(super) mask: u32,
+    pub(super) handle: (i32, Vec<u8>),
 }
 
 /// proc_pid_fdinfo(5).
@@ -31,6 +59,10 @@ fn parse_info(text: &str) -> Option<Info> {
     let mut semaphore = false;
     let mut count = None;
     for line in text.lines() {
+        if let Some(watch) = line.strip_prefix("inotify ") {
+            i.watches.push(watch_line(watch)?);
+            continue;
+        }
         let Some((key, value)) = line.split_once(':') else { continue };
         let value = value.trim();
         match key {
@@ -41,7 +73,9 @@ fn parse_info(text: &str) -> Option<Info> {
             "tfd" => i.epoll.push(epoll_target(value)?),
             "eventfd-count" => count = Some(u64::from_str_radix(value, 16).ok()?),
             "eventfd-semaphore" => semaphore = value == "1",
-            "lock" => i.locked = true,
+            "lock" => i.locks.push(lock(value)?),
+            "sigmask" => i.signals = Some(u64::from_str_radix(value, 16).ok()?),
+            "Pid" => i.pidfd = Some(value.parse().ok()?),
             "clockid" => i.timer.clock = value.parse().ok()?,
             "ticks" => i.timer.ticks = value.parse().ok()?,
             "settime flags" => i.timer.set_flags = i32::from_str_radix(value, 8).ok()?,
@@ -68,6 +102,38 @@ fn epoll_target(value: &str) -> Option<EpollTarget> {
         }
     }
     Some(EpollTarget { fd, events: events?, data: data? })
+}
+
+/// `1: FLOCK  ADVISORY  WRITE 359 00:13:11691 0 EOF`
+fn lock(value: &str) -> Option<Lock> {
+    let mut words = value.split_whitespace().skip(1);
+    let (kind, mode) = (words.next()?.to_owned(), words.next()?.to_owned());
+    let exclusive = words.next()? == "WRITE";
+    let (start, end) = (words.nth(2)?.parse().ok()?, words.next()?.parse().ok());
+    Some(Lock { kind, mode, exclusive, start, end })
+}
+
+/// `wd:3 ino:9e7e sdev:800013 mask:800afce ignored_mask:0 fhandle-bytes:8 fhandle-type:1
+/// f_handle:7e9e0000640d1b6d`
+fn watch_line(line: &str) -> Option<Watch> {
+    let mut w = Watch::default();
+    for word in line.split_whitespace() {
+        let (key, value) = word.split_once(':')?;
+        let hex = || u64::from_str_radix(value, 16).ok();
+        match key {
+            "wd" => w.number = value.parse().ok()?,
+            "ino" => w.inode = hex()?,
+            "sdev" => w.device = hex()?,
+            "mask" => w.mask = hex()? as u32,
+            "fhandle-type" => w.handle.0 = hex()? as i32,
+            "f_handle" => {
+                let byte = |at: usize| u8::from_str_radix(value.get(at..at + 2)?, 16).ok();
+                w.handle.1 = (0..value.len() / 2).map_while(|i| byte(2 * i)).collect();
+            }
+            _ => {}
+        }
+    }
+    Some(w)
 }
 
 /// `(seconds, nanoseconds)`
@@ -105,7 +171,22 @@ mod tests {
         assert_eq!(i.eventfd, Some((10, false)));
         let i =
             parse_info("pos:\t0\nflags:\t02\nlock:\t1: FLOCK  ADVISORY  WRITE 7 00:2f:9 0 EOF\n");
-        assert!(i.expect("a file").locked);
+        let lock = Lock {
+            kind: "FLOCK".into(),
+            mode: "ADVISORY".into(),
+            exclusive: true,
+            start: 0,
+            end: None,
+        };
+        assert_eq!(i.expect("a file").locks, [lock]);
+        let i = parse_info(
+            "pos:\t0\nflags:\t02\n\
+             inotify wd:3 ino:9e sdev:800013 mask:fce ignored_mask:0 fhandle-bytes:8 \
+             fhandle-type:1 f_handle:7e9e0000\n",
+        );
+        let handle = (1, vec![0x7e, 0x9e, 0, 0]);
+        let watch = Watch { number: 3, device: 0x80_0013, inode: 0x9e, mask: 0xfce, handle };
+        assert_eq!(i.expect("an inotify instance").watches, [watch]);
         assert!(parse_info("pos:\tx\n").is_none());
     }
 }

@@ -9,7 +9,7 @@ use super::fdinfo::{self, Info};
 use super::objects::{Class, Objects};
 use super::refusals::Refusals;
 use super::unix::{self, Empties};
-use super::{CaptureError, farewell, options, pipes, tcp};
+use super::{CaptureError, farewell, inet, inotify, locks, options, pipes, tcp};
 use crate::image::net::RawOptions;
 use crate::image::{Description, Fd, Kind, State};
 use crate::sys::sockopt::get_i32;
@@ -20,6 +20,7 @@ use std::cmp::Ordering;
 use std::collections::HashMap;
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 
 /// What a descriptor number referred to at the last look.
 #[derive(Clone, Debug)]
@@ -36,6 +37,10 @@ struct Seen {
     options: Option<RawOptions>,
     /// What is remembered of a TCP socket.
     known: tcp::Known,
+    /// st_mode of a file that has a path.
+    mode: u32,
+    /// Who is told of events, if that was read.
+    told: Option<Option<locks::Told>>,
 }
 
 /// Remembered between stops, one for a process.
@@ -48,6 +53,7 @@ pub(super) struct Files {
 #[derive(Debug, Default)]
 pub(super) struct Memory {
     empties: Empties,
+    paths: inotify::Paths,
 }
 
 /// Shared by all processes of a container while one checkpoint is taken. It holds duplicates of
@@ -58,7 +64,7 @@ pub(super) struct Builder {
     first: Vec<(i32, i32)>,
     /// The descriptions of each inode, in the order of kcmp(2).
     by_inode: HashMap<u64, Vec<u32>>,
-    pub(super) pipes: HashMap<u64, u32>,
+    pub(super) pipes: HashMap<pipes::Key, u32>,
     unix: unix::Sockets,
     /// Pids inside by pids outside.
     inner: HashMap<i32, i32>,
@@ -92,6 +98,29 @@ struct Holder<'a> {
     place: i32,
 }
 
+/// What a checkpoint knows besides the state.
+pub(super) struct World<'a> {
+    pub(super) diag: &'a UnixDiag,
+    pub(super) objects: &'a mut Objects,
+    pub(super) memory: &'a mut Memory,
+}
+
+impl World<'_> {
+    fn with<'a>(&'a mut self, builder: &'a mut Builder, state: &'a mut State) -> Whole<'a> {
+        let World { diag, objects, memory } = self;
+        Whole { builder, state, diag, objects, memory }
+    }
+}
+
+/// What a description may add to.
+struct Whole<'a> {
+    builder: &'a mut Builder,
+    state: &'a mut State,
+    diag: &'a UnixDiag,
+    objects: &'a mut Objects,
+    memory: &'a mut Memory,
+}
+
 impl Seen {
     fn is_tcp(&self) -> bool {
         matches!(self.domain, libc::AF_INET | libc::AF_INET6)
@@ -118,11 +147,12 @@ impl Files {
             let Ok(info) = fdinfo::info(pid, number) else { continue };
             let Ok(seen) = self.look(pid, handle, number, &info) else { continue };
             let is_deleted = seen.link.ends_with(" (deleted)");
+            let link = seen.link.clone();
+            let Ok(dup) = pidfd::get_fd(handle, number) else { continue };
+            seen.told = Some(locks::told(dup.as_fd())?);
             if !seen.is_socket() && !is_deleted {
                 continue;
             }
-            let link = seen.link.clone();
-            let Ok(dup) = pidfd::get_fd(handle, number) else { continue };
             if is_deleted {
                 // Known now, its contents are copied before the stop. What is wrong with it is
                 // said in the stop, if it is there still.
@@ -175,15 +205,16 @@ impl Files {
         handle: BorrowedFd<'_>,
         builder: &mut Builder,
         state: &mut State,
-        (diag, objects): (&UnixDiag, &mut Objects),
+        mut world: World<'_>,
         refusals: &mut Refusals,
     ) -> Result<Vec<Fd>, CaptureError> {
         let holder = Holder { pid, handle, place: pid };
+        let inside = builder.inner.get(&pid).copied().unwrap_or(0);
         let numbers = numbers(pid)?;
         let mut out = Vec::with_capacity(numbers.len());
         for &number in &numbers {
             let what = || format!("descriptor {number} of pid {pid}");
-            let connection = self.connection(handle, number, what, builder, diag);
+            let connection = self.connection(handle, number, what, builder, world.diag);
             let Some(connection) = refusals.admit(connection)? else {
                 continue;
             };
@@ -197,14 +228,23 @@ impl Files {
                     let kind = match ready {
                         Some(kind) => Ok(kind),
                         None => {
-                            let world = (diag, &mut *objects);
-                            self.describe(holder, number, &info, builder, state, world, &what())
+                            let mut whole = world.with(builder, state);
+                            self.describe(holder, number, &info, &mut whole, &what())
                         }
                     };
                     let Some(kind) = refusals.admit(kind)? else { continue };
-                    builder.add((pid, number), place, &info, kind, state)
+                    let at = builder.add((pid, number), place, &info, kind, state);
+                    let told = self.told(handle, number, info.flags)?;
+                    if let Some(told) = told {
+                        let inner = &builder.inner;
+                        refusals.admit(locks::add_owner(told, at, inner, &what(), state))?;
+                    }
+                    at
                 }
             };
+            if !info.locks.is_empty() {
+                locks::add(&info.locks, description, inside, &what(), state)?;
+            }
             let close_on_exec = info.flags & libc::O_CLOEXEC != 0;
             out.push(Fd { number, description, close_on_exec });
         }
@@ -212,52 +252,35 @@ impl Files {
         Ok(out)
     }
 
-    #[allow(clippy::too_many_arguments, reason = "one private step of capture")]
+    /// Who is told of events on a descriptor: as it was just before, or as it is.
+    fn told(
+        &mut self,
+        handle: BorrowedFd<'_>,
+        number: i32,
+        flags: i32,
+    ) -> Result<Option<locks::Told>, CaptureError> {
+        match self.seen.get(&number).and_then(|s| s.told) {
+            Some(known) if flags & libc::O_ASYNC == 0 => Ok(known),
+            _ => locks::told(pidfd::get_fd(handle, number)?.as_fd()),
+        }
+    }
+
     fn describe(
         &mut self,
         holder: Holder<'_>,
         number: i32,
         info: &Info,
-        builder: &mut Builder,
-        state: &mut State,
-        (diag, objects): (&UnixDiag, &mut Objects),
+        whole: &mut Whole<'_>,
         what: &str,
     ) -> Result<Kind, CaptureError> {
-        if info.locked {
-            let why = "a file lock (flock, fcntl, lease); these are not protected yet";
-            return Err(CaptureError::unsupported(what.into(), why.into()));
-        }
         let Holder { pid, handle, place } = holder;
         let seen = self.look(pid, handle, number, info)?;
         if seen.is_socket() {
             let dup = pidfd::get_fd(handle, number)?;
-            let options = seen.options.take();
-            return match (seen.domain, seen.kind, seen.protocol) {
-                (libc::AF_INET | libc::AF_INET6, libc::SOCK_STREAM, libc::IPPROTO_TCP) => {
-                    let kind = tcp::tcp(dup.as_fd(), what, None, diag)?;
-                    builder.keep(info.inode, dup, &kind);
-                    Ok(kind)
-                }
-                (libc::AF_INET | libc::AF_INET6, libc::SOCK_DGRAM, libc::IPPROTO_UDP) => {
-                    tcp::udp(dup.as_fd(), what)
-                }
-                (libc::AF_UNIX, kind, _) => {
-                    let inode = info.inode as u32;
-                    let inner = &builder.inner;
-                    let found =
-                        unix::Found { dup, inode, kind, options, pid: place, what, diag, inner };
-                    builder.unix.add(found, state).map(Kind::Unix)
-                }
-                (libc::AF_INET | libc::AF_INET6, _, libc::IPPROTO_MPTCP) => {
-                    let why = "an MPTCP socket; plain TCP works";
-                    Err(CaptureError::unsupported(what.into(), why.into()))
-                }
-                (domain, kind, protocol) => Err(CaptureError::unsupported(
-                    what.into(),
-                    format!("a socket of family {domain}, type {kind}, protocol {protocol}"),
-                )),
-            };
+            return socket(dup, seen, info, place, whole, what);
         }
+        let Whole { builder, state, objects, memory, .. } = whole;
+        let refuse = |why: String| Err(CaptureError::unsupported(what.to_owned(), why));
         match seen.link.as_str() {
             "anon_inode:[eventpoll]" => Ok(Kind::Epoll(info.epoll.clone())),
             "anon_inode:[eventfd]" => {
@@ -265,8 +288,21 @@ impl Files {
                 Ok(Kind::EventFd { count, semaphore })
             }
             "anon_inode:[timerfd]" => Ok(Kind::TimerFd(info.timer)),
+            "anon_inode:[signalfd]" => Ok(Kind::SignalFd(info.signals.unwrap_or(0))),
+            "anon_inode:inotify" | "anon_inode:[inotify]" => {
+                let dup = pidfd::get_fd(handle, number)?;
+                inotify::instance(dup.as_fd(), place, info, what, &mut memory.paths)
+            }
+            "anon_inode:[io_uring]" => refuse(
+                "an io_uring instance: what it holds cannot be read from outside; tell the \
+                 program to do without (node: UV_USE_IO_URING=0)"
+                    .into(),
+            ),
+            link if link.starts_with("pidfd:") || link == "anon_inode:[pidfd]" => {
+                pidfd_of(info, builder, what)
+            }
             link if link.starts_with("pipe:") => {
-                pipes::pipe(handle, number, info.inode, builder, state)
+                pipes::pipe(handle, number, (false, info.inode), builder, state).map(Kind::Pipe)
             }
             link if link.starts_with('/') => {
                 if let Some(name) = link.strip_suffix(" (deleted)") {
@@ -275,14 +311,23 @@ impl Files {
                 }
                 // The root of that file system is the only place for queues.
                 if !link[1..].contains('/') && is_queue(&pidfd::get_fd(handle, number)?) {
-                    let why = format!("the POSIX message queue {link}; not protected yet");
-                    return Err(CaptureError::unsupported(what.into(), why));
+                    return refuse(format!("the POSIX message queue {link}; not protected yet"));
+                }
+                let is_fifo = seen.mode & libc::S_IFMT == libc::S_IFIFO;
+                if info.flags & libc::O_PATH == 0 && is_fifo {
+                    let path = link.to_owned();
+                    let key = (true, info.inode);
+                    let pipe = pipes::pipe(handle, number, key, builder, state)?;
+                    return Ok(Kind::Fifo { path, pipe });
                 }
                 file(link, info, what)
             }
-            other => {
-                Err(CaptureError::unsupported(what.into(), format!("a descriptor of {other}")))
-            }
+            link => match link.split_once(":[") {
+                Some((name, _)) if !name.starts_with("anon_inode") => {
+                    namespace(name, info.inode, builder, what)
+                }
+                _ => refuse(format!("a descriptor of {link}")),
+            },
         }
     }
 
@@ -310,8 +355,29 @@ impl Files {
                 protocol = so(libc::SO_PROTOCOL)?;
             }
             let (inode, mount) = (info.inode, info.mount);
-            let (ahead, options, known) = (None, None, tcp::Known::default());
-            let seen = Seen { inode, mount, link, domain, kind, protocol, ahead, options, known };
+            let (ahead, options) = (None, None);
+            // The type of a file stays what it is, and so does who is told.
+            let before = self.seen.get(&number).filter(|s| s.inode == inode && s.mount == mount);
+            let mode = match before {
+                _ if !link.starts_with('/') => 0,
+                Some(before) if before.link == link => before.mode,
+                _ => fs::metadata(&path).map_err(|e| CaptureError::proc(&path, e))?.mode(),
+            };
+            let told = before.and_then(|s| s.told);
+            let known = tcp::Known::default();
+            let seen = Seen {
+                inode,
+                mount,
+                link,
+                domain,
+                kind,
+                protocol,
+                ahead,
+                options,
+                known,
+                mode,
+                told,
+            };
             self.seen.insert(number, seen);
         }
         self.seen.get_mut(&number).ok_or(CaptureError::Ended)
@@ -371,17 +437,16 @@ impl Builder {
         mut self,
         init: i32,
         state: &mut State,
-        (diag, objects): (&UnixDiag, &mut Objects),
-        memory: &mut Memory,
+        mut world: World<'_>,
     ) -> Result<Sockets, CaptureError> {
         let mut at = 0;
         // Descriptors in flight can be unix sockets, with a queue of their own.
         while at < self.unix.len() {
-            let queue = self.unix.queue(at, state, &mut memory.empties, &self.inner)?;
+            let queue = self.unix.queue(at, state, &mut world.memory.empties, &self.inner)?;
             let mut messages = Vec::with_capacity(queue.len());
             for (mut message, rights) in queue {
                 for fd in rights {
-                    message.rights.push(self.in_flight(fd, init, state, (diag, &mut *objects))?);
+                    message.rights.push(self.in_flight(fd, init, state, &mut world)?);
                 }
                 messages.push(message);
             }
@@ -398,7 +463,7 @@ impl Builder {
         fd: OwnedFd,
         init: i32,
         state: &mut State,
-        world: (&UnixDiag, &mut Objects),
+        world: &mut World<'_>,
     ) -> Result<u32, CaptureError> {
         let me = std::process::id() as i32;
         let number = fd.as_raw_fd();
@@ -410,13 +475,25 @@ impl Builder {
         let handle = pidfd::open(me)?;
         let holder = Holder { pid: me, handle: handle.as_fd(), place: init };
         let what = "a descriptor that travels through a unix socket";
-        let kind = Files::default().describe(holder, number, &info, self, state, world, what)?;
+        let mut files = Files::default();
+        let mut whole = world.with(self, state);
+        let kind = files.describe(holder, number, &info, &mut whole, what)?;
+        if info.locks.iter().any(|l| l.kind != "FLOCK" && l.kind != "OFDLCK") {
+            let why = "a lock or lease of a process that does not hold the descriptor any more";
+            return Err(CaptureError::unsupported(what.into(), why.into()));
+        }
         if matches!(kind, Kind::Epoll(_)) {
             let why = "an epoll instance that no process holds; let one keep it".into();
             return Err(CaptureError::unsupported(what.into(), why));
         }
+        let told = locks::told(fd.as_fd())?;
         self.held.push(fd);
-        Ok(self.add((me, number), place, &info, kind, state))
+        let at = self.add((me, number), place, &info, kind, state);
+        if let Some(told) = told {
+            locks::add_owner(told, at, &self.inner, what, state)?;
+        }
+        locks::add(&info.locks, at, 0, what, state)?;
+        Ok(at)
     }
 }
 
@@ -470,4 +547,79 @@ fn file(link: &str, info: &Info, what: &str) -> Result<Kind, CaptureError> {
         return Err(CaptureError::unsupported(what.into(), format!("the terminal {link}")));
     }
     Ok(Kind::File { path: link.to_owned(), offset: info.pos })
+}
+
+fn socket(
+    dup: OwnedFd,
+    seen: &mut Seen,
+    info: &Info,
+    place: i32,
+    whole: &mut Whole<'_>,
+    what: &str,
+) -> Result<Kind, CaptureError> {
+    use libc::{AF_INET, AF_INET6, IPPROTO_ICMP, IPPROTO_ICMPV6, IPPROTO_TCP, IPPROTO_UDP};
+    let ahead = seen.options.take();
+    let socket = (seen.domain, seen.kind, seen.protocol);
+    let fd = dup.as_fd();
+    let options = |ahead: Option<RawOptions>| match ahead {
+        Some(known) => Ok(known),
+        None => options::read(fd, socket, what),
+    };
+    match socket {
+        (AF_INET | AF_INET6, libc::SOCK_STREAM, IPPROTO_TCP) => {
+            let kind = tcp::tcp(fd, what, None, whole.diag)?;
+            whole.builder.keep(info.inode, dup, &kind);
+            Ok(kind)
+        }
+        (AF_INET | AF_INET6, _, libc::IPPROTO_MPTCP) => {
+            let why = "an MPTCP socket; plain TCP works";
+            Err(CaptureError::unsupported(what.into(), why.into()))
+        }
+        (AF_INET | AF_INET6, libc::SOCK_DGRAM, IPPROTO_UDP | IPPROTO_ICMP | IPPROTO_ICMPV6)
+        | (AF_INET | AF_INET6, libc::SOCK_RAW, _) => {
+            let (inode, empties) = (info.inode as u32, &mut whole.memory.empties);
+            inet::datagram(fd, inode, socket, options(ahead)?, place, what, empties)
+        }
+        (libc::AF_NETLINK, ..) => inet::netlink(fd, socket, options(ahead)?, what),
+        (libc::AF_UNIX, kind, _) => {
+            let options = Some(options(ahead)?);
+            let Whole { builder, state, diag, .. } = whole;
+            let (inode, inner, pid) = (info.inode as u32, &builder.inner, place);
+            let found = unix::Found { dup, inode, kind, options, pid, what, diag, inner };
+            builder.unix.add(found, state).map(Kind::Unix)
+        }
+        (libc::AF_PACKET, ..) => {
+            let why = "a packet socket, which sees frames that no checkpoint knows; run it without";
+            Err(CaptureError::unsupported(what.into(), why.into()))
+        }
+        (domain, kind, protocol) => Err(CaptureError::unsupported(
+            what.into(),
+            format!("a socket of family {domain}, type {kind}, protocol {protocol}"),
+        )),
+    }
+}
+
+fn pidfd_of(info: &Info, builder: &Builder, what: &str) -> Result<Kind, CaptureError> {
+    match info.pidfd.unwrap_or(0) {
+        -1 => Ok(Kind::PidFd(0)),
+        pid => builder.inner.get(&pid).map(|inside| Kind::PidFd(*inside)).ok_or_else(|| {
+            let why = format!("a pidfd of pid {pid}, which is no live process of the container");
+            CaptureError::unsupported(what.to_owned(), why)
+        }),
+    }
+}
+
+/// A namespace that one of the container's processes lives in.
+fn namespace(name: &str, inode: u64, builder: &Builder, what: &str) -> Result<Kind, CaptureError> {
+    let names = [name.to_owned(), format!("{name}_for_children")];
+    for (outside, inside) in &builder.inner {
+        for name in &names {
+            let there = fs::metadata(format!("/proc/{outside}/ns/{name}"));
+            if there.is_ok_and(|m| m.ino() == inode) {
+                return Ok(Kind::Namespace { pid: *inside, name: name.clone() });
+            }
+        }
+    }
+    let why = format!("a namespace ({name}) that none of the container's processes lives in");
+    Err(CaptureError::unsupported(what.to_owned(), why))
 }

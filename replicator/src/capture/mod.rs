@@ -16,7 +16,10 @@ mod advice;
 mod farewell;
 mod fdinfo;
 mod files;
+mod inet;
+mod inotify;
 mod lineage;
+mod locks;
 mod maps;
 mod memory;
 mod namespaces;
@@ -577,7 +580,11 @@ impl Capturer {
             let advice = tracked.advice.take(*pid, tracked.attributes.locked)?;
             times.memory += lap.next();
             let handle = tracked.handle.as_fd();
-            let world = (&self.diag, &mut self.objects);
+            let world = files::World {
+                diag: &self.diag,
+                objects: &mut self.objects,
+                memory: &mut self.files,
+            };
             let refusals = &mut self.refusals;
             let fds =
                 tracked.files.capture(*pid, handle, &mut builder, &mut state, world, refusals)?;
@@ -622,8 +629,9 @@ impl Capturer {
             times.threads += lap.next();
         }
         state.ended = self.remains.capture(&inner_pids)?;
-        let world = (&self.diag, &mut self.objects);
-        let finished = builder.finish(self.root, &mut state, world, &mut self.files);
+        let world =
+            files::World { diag: &self.diag, objects: &mut self.objects, memory: &mut self.files };
+        let finished = builder.finish(self.root, &mut state, world);
         if let Some(mut sockets) = self.refusals.admit(finished)? {
             let sending = std::mem::take(&mut sockets.sending);
             let settled =

@@ -2,39 +2,43 @@
 
 use super::CaptureError;
 use super::files::Builder;
-use crate::image::{Kind, Pipe, State};
+use crate::image::{Pipe, State};
 use crate::sys::sockopt::in_queue;
 use crate::sys::{SysError, pidfd};
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
-/// Captures one end; what is in the pipe, with the first end that is met.
+/// Whether it is a named pipe, and its inode.
+pub(super) type Key = (bool, u64);
+
+/// Captures a pipe with the first end that is met; gives its index.
 pub(super) fn pipe(
     handle: BorrowedFd<'_>,
     number: i32,
-    inode: u64,
+    key: Key,
     builder: &mut Builder,
     state: &mut State,
-) -> Result<Kind, CaptureError> {
-    if let Some(at) = builder.pipes.get(&inode) {
-        return Ok(Kind::Pipe(*at));
+) -> Result<u32, CaptureError> {
+    if let Some(at) = builder.pipes.get(&key) {
+        return Ok(*at);
     }
     let dup = pidfd::get_fd(handle, number)?;
     let capacity = nix::fcntl::fcntl(&dup, nix::fcntl::FcntlArg::F_GETPIPE_SZ)
         .map_err(|e| SysError::errno("F_GETPIPE_SZ", format!("descriptor {number}"), e as i32))?;
-    let contents = pipe_contents(&dup, capacity as usize)?;
-    state.pipes.push(Pipe { capacity: capacity as u32, contents });
+    let (contents, packets) = pipe_contents(&dup, capacity as usize)?;
+    state.pipes.push(Pipe { capacity: capacity as u32, contents, packets });
     let at = state.pipes.len() as u32 - 1;
-    builder.pipes.insert(inode, at);
-    Ok(Kind::Pipe(at))
+    builder.pipes.insert(key, at);
+    Ok(at)
 }
 
 /// Copies what a pipe holds with tee(2), which consumes nothing.
-fn pipe_contents(end: &OwnedFd, capacity: usize) -> Result<Vec<u8>, CaptureError> {
+/// Gives the bytes, and the length of each packet.
+fn pipe_contents(end: &OwnedFd, capacity: usize) -> Result<(Vec<u8>, Vec<u32>), CaptureError> {
     let waiting = in_queue(end.as_fd())?;
     if waiting == 0 {
-        return Ok(Vec::new());
+        return Ok(Default::default());
     }
     let failed = |call| move |e: nix::Error| SysError::errno(call, "a pipe", e as i32);
     // Through /proc, so that it works on a duplicate of the write end as well.
@@ -50,13 +54,16 @@ fn pipe_contents(end: &OwnedFd, capacity: usize) -> Result<Vec<u8>, CaptureError
     let n = nix::fcntl::tee(&source, &write, waiting, nix::fcntl::SpliceFFlags::SPLICE_F_NONBLOCK)
         .map_err(failed("tee"))?;
     let mut contents = vec![0; n];
+    let mut packets = Vec::new();
     let mut got = 0;
     while got < n {
-        got += nix::unistd::read(&read, &mut contents[got..]).map_err(failed("read"))?;
+        let read = nix::unistd::read(&read, &mut contents[got..]).map_err(failed("read"))?;
+        packets.push(read as u32);
+        got += read;
     }
     if n != waiting {
         let what = format!("{n} of {waiting} bytes");
         return Err(SysError::errno("tee", what, libc::EIO).into());
     }
-    Ok(contents)
+    Ok((contents, packets))
 }

@@ -209,17 +209,6 @@ fn leave_repair(fd: BorrowedFd<'_>, options: &SocketOptions) -> SysResult<()> {
     }
 }
 
-/// Captures a UDP socket that is bound or not and has nothing queued.
-pub(super) fn udp(fd: BorrowedFd<'_>, what: &str) -> Result<Kind, CaptureError> {
-    if peer(fd).is_ok() {
-        return Err(CaptureError::unsupported(what.into(), "a connected UDP socket".into()));
-    }
-    if in_queue(fd)? > 0 {
-        return Err(CaptureError::Transient("a UDP socket has data queued"));
-    }
-    idle(fd, libc::SOCK_DGRAM)
-}
-
 /// Whether a socket without a peer had one: it has received segments (tcpi_segs_in).
 fn has_ended(fd: BorrowedFd<'_>) -> SysResult<bool> {
     const SEGMENTS_IN: usize = 140;

@@ -233,7 +233,8 @@ impl Sockets {
     }
 }
 
-fn readiness(fd: BorrowedFd<'_>) -> SysResult<PollFlags> {
+/// Whether it can be read, and whether it has an error to tell.
+pub(super) fn readiness(fd: BorrowedFd<'_>) -> SysResult<PollFlags> {
     let mut one = [PollFd::new(fd, PollFlags::POLLIN)];
     poll(&mut one, PollTimeout::ZERO).map_err(|e| SysError::errno("poll", "a socket", e as i32))?;
     Ok(one[0].revents().unwrap_or(PollFlags::empty()))

@@ -8,6 +8,7 @@
 
 pub mod advice;
 pub mod file;
+pub mod files;
 pub mod info;
 pub mod net;
 pub mod object;
@@ -57,6 +58,25 @@ pub struct State {
     /// What stands for the code of the kernel's vdso, which must be the same where the container
     /// goes on; 0: unknown.
     pub vdso: u64,
+    /// Locks on files.
+    pub locks: Vec<files::FileLock>,
+    /// Who is told of events.
+    pub owners: Vec<files::Owner>,
+}
+
+impl State {
+    /// Whether what is in the pipe with this index are packets: one read gives one of them.
+    pub fn has_packets(&self, pipe: u32) -> bool {
+        let is_it = |d: &&Description| match &d.kind {
+            Kind::Pipe(index) | Kind::Fifo { pipe: index, .. } => *index == pipe,
+            _ => false,
+        };
+        let in_packets = |d: &Description| {
+            d.flags & libc::O_DIRECT != 0 && d.flags & libc::O_ACCMODE != libc::O_RDONLY
+        };
+        self.pipes.get(pipe as usize).is_some_and(|p| p.packets.len() > 1)
+            || self.descriptions.iter().filter(is_it).any(in_packets)
+    }
 }
 
 impl State {
@@ -334,7 +354,7 @@ pub enum Kind {
     TcpListener(net::TcpListener),
     /// A TCP socket that is or was connected.
     Tcp(Box<net::TcpConnection>),
-    /// A TCP or UDP socket neither connected nor listening.
+    /// A TCP socket neither connected nor listening.
     InetIdle(net::InetIdle),
     /// An [`Object`] opened like a file: a memfd, a deleted file.
     Object {
@@ -343,6 +363,30 @@ pub enum Kind {
         /// File offset.
         offset: u64,
     },
+    /// An end of a named pipe.
+    Fifo {
+        /// Path in the container's mount namespace.
+        path: String,
+        /// Index into [`State::pipes`].
+        pipe: u32,
+    },
+    /// A signalfd with its mask (bit 0: signal 1).
+    SignalFd(u64),
+    /// An inotify instance.
+    Inotify(Vec<files::Watch>),
+    /// A handle of the process with this pid; 0: of one that has ended.
+    PidFd(i32),
+    /// A namespace of the process with this pid.
+    Namespace {
+        /// Pid in the container.
+        pid: i32,
+        /// As in /proc/PID/ns.
+        name: String,
+    },
+    /// A UDP, raw or ICMP socket.
+    Datagram(Box<net::DatagramSocket>),
+    /// A netlink socket.
+    Netlink(Box<net::NetlinkSocket>),
 }
 
 /// A timerfd, see timerfd_create(2).
@@ -378,4 +422,7 @@ pub struct Pipe {
     pub capacity: u32,
     /// Bytes in it, oldest first.
     pub contents: Vec<u8>,
+    /// Lengths of the pieces that one read gives at most (packet mode, O_DIRECT); their sum is
+    /// that of the contents.
+    pub packets: Vec<u32>,
 }

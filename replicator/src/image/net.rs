@@ -1,7 +1,7 @@
 //! Internet sockets in a checkpoint.
 
 use serde::{Deserialize, Serialize};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 /// Options that most sockets share; read with getsockopt(2), set again at restore.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -197,4 +197,76 @@ pub struct Parting {
     pub timestamp: Option<u32>,
     /// Frames that the peer has not acknowledged, the one with the FIN last.
     pub frames: Vec<Vec<u8>>,
+}
+
+/// A UDP, raw or ICMP socket.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DatagramSocket {
+    /// AF_INET6 instead of AF_INET.
+    pub v6: bool,
+    /// SOCK_DGRAM or SOCK_RAW.
+    pub kind: i32,
+    /// IPPROTO_ of its packets.
+    pub protocol: i32,
+    /// Bound address, if any.
+    pub local: Option<SocketAddr>,
+    /// Address it is connected to, if any.
+    pub remote: Option<SocketAddr>,
+    /// Datagrams that wait to be read, oldest first.
+    pub queue: Vec<Datagram>,
+    /// Multicast groups that it has joined.
+    pub groups: Vec<Membership>,
+    /// Its options.
+    pub options: RawOptions,
+}
+
+/// A datagram that waits to be read.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Datagram {
+    /// Sender.
+    pub from: SocketAddr,
+    /// Address of ours that it was sent to.
+    pub to: IpAddr,
+    /// Its bytes.
+    pub bytes: Vec<u8>,
+}
+
+/// A multicast group that a socket has joined.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Membership {
+    /// By way of this interface.
+    pub interface: String,
+    /// The group.
+    pub group: IpAddr,
+}
+
+/// A netlink socket without messages.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetlinkSocket {
+    /// SOCK_RAW or SOCK_DGRAM.
+    pub kind: i32,
+    /// NETLINK_ family.
+    pub protocol: i32,
+    /// Port id it is bound to; 0: not bound.
+    pub port: u32,
+    /// Groups that it listens to.
+    pub groups: Vec<u32>,
+    /// Its options.
+    pub options: RawOptions,
+}
+
+/// struct sockaddr_storage with an address and port 0.
+pub fn sockaddr_storage(address: IpAddr) -> [u8; 128] {
+    let mut raw = [0; 128];
+    match address {
+        IpAddr::V4(a) => {
+            raw[..2].copy_from_slice(&(libc::AF_INET as u16).to_ne_bytes());
+            raw[4..8].copy_from_slice(&a.octets());
+        }
+        IpAddr::V6(a) => {
+            raw[..2].copy_from_slice(&(libc::AF_INET6 as u16).to_ne_bytes());
+            raw[8..24].copy_from_slice(&a.octets());
+        }
+    }
+    raw
 }

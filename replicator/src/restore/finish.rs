@@ -6,7 +6,7 @@ use super::script::Script;
 use super::space::Special;
 use super::spare::{Spare, Stub};
 use super::tcp::{self, Connected, Peer, Segment};
-use super::{advice, install, process, settings, sockets, space, sysv, timers, tree};
+use super::{advice, install, locks, process, settings, sockets, space, sysv, timers, tree};
 use crate::container::SHM;
 use crate::image::net::{TcpConnection, TcpState};
 use crate::image::task::{TimeUnit, Wait};
@@ -191,6 +191,9 @@ impl Spare {
         }
         let host_of = |pid| stubs.iter().find(|s| s.pid == pid).map(|s| s.host);
         install::fill_epolls(script, state, host_of)?;
+        locks::of_descriptions(state, &made).doing(1, "lock a file")?;
+        locks::of_processes(state, script, &place)?;
+        locks::owners(state, &made, &place).doing(1, "set who is told of events")?;
         let descriptors = Instant::now();
         for p in &state.processes {
             let stub = find(stubs, p.pid)?;

@@ -18,10 +18,13 @@
 //! no process of it runs an instruction of its program before [`Spare::resume_all`].
 
 mod advice;
+mod datagrams;
 mod error;
+mod files;
 mod finish;
 mod install;
 mod lineage;
+mod locks;
 mod objects;
 mod options;
 mod pages;

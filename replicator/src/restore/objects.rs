@@ -5,7 +5,7 @@
 use super::error::sys;
 use super::script::Script;
 use super::shared::Held;
-use super::{sockets, unix, unix_queues};
+use super::{datagrams, files, sockets, unix, unix_queues};
 use crate::image::net::TcpState;
 use crate::image::{Description, Kind, Pipe, State, TimerFd};
 use crate::sys::{SysError, SysResult, descriptors};
@@ -56,6 +56,12 @@ pub(super) fn create_all(
                 sys(Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC), "epoll_create1", text).map(|e| e.0)
             }
             Kind::Object { id, offset } => object(place.held, *id, d.flags, *offset),
+            Kind::Fifo { path, pipe } => pipes.fifo(*pipe, path, d.flags, place),
+            Kind::SignalFd(mask) => descriptors::signal_fd(*mask),
+            Kind::Inotify(watches) => files::instance(watches, place),
+            Kind::PidFd(pid) => files::handle(*pid, place),
+            Kind::Namespace { pid, name } => files::namespace(*pid, name, d.flags, place),
+            Kind::Datagram(_) | Kind::Netlink(_) => continue,
             Kind::Unix(_) | Kind::TcpListener(_) | Kind::Tcp(_) | Kind::InetIdle(_) => continue,
         };
         made[i] = Some(fd.and_then(|fd| with_flags(fd, d)).map_err(|e| (i, e))?);
@@ -70,6 +76,8 @@ pub(super) fn create_all(
                 Kind::Unix(index) => duplicate(&unix, *index),
                 Kind::TcpListener(l) => sockets::listener(l),
                 Kind::InetIdle(s) => sockets::idle(s),
+                Kind::Datagram(s) => datagrams::datagram(s),
+                Kind::Netlink(s) => datagrams::netlink(s),
                 Kind::Tcp(c) if c.state == TcpState::Closed => sockets::ended(c),
                 Kind::Tcp(c) => sockets::unconnected(&c.local),
                 _ => continue,
@@ -156,6 +164,8 @@ fn object(held: &Held, id: u32, flags: i32, offset: u64) -> SysResult<OwnedFd> {
 struct Pipes<'a> {
     state: &'a State,
     made: Vec<Option<Ends>>,
+    /// Named pipes, held open for reading and writing until all ends are made.
+    named: Vec<Option<OwnedFd>>,
 }
 
 struct Ends {
@@ -167,7 +177,11 @@ struct Ends {
 
 impl<'a> Pipes<'a> {
     fn new(state: &'a State) -> Self {
-        Self { state, made: state.pipes.iter().map(|_| None).collect() }
+        Self {
+            state,
+            made: state.pipes.iter().map(|_| None).collect(),
+            named: state.pipes.iter().map(|_| None).collect(),
+        }
     }
 
     fn end(&mut self, index: u32, flags: i32) -> SysResult<OwnedFd> {
@@ -176,7 +190,7 @@ impl<'a> Pipes<'a> {
         let image = image.ok_or_else(|| SysError::errno("search", object(), libc::ENOENT))?;
         let ends = match &mut self.made[index as usize] {
             Some(ends) => ends,
-            slot => slot.insert(new_pipe(image)?),
+            slot => slot.insert(new_pipe(image, self.state.has_packets(index))?),
         };
         let mode = flags & libc::O_ACCMODE;
         let side = usize::from(mode != libc::O_RDONLY);
@@ -191,23 +205,53 @@ impl<'a> Pipes<'a> {
     }
 }
 
-fn new_pipe(image: &Pipe) -> SysResult<Ends> {
+impl Pipes<'_> {
+    /// An end of a named pipe.
+    fn fifo(&mut self, index: u32, path: &str, flags: i32, place: &Place) -> SysResult<OwnedFd> {
+        let missing = || SysError::errno("search", format!("pipe {index}"), libc::ENOENT);
+        let image = self.state.pipes.get(index as usize).ok_or_else(missing)?;
+        if let slot @ None = &mut self.named[index as usize] {
+            let keeper = files::fifo(path, libc::O_RDWR, place)?;
+            fill_pipe(image, self.state.has_packets(index), &keeper)?;
+            *slot = Some(keeper);
+        }
+        let fd = files::fifo(path, flags, place)?;
+        sys(fcntl(&fd, FcntlArg::F_SETFL(OFlag::empty())), "F_SETFL", || path.to_owned())?;
+        Ok(fd)
+    }
+}
+
+fn new_pipe(image: &Pipe, packets: bool) -> SysResult<Ends> {
     let (read, write_end) = sys(pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK), "pipe2", text)?;
-    let capacity = image.capacity as i32;
-    if capacity != 0 {
-        let object = || format!("{capacity} bytes");
-        sys(fcntl(&write_end, FcntlArg::F_SETPIPE_SZ(capacity)), "F_SETPIPE_SZ", object)?;
-    }
-    let mut rest = image.contents.as_slice();
-    while !rest.is_empty() {
-        let n =
-            sys(write(&write_end, rest), "write", || format!("{} bytes to a pipe", rest.len()))?;
-        rest = &rest[n..];
-    }
+    fill_pipe(image, packets, &write_end)?;
     for end in [&read, &write_end] {
         sys(fcntl(end, FcntlArg::F_SETFL(OFlag::empty())), "F_SETFL", text)?;
     }
     Ok(Ends { fds: [read, write_end], given: [false; 2] })
+}
+
+/// Sets the capacity and writes the contents. `write_end` does not block.
+fn fill_pipe(image: &Pipe, packets: bool, write_end: &OwnedFd) -> SysResult<()> {
+    let capacity = image.capacity as i32;
+    if capacity != 0 {
+        let object = || format!("{capacity} bytes");
+        sys(fcntl(write_end, FcntlArg::F_SETPIPE_SZ(capacity)), "F_SETPIPE_SZ", object)?;
+    }
+    let mut rest = image.contents.as_slice();
+    if packets {
+        let flags = OFlag::O_NONBLOCK | OFlag::O_DIRECT;
+        sys(fcntl(write_end, FcntlArg::F_SETFL(flags)), "F_SETFL", text)?;
+    }
+    for len in &image.packets {
+        let (mut piece, later) = rest.split_at(rest.len().min(*len as usize));
+        while !piece.is_empty() {
+            let object = || format!("{} bytes to a pipe", piece.len());
+            let n = sys(write(write_end, piece), "write", object)?;
+            piece = &piece[n..];
+        }
+        rest = later;
+    }
+    Ok(())
 }
 
 fn event_fd(count: u64, semaphore: bool) -> SysResult<OwnedFd> {
@@ -243,12 +287,32 @@ fn timer_fd(image: &TimerFd, elapsed: Duration) -> SysResult<OwnedFd> {
                 Expiration::IntervalDelayed(left, TimeSpec::from_duration(Duration::from_nanos(n)))
             }
         };
-        sys(timer.set(when, TimerSetTimeFlags::empty()), "timerfd_settime", object)?;
+        let (when, flags) = cancelled_on_set(image, when, left)?;
+        sys(timer.set(when, flags), "timerfd_settime", object)?;
     }
     if image.ticks != 0 {
         descriptors::set_timer_ticks(timer.as_fd(), image.ticks)?;
     }
     Ok(OwnedFd::from(timer))
+}
+
+/// A timer that a change of the clock ends (TFD_TIMER_CANCEL_ON_SET) must be set to a time of day.
+fn cancelled_on_set(
+    image: &TimerFd,
+    when: Expiration,
+    left: TimeSpec,
+) -> SysResult<(Expiration, TimerSetTimeFlags)> {
+    let flags = TimerSetTimeFlags::from_bits_truncate(image.set_flags);
+    if !flags.contains(TimerSetTimeFlags::TFD_TIMER_CANCEL_ON_SET) {
+        return Ok((when, TimerSetTimeFlags::empty()));
+    }
+    let clock = nix::time::ClockId::CLOCK_REALTIME;
+    let now = sys(nix::time::clock_gettime(clock), "clock_gettime", || "the time of day".into())?;
+    let when = match when {
+        Expiration::IntervalDelayed(_, every) => Expiration::IntervalDelayed(now + left, every),
+        _ => Expiration::OneShot(now + left),
+    };
+    Ok((when, flags))
 }
 
 #[cfg(test)]
@@ -279,8 +343,8 @@ mod tests {
         let contents: Vec<u8> = (0..200_000u32).map(|i| i as u8).collect();
         let state = State {
             pipes: vec![
-                Pipe { capacity: 256 << 10, contents: contents.clone() },
-                Pipe { capacity: 65536, contents: b"last words".to_vec() },
+                Pipe { capacity: 256 << 10, contents: contents.clone(), packets: vec![200_000] },
+                Pipe { capacity: 65536, contents: b"last words".to_vec(), packets: vec![10] },
             ],
             descriptions: vec![
                 described(libc::O_RDONLY, Kind::Pipe(0)),

@@ -8,6 +8,23 @@ const SOCKET: i32 = libc::SOL_SOCKET;
 /// SO_BUF_LOCK of socket(7).
 const SO_BUF_LOCK: i32 = 72;
 
+/// Whether it decides what bind(2) does.
+fn is_for_bind(level: i32, name: i32) -> bool {
+    matches!(
+        (level, name),
+        (SOCKET, libc::SO_REUSEADDR | libc::SO_REUSEPORT | libc::SO_BINDTODEVICE)
+            | (libc::IPPROTO_IP, libc::IP_FREEBIND | libc::IP_TRANSPARENT)
+            | (libc::IPPROTO_IP, libc::IP_BIND_ADDRESS_NO_PORT)
+            | (libc::IPPROTO_IPV6, libc::IPV6_V6ONLY | libc::IPV6_FREEBIND)
+            | (libc::IPPROTO_IPV6, libc::IPV6_TRANSPARENT)
+    )
+}
+
+/// What must be set before bind(2).
+pub(super) fn before_bind(fd: BorrowedFd<'_>, options: &RawOptions) -> SysResult<()> {
+    options.iter().filter(|(l, n, _)| is_for_bind(*l, *n)).try_for_each(|o| apply(fd, o))
+}
+
 /// All of them. After bind(2), and after the queues were filled.
 pub(super) fn set(fd: BorrowedFd<'_>, options: &RawOptions) -> SysResult<()> {
     options

@@ -57,6 +57,9 @@ struct Maker<'a> {
     asides: usize,
 }
 
+/// Where connections were made: type and name of the listening socket, and who had it listen.
+type Meeting<'a> = (i32, &'a [u8], UnixCredentials);
+
 /// One side of a connection: a socket of the state, or one that was closed.
 #[derive(Clone, Copy)]
 struct Side<'a> {
@@ -103,8 +106,7 @@ impl Maker<'_> {
         let closed_names: Vec<Option<UnixName>> =
             state.unix_sockets.iter().map(closed_name).collect();
         let mut plain: BTreeMap<UnixCredentials, Vec<[Side<'_>; 2]>> = BTreeMap::new();
-        let mut named: BTreeMap<(i32, &[u8], UnixCredentials), Vec<[Side<'_>; 2]>> =
-            BTreeMap::new();
+        let mut named: BTreeMap<Meeting<'_>, Vec<[Side<'_>; 2]>> = BTreeMap::new();
         for (i, socket) in state.unix_sockets.iter().enumerate() {
             let other = match &socket.link {
                 UnixLink::Peer(j) if is_pair(state, i, *j as usize) && i < *j as usize => {
@@ -275,10 +277,10 @@ impl Maker<'_> {
         for (i, socket) in state.unix_sockets.iter().enumerate() {
             if let Some(name) = &socket.name
                 && let Some(file) = name.file
+                && self.made.bound[i]
+                && self.made.asides[i].is_none()
             {
-                if self.made.bound[i] && self.made.asides[i].is_none() {
-                    attributes(&self.outside(name), file)?;
-                }
+                attributes(&self.outside(name), file)?;
             }
         }
         Ok(())

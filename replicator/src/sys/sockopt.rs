@@ -2,7 +2,7 @@
 
 use super::error::{SysResult, check};
 use libc::{c_int, c_void};
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 /// Reads an option into `buf`; gives the length that the kernel wrote.
 pub fn get(fd: BorrowedFd<'_>, level: c_int, name: c_int, buf: &mut [u8]) -> SysResult<usize> {
@@ -52,6 +52,16 @@ pub fn events(fd: BorrowedFd<'_>) -> SysResult<i16> {
     let r = unsafe { libc::poll(&mut entry, 1, 0) };
     check(r.into(), "poll", || format!("fd {}", fd.as_raw_fd()))?;
     Ok(entry.revents)
+}
+
+/// A socket of any family, type and protocol, close-on-exec.
+pub fn open(domain: c_int, kind: c_int, protocol: c_int) -> SysResult<OwnedFd> {
+    // SAFETY: no pointers.
+    let fd = unsafe { libc::socket(domain, kind | libc::SOCK_CLOEXEC, protocol) };
+    let what = || format!("family {domain}, type {kind}, protocol {protocol}");
+    let fd = check(fd.into(), "socket", what)?;
+    // SAFETY: the kernel just gave us this descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as c_int) })
 }
 
 /// Bytes that wait to be read (SIOCINQ).

@@ -7,6 +7,8 @@
 
 #![allow(unreachable_pub, reason = "part of a test program")]
 
+pub mod files;
+pub mod internet;
 pub mod unix;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
