@@ -102,15 +102,34 @@ impl Namespaces {
         if !self.differ {
             return Ok(());
         }
-        let (now, before) = (String::from_utf8_lossy(&now), String::from_utf8_lossy(at_first));
-        let other = |a: &str, b: &str| {
-            let line = a.lines().find(|line| !b.lines().any(|l| l == *line))?;
-            line.split(' ').nth(4).map(str::to_owned)
+        let (after, before) = (String::from_utf8_lossy(&now), String::from_utf8_lossy(at_first));
+        let ours = fs::read_to_string("/proc/thread-self/mountinfo")
+            .map_err(|e| CaptureError::proc("/proc/thread-self/mountinfo", e))?;
+        let Some(point) = changed_inside(&before, &after, &ours) else {
+            (*at_first, self.differ) = (now, false);
+            return Ok(());
         };
-        let point = other(&now, &before).or_else(|| other(&before, &now)).unwrap_or_default();
         let why = "it was mounted, unmounted or changed by the container; mounts are not protected";
         Err(CaptureError::unsupported(format!("the mount at {point}"), why.into()))
     }
+}
+
+/// The point of a mount that the container has made, changed or taken away; none if it did nothing
+/// of the kind. A directory that is removed outside takes what is mounted on it along, in every
+/// namespace: what is gone in `ours` too was not the container's doing.
+fn changed_inside(before: &str, after: &str, ours: &str) -> Option<String> {
+    // proc_pid_mountinfo(5): id, parent, device, root, mount point.
+    let place = |line: &str| line.split(' ').skip(2).take(3).map(str::to_owned).collect::<Vec<_>>();
+    let missing = |from: &str, line: &str| !from.lines().any(|l| l == line);
+    let made = after.lines().find(|line| missing(before, line));
+    let gone = || {
+        before.lines().filter(|line| missing(after, line)).find(|line| {
+            let was = place(line);
+            ours.lines().any(|l| place(l) == was)
+        })
+    };
+    let line = made.or_else(gone)?;
+    Some(line.split(' ').nth(4).unwrap_or_default().to_owned())
 }
 
 fn links(pid: i32) -> Result<Vec<PathBuf>, CaptureError> {
@@ -136,4 +155,24 @@ fn read(file: &File) -> Result<Vec<u8>, CaptureError> {
     }
     all.truncate(used);
     Ok(all)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::changed_inside;
+
+    #[test]
+    fn what_went_outside_as_well_was_not_the_containers_doing() {
+        let root = "20 1 8:1 / / rw - ext4 /dev/sda rw\n";
+        let bind = "31 20 0:4 net:[1] /run/netns/a rw - nsfs nsfs rw\n";
+        let both = format!("{root}{bind}");
+        let more = format!("{both}40 20 0:9 / /mnt rw - tmpfs none rw\n");
+        // The host numbers its mounts in its own way.
+        let host = both.replace("31 20", "91 80").replace("20 1", "80 1");
+        let host_without = root.replace("20 1", "80 1");
+        assert_eq!(changed_inside(&both, &both, &host), None);
+        assert_eq!(changed_inside(&both, root, &host_without), None, "gone everywhere");
+        assert_eq!(changed_inside(&both, root, &host).as_deref(), Some("/run/netns/a"));
+        assert_eq!(changed_inside(&both, &more, &host).as_deref(), Some("/mnt"));
+    }
 }
