@@ -13,6 +13,8 @@ pub(super) struct Info {
     pub(super) inode: u64,
     pub(super) mount: u64,
     pub(super) epoll: Vec<EpollTarget>,
+    /// Numbers and inodes of what an epoll instance watches.
+    pub(super) watched: Vec<(i32, u64)>,
     pub(super) eventfd: Option<(u64, bool)>,
     pub(super) timer: TimerFd,
     pub(super) locks: Vec<Lock>,
@@ -70,7 +72,11 @@ fn parse_info(text: &str) -> Option<Info> {
             "flags" => i.flags = i32::from_str_radix(value, 8).ok()?,
             "ino" => i.inode = value.parse().ok()?,
             "mnt_id" => i.mount = value.parse().ok()?,
-            "tfd" => i.epoll.push(epoll_target(value)?),
+            "tfd" => {
+                let (target, inode) = epoll_target(value)?;
+                i.watched.push((target.fd, inode));
+                i.epoll.push(target);
+            }
             "eventfd-count" => count = Some(u64::from_str_radix(value, 16).ok()?),
             "eventfd-semaphore" => semaphore = value == "1",
             "lock" => i.locks.push(lock(value)?),
@@ -89,19 +95,23 @@ fn parse_info(text: &str) -> Option<Info> {
 }
 
 /// `8 events: 19 data: 8 pos:0 ino:1234 sdev:9` behind `tfd:`
-fn epoll_target(value: &str) -> Option<EpollTarget> {
+fn epoll_target(value: &str) -> Option<(EpollTarget, u64)> {
     let mut words = value.split_whitespace();
     let fd = words.next()?.parse().ok()?;
     let mut events = None;
     let mut data = None;
+    let mut inode = 0;
     while let Some(word) = words.next() {
+        if let Some(number) = word.strip_prefix("ino:") {
+            inode = u64::from_str_radix(number, 16).ok()?;
+        }
         match word {
             "events:" => events = u32::from_str_radix(words.next()?, 16).ok(),
             "data:" => data = u64::from_str_radix(words.next()?, 16).ok(),
             _ => {}
         }
     }
-    Some(EpollTarget { fd, events: events?, data: data? })
+    Some((EpollTarget { fd, events: events?, data: data? }, inode))
 }
 
 /// `1: FLOCK  ADVISORY  WRITE 359 00:13:11691 0 EOF`
@@ -157,6 +167,7 @@ mod tests {
         )
         .expect("an epoll instance");
         assert_eq!(i.epoll, [EpollTarget { fd: 8, events: 0x19, data: 0xdead_beef }]);
+        assert_eq!(i.watched, [(8, 6)]);
         let i = parse_info(
             "pos:\t0\nflags:\t02\nmnt_id:\t16\nino:\t1\nclockid: 1\nticks: 2\n\
              settime flags: 01\nit_value: (1, 5)\nit_interval: (0, 7)\n",

@@ -11,7 +11,7 @@ use super::refusals::Refusals;
 use super::unix::{self, Empties};
 use super::{CaptureError, farewell, inet, inotify, locks, options, pipes, tcp};
 use crate::image::net::RawOptions;
-use crate::image::{Description, Fd, Kind, State};
+use crate::image::{Description, Fd, Kind, Process, State};
 use crate::sys::sockopt::get_i32;
 use crate::sys::unix_diag::UnixDiag;
 use crate::sys::{SysError, pidfd};
@@ -72,6 +72,8 @@ pub(super) struct Builder {
     held: Vec<OwnedFd>,
     /// Duplicates of TCP sockets with bytes under way, and their inodes. They outlive the stop.
     sending: Vec<(u64, OwnedFd)>,
+    /// What epoll instances watch: index of the instance, number and inode of the target.
+    watched: Vec<(u32, i32, u64)>,
 }
 
 /// What is left of a [`Builder`] after the stop.
@@ -234,6 +236,7 @@ impl Files {
                     };
                     let Some(kind) = refusals.admit(kind)? else { continue };
                     let at = builder.add((pid, number), place, &info, kind, state);
+                    builder.watched.extend(info.watched.iter().map(|(fd, ino)| (at, *fd, *ino)));
                     let told = self.told(handle, number, info.flags)?;
                     if let Some(told) = told {
                         let inner = &builder.inner;
@@ -454,7 +457,36 @@ impl Builder {
             at += 1;
         }
         self.unix.join(state)?;
+        self.check_watched(state)?;
+        // A duplicate would keep the file in the interest list after the program has closed it,
+        // and events would come for what the program knows no longer.
+        let watched = &self.watched;
+        self.sending.retain(|(inode, _)| !watched.iter().any(|(.., watched)| watched == inode));
         Ok(Sockets { sending: self.sending, by_inode: self.by_inode })
+    }
+
+    /// Targets of epoll whose descriptors were closed stay as long as anybody has the file. What
+    /// only we have had goes; what another descriptor has could not be added again.
+    fn check_watched(&self, state: &mut State) -> Result<(), CaptureError> {
+        for &(at, fd, inode) in &self.watched {
+            let holds = |p: &&Process| p.fds.iter().any(|f| f.description == at);
+            let Some(holder) = state.processes.iter().find(holds) else { continue };
+            if holder.fds.iter().any(|f| f.number == fd) {
+                continue;
+            }
+            if self.by_inode.contains_key(&inode) {
+                let why = format!(
+                    "it watches descriptor {fd}, which was closed while its file is open elsewhere; \
+                     take it out (EPOLL_CTL_DEL) before it is closed"
+                );
+                let what = format!("an epoll instance of pid {}", holder.pid);
+                return Err(CaptureError::unsupported(what, why));
+            }
+            if let Kind::Epoll(targets) = &mut state.descriptions[at as usize].kind {
+                targets.retain(|target| target.fd != fd);
+            }
+        }
+        Ok(())
     }
 
     /// The description behind a duplicate that travels in a message.
