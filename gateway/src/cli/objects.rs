@@ -27,9 +27,7 @@ pub(super) fn of_process(state: &State, process: &Process) -> Vec<Object> {
 
 fn is_socket(d: &Description) -> bool {
     let name = variant(&d.kind);
-    ["tcp", "inet", "unix", "udp", "raw", "netlink", "socket", "packet"]
-        .iter()
-        .any(|family| name.starts_with(family))
+    ["tcp", "inet", "unix", "datagram", "netlink"].iter().any(|family| name.starts_with(family))
 }
 
 fn mapping(m: &Mapping) -> String {
