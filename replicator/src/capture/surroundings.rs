@@ -116,7 +116,8 @@ impl Namespaces {
 
 /// The point of a mount that the container has made, changed or taken away; none if it did nothing
 /// of the kind. A directory that is removed outside takes what is mounted on it along, in every
-/// namespace: what is gone in `ours` too was not the container's doing.
+/// namespace: what is gone in `ours` too was not the container's doing. Nor is a named namespace that
+/// went: the host makes and removes these (`ip netns`), again and again under the same name.
 fn changed_inside(before: &str, after: &str, ours: &str) -> Option<String> {
     // proc_pid_mountinfo(5): id, parent, device, root, mount point.
     let place = |line: &str| line.split(' ').skip(2).take(3).map(str::to_owned).collect::<Vec<_>>();
@@ -125,7 +126,7 @@ fn changed_inside(before: &str, after: &str, ours: &str) -> Option<String> {
     let gone = || {
         before.lines().filter(|line| missing(after, line)).find(|line| {
             let was = place(line);
-            ours.lines().any(|l| place(l) == was)
+            !line.contains(" - nsfs ") && ours.lines().any(|l| place(l) == was)
         })
     };
     let line = made.or_else(gone)?;
@@ -164,7 +165,8 @@ mod tests {
     #[test]
     fn what_went_outside_as_well_was_not_the_containers_doing() {
         let root = "20 1 8:1 / / rw - ext4 /dev/sda rw\n";
-        let bind = "31 20 0:4 net:[1] /run/netns/a rw - nsfs nsfs rw\n";
+        let bind = "31 20 0:8 /a /srv/a rw - ext4 /dev/sdb rw\n";
+        let named = "32 20 0:4 net:[1] /run/netns/a rw - nsfs nsfs rw\n";
         let both = format!("{root}{bind}");
         let more = format!("{both}40 20 0:9 / /mnt rw - tmpfs none rw\n");
         // The host numbers its mounts in its own way.
@@ -172,7 +174,13 @@ mod tests {
         let host_without = root.replace("20 1", "80 1");
         assert_eq!(changed_inside(&both, &both, &host), None);
         assert_eq!(changed_inside(&both, root, &host_without), None, "gone everywhere");
-        assert_eq!(changed_inside(&both, root, &host).as_deref(), Some("/run/netns/a"));
+        assert_eq!(changed_inside(&both, root, &host).as_deref(), Some("/srv/a"));
+        let with_named = format!("{both}{named}");
+        assert_eq!(
+            changed_inside(&with_named, &both, &format!("{host}{named}")),
+            None,
+            "made anew"
+        );
         assert_eq!(changed_inside(&both, &more, &host).as_deref(), Some("/mnt"));
     }
 }
