@@ -216,12 +216,32 @@ fn the_examples_load() {
     let mut found = 0;
     for entry in std::fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
+        if path.is_dir() {
+            // The programs that some containers run.
+            continue;
+        }
         let lab = Topology::load(&path).unwrap_or_else(|e| panic!("{:?}", miette::Report::new(e)));
         let name = path.file_name().unwrap().to_str().unwrap();
         assert_eq!(name, format!("{}.topo.yml", lab.name), "a file is named after its lab");
         found += 1;
     }
     assert!(found > 0);
+}
+
+#[test]
+fn a_relative_working_directory_is_counted_from_the_file() {
+    let file = std::env::temp_dir().join(format!("nilicon-workdir-{}.yml", std::process::id()));
+    for (workdir, expected) in [
+        ("workdir: services", std::env::temp_dir().join("services")),
+        ("workdir: /srv", "/srv".into()),
+        ("environment: {}", "/".into()),
+    ] {
+        let text = GOOD.replace("    uplink: lan", &format!("    uplink: lan\n    {workdir}"));
+        std::fs::write(&file, text).unwrap();
+        let lab = Topology::load(&file).unwrap();
+        assert_eq!(std::path::Path::new(&lab.containers["redis"].workdir), expected);
+    }
+    std::fs::remove_file(&file).unwrap();
 }
 
 #[test]

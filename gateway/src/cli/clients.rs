@@ -22,7 +22,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use netns_tools::lab::Lab;
-use netns_tools::topology::{Client, Topology};
+use netns_tools::topology::{Client, ClientProtocol, Topology};
+use nilicon_clients::Protocol;
 use nilicon_clients::load::{self, LoadConfig, LoadHandle, Phase};
 use serde::{Deserialize, Serialize};
 
@@ -44,6 +45,8 @@ const ABANDONED: i32 = 3;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct ClientSpec {
     target: SocketAddr,
+    protocol: Protocol,
+    counters: bool,
     connections: usize,
     pipeline: usize,
     value_size: (usize, usize),
@@ -108,6 +111,12 @@ impl ClientSpec {
             .with_context(|| format!("there is no container {}", client.target.container))?;
         Ok(Self {
             target,
+            protocol: match client.protocol {
+                ClientProtocol::Resp => Protocol::Resp,
+                ClientProtocol::Memcached => Protocol::Memcached,
+                ClientProtocol::Http => Protocol::Http,
+            },
+            counters: client.counters,
             connections: client.connections,
             pipeline: client.pipeline,
             value_size: (client.value_size.min as usize, client.value_size.max as usize),
@@ -125,6 +134,8 @@ impl ClientSpec {
 
     fn config(self) -> LoadConfig {
         LoadConfig {
+            protocol: self.protocol,
+            counters: self.counters,
             connections: self.connections,
             pipeline: self.pipeline,
             value_size: self.value_size,

@@ -20,14 +20,15 @@ use miette::NamedSource;
 
 pub use error::{Problem, TopologyError};
 pub use model::{
-    ArbiterKind, Client, Container, Detector, Embedded, Epochs, Event, Fault, Impair, Link, Node,
-    NodeKind, OnBackupLoss, Protect, Ready, Topology, Witness, Workload,
+    ArbiterKind, Client, ClientProtocol, Container, Detector, Embedded, Epochs, Event, Fault,
+    Impair, Link, Node, NodeKind, OnBackupLoss, Protect, Ready, Topology, Witness, Workload,
 };
 pub use names::{Cidr, Endpoint, Mac, Target};
 pub use units::{BadValue, BitRate, Period, Ratio, Size, SizeRange};
 
 impl Topology {
-    /// Reads and checks a topology file.
+    /// Reads and checks a topology file. Relative working directories are counted from where it
+    /// lies.
     ///
     /// # Errors
     /// The file cannot be read, is not YAML, or breaks a rule.
@@ -35,7 +36,14 @@ impl Topology {
         let path = path.as_ref();
         let text = std::fs::read_to_string(path)
             .map_err(|source| TopologyError::Read { path: path.to_owned(), source })?;
-        Self::parse(&path.display().to_string(), &text)
+        let mut topology = Self::parse(&path.display().to_string(), &text)?;
+        let directory = std::path::absolute(path)
+            .map_err(|source| TopologyError::Read { path: path.to_owned(), source })?;
+        for container in topology.containers.values_mut() {
+            let workdir = directory.with_file_name(&container.workdir);
+            container.workdir = workdir.to_string_lossy().into_owned();
+        }
+        Ok(topology)
     }
 
     /// Reads and checks the text of a topology; `name` is what errors call it.

@@ -155,7 +155,7 @@ pub struct Container {
     /// Environment variables of the program.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub environment: BTreeMap<String, String>,
-    /// The program's working directory.
+    /// The program's working directory; if it is relative, from the directory of the topology file.
     #[serde(default = "defaults::workdir")]
     pub workdir: String,
     /// More addresses of it, of either family; it keeps them as well.
@@ -315,7 +315,7 @@ impl Default for Detector {
     }
 }
 
-/// A load: connections that send requests in the Redis protocol and check every answer.
+/// A load: connections that send requests to a key-value service and check every answer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Client {
@@ -326,6 +326,12 @@ pub struct Client {
     pub node: String,
     /// What it connects to, as `container:port`.
     pub target: Target,
+    /// The language that the service speaks.
+    #[serde(default)]
+    pub protocol: ClientProtocol,
+    /// Whether a part of the writes increments counters; if not, all writes set keys.
+    #[serde(default = "defaults::counters")]
+    pub counters: bool,
     /// Connections.
     #[serde(default = "defaults::connections")]
     pub connections: usize,
@@ -358,6 +364,20 @@ impl Client {
     pub fn name(&self) -> &str {
         self.name.as_deref().unwrap_or(&self.node)
     }
+}
+
+/// A language of key-value services.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum ClientProtocol {
+    /// That of Redis, version 2.
+    #[default]
+    Resp,
+    /// The text protocol of memcached.
+    Memcached,
+    /// HTTP/1.1 over connections that stay: `GET`, `PUT` and `DELETE` of `/KEY`, and `POST` to
+    /// increment. The answer repeats the header `X-Sequence` of its request.
+    Http,
 }
 
 /// A fault at a time.
@@ -411,6 +431,9 @@ mod defaults {
     }
     pub(super) fn witness_port() -> u16 {
         7879
+    }
+    pub(super) fn counters() -> bool {
+        true
     }
     pub(super) fn connections() -> usize {
         50

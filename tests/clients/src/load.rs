@@ -22,6 +22,7 @@ mod values;
 
 pub use stats::{LatencySummary, LoadHandle, Phase, Progress, Report};
 
+use crate::Protocol;
 use connection::{Connection, Wire};
 use ledger::{Layout, Ledger};
 use pace::Pacer;
@@ -32,6 +33,8 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 use values::Values;
 
+pub(crate) use values::describe;
+
 /// Connections opened at the same time at the start, so that the listener's backlog holds them.
 const CONNECT_AT_ONCE: usize = 64;
 
@@ -40,6 +43,11 @@ const CONNECT_AT_ONCE: usize = 64;
 pub struct LoadConfig {
     /// The server.
     pub target: SocketAddr,
+    /// What it speaks.
+    pub protocol: Protocol,
+    /// Whether a part of the writes increments counters, one of them shared by all connections;
+    /// otherwise all writes set keys.
+    pub counters: bool,
     /// Connections, all opened at the start; at least 1.
     pub connections: usize,
     /// Requests that a connection keeps in flight in the closed loop; at least 1.
@@ -71,11 +79,13 @@ pub struct LoadConfig {
 }
 
 impl LoadConfig {
-    /// A closed loop of 8 connections, one request each at a time, half of them reads of 10,000
+    /// RESP: a closed loop of 8 connections, one request each at a time, half of them reads of 10,000
     /// keys of 64 to 1024 bytes, until stopped.
     pub fn new(target: SocketAddr) -> Self {
         Self {
             target,
+            protocol: Protocol::Resp,
+            counters: true,
             connections: 8,
             pipeline: 1,
             value_size: (64, 1024),
@@ -167,6 +177,7 @@ pub async fn run(config: LoadConfig, handle: LoadHandle) -> Result<Report, LoadE
         prefix: config.prefix.clone(),
         connections: config.connections as u64,
         written: config.keys,
+        counters: config.counters,
         keys: config.key_count(),
         values: Values { seed: config.seed, size: config.value_size },
     });
@@ -233,7 +244,7 @@ async fn connect_all(config: &LoadConfig) -> Result<Vec<Wire>, LoadError> {
     while wires.len() < config.connections {
         let mut group = JoinSet::new();
         for _ in 0..CONNECT_AT_ONCE.min(config.connections - wires.len()) {
-            group.spawn(Wire::connect(config.target, config.connect_timeout));
+            group.spawn(Wire::connect(config.target, config.protocol, config.connect_timeout));
         }
         for wire in group.join_all().await {
             let target = config.target;

@@ -7,7 +7,7 @@ use super::LoadConfig;
 use super::connection::{Broken, Connection, Wire};
 use super::ledger::{Judgement, Layout, Ledger, Story};
 use super::stats::Shared;
-use crate::resp::put_command;
+use crate::protocol::Request;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::task::JoinSet;
@@ -34,7 +34,7 @@ pub(super) async fn run(
         }
     }
     let mut round = Round { wires: survivors, done: Vec::new(), left: ledgers };
-    round = round.run(shared, config.reply_timeout, "a surviving connection").await;
+    round = round.run(shared, config, "a surviving connection").await;
     let mut counted = 0;
     if !read_shared_counter(&mut round.wires, layout, config, shared, &mut counted).await
         || config.fresh_audit
@@ -44,7 +44,7 @@ pub(super) async fn run(
         if config.fresh_audit {
             round.left.append(&mut round.done);
         }
-        round = round.run(shared, config.reply_timeout, "a fresh connection").await;
+        round = round.run(shared, config, "a fresh connection").await;
         if !read_shared_counter(&mut round.wires, layout, config, shared, &mut counted).await {
             give_up(shared, "the shared counter", shared.counter.acknowledged() as u64);
         }
@@ -64,7 +64,7 @@ fn give_up(shared: &Shared, what: &str, lost: u64) {
 async fn fresh(config: &LoadConfig, shared: &Shared) -> Vec<Wire> {
     let mut wires = Vec::new();
     while wires.len() < FRESH {
-        match Wire::connect(config.target, config.connect_timeout).await {
+        match Wire::connect(config.target, config.protocol, config.connect_timeout).await {
             Ok(wire) => wires.push(wire),
             Err(error) => {
                 let (who, why) = ("a fresh connection for the audit", error.to_string());
@@ -86,7 +86,9 @@ struct Round {
 impl Round {
     /// Audits what is left over all wires at once; a wire that breaks is counted and dropped, and
     /// its history is left to another.
-    async fn run(self, shared: &Arc<Shared>, limit: Duration, who: &'static str) -> Self {
+    async fn run(self, shared: &Arc<Shared>, config: &LoadConfig, who: &'static str) -> Self {
+        let (limit, window) =
+            (config.reply_timeout, config.protocol.window(WINDOW, config.pipeline));
         let todo = Arc::new(Mutex::new(self.left));
         let mut tasks = JoinSet::new();
         for mut wire in self.wires {
@@ -96,7 +98,7 @@ impl Round {
                 loop {
                     let next = todo.lock().unwrap_or_else(PoisonError::into_inner).pop();
                     let Some(mut ledger) = next else { return (Some(wire), done) };
-                    match read_back(&mut wire, &mut ledger, &shared, limit).await {
+                    match read_back(&mut wire, &mut ledger, &shared, limit, window).await {
                         Ok(()) => done.push(ledger),
                         Err(why) => {
                             todo.lock().unwrap_or_else(PoisonError::into_inner).push(ledger);
@@ -124,11 +126,12 @@ async fn read_back(
     ledger: &mut Ledger,
     shared: &Shared,
     limit: Duration,
+    window: usize,
 ) -> Result<(), Broken> {
     let all = ledger.audit_len();
-    for from in (0..all).step_by(WINDOW) {
-        let window = from..all.min(from + WINDOW);
-        window.clone().for_each(|at| ledger.put_audit(at, &mut wire.out));
+    for from in (0..all).step_by(window) {
+        let window = from..all.min(from + window);
+        window.clone().for_each(|at| ledger.put_audit(at, &mut wire.dialogue));
         wire.send(limit).await?;
         for at in window {
             let reply = wire.reply(limit).await?;
@@ -146,8 +149,11 @@ async fn read_shared_counter(
     shared: &Shared,
     counted: &mut i64,
 ) -> bool {
+    if !config.counters {
+        return true;
+    }
     while let Some(wire) = wires.last_mut() {
-        put_command(&mut wire.out, &[b"GET", &layout.shared_counter()]);
+        wire.dialogue.put(Request::Get(&layout.shared_counter()));
         let answer = match wire.send(config.reply_timeout).await {
             Ok(()) => wire.reply(config.reply_timeout).await,
             Err(why) => Err(why),

@@ -5,11 +5,11 @@
 //! falls behind its schedule (and the latencies, counted from when a request was due, show it).
 
 use super::LoadConfig;
-use super::ledger::{Asked, Judgement, Ledger, Story, describe_reply};
+use super::ledger::{Asked, Judgement, Ledger, Story, describe_answer};
 use super::pace::Pacer;
 use super::stats::{Batch, Shared};
-use crate::resp::{Limits, Reply, ReplyDecoder, RespError};
-use bytes::{Buf as _, BytesMut};
+use crate::protocol::{Answer, Dialogue, Protocol, ProtocolError};
+use bytes::Buf as _;
 use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
@@ -25,9 +25,11 @@ const MAX_WAITING: usize = 65_536;
 const MAX_UNSENT: usize = 1 << 20;
 /// Room made before each read.
 const READ_ROOM: usize = 32 << 10;
-/// Bytes in one MSET of populate, and how many of these are in flight.
-const MSET_BYTES: usize = 64 << 10;
-const MSET_WINDOW: usize = 4;
+/// Bytes in one request of populate that sets many keys, and how many requests are in flight then.
+const FIRST_BYTES: usize = 64 << 10;
+const FIRST_WINDOW: usize = 4;
+/// Requests in flight in populate where each sets one key.
+const SINGLE_WINDOW: usize = 64;
 
 /// Why a connection is of no use any more.
 #[derive(Debug, thiserror::Error)]
@@ -38,42 +40,43 @@ pub(super) enum Broken {
     Io(#[from] io::Error),
     #[error("no reply within {0:?}")]
     Silent(Duration),
-    #[error("the reply is not RESP: {0}")]
-    Protocol(#[from] RespError),
+    #[error("{0}")]
+    Protocol(#[from] ProtocolError),
 }
 
-/// A TCP connection with its codec.
+/// A TCP connection with what is said over it.
 #[derive(Debug)]
 pub(super) struct Wire {
     stream: TcpStream,
-    decoder: ReplyDecoder,
-    /// Requests to be sent.
-    pub(super) out: BytesMut,
+    pub(super) dialogue: Dialogue,
 }
 
 impl Wire {
-    pub(super) async fn connect(target: SocketAddr, limit: Duration) -> io::Result<Self> {
+    pub(super) async fn connect(
+        target: SocketAddr,
+        protocol: Protocol,
+        limit: Duration,
+    ) -> io::Result<Self> {
         let stream = timeout(limit, TcpStream::connect(target)).await??;
         stream.set_nodelay(true)?;
-        let decoder = ReplyDecoder::new(Limits::default());
-        Ok(Self { stream, decoder, out: BytesMut::new() })
+        Ok(Self { stream, dialogue: Dialogue::new(protocol) })
     }
 
-    /// Sends all requests in `out`.
+    /// Sends all requests that were put.
     pub(super) async fn send(&mut self, limit: Duration) -> Result<(), Broken> {
-        let sent = timeout(limit, self.stream.write_all(&self.out)).await;
-        self.out.clear();
+        let sent = timeout(limit, self.stream.write_all(&self.dialogue.out)).await;
+        self.dialogue.out.clear();
         Ok(sent.map_err(|_| Broken::Silent(limit))??)
     }
 
     /// Receives one reply.
-    pub(super) async fn reply(&mut self, limit: Duration) -> Result<Reply, Broken> {
+    pub(super) async fn reply(&mut self, limit: Duration) -> Result<Answer, Broken> {
         loop {
-            if let Some(reply) = self.decoder.next_reply()? {
-                return Ok(reply);
+            if let Some(answer) = self.dialogue.answer()? {
+                return Ok(answer);
             }
-            self.decoder.buffer_mut().reserve(READ_ROOM);
-            let read = timeout(limit, self.stream.read_buf(self.decoder.buffer_mut())).await;
+            self.dialogue.buffer_mut().reserve(READ_ROOM);
+            let read = timeout(limit, self.stream.read_buf(self.dialogue.buffer_mut())).await;
             if read.map_err(|_| Broken::Silent(limit))?? == 0 {
                 return Err(Broken::Closed);
             }
@@ -82,9 +85,9 @@ impl Wire {
 
     /// Sends what the socket takes without waiting.
     fn send_some(&mut self) -> Result<(), Broken> {
-        while !self.out.is_empty() {
-            match self.stream.try_write(&self.out) {
-                Ok(len) => self.out.advance(len),
+        while !self.dialogue.out.is_empty() {
+            match self.stream.try_write(&self.dialogue.out) {
+                Ok(len) => self.dialogue.out.advance(len),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) => return Err(error.into()),
             }
@@ -94,8 +97,8 @@ impl Wire {
 
     /// Receives what is there without waiting.
     fn receive_some(&mut self) -> Result<(), Broken> {
-        self.decoder.buffer_mut().reserve(READ_ROOM);
-        match self.stream.try_read_buf(self.decoder.buffer_mut()) {
+        self.dialogue.buffer_mut().reserve(READ_ROOM);
+        match self.stream.try_read_buf(self.dialogue.buffer_mut()) {
             Ok(0) => Err(Broken::Closed),
             Ok(_) => Ok(()),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
@@ -139,23 +142,26 @@ impl Connection {
 
     async fn try_populate(&mut self) -> Result<(), Broken> {
         let limit = self.config.reply_timeout;
-        self.ledger.put_reset(&mut self.wire.out);
-        self.wire.send(limit).await?;
-        let reply = self.wire.reply(limit).await?;
-        if !matches!(reply, Reply::Integer(_)) {
-            let (command, expected) = ("DEL counters".into(), "an integer".into());
-            let story = Story { command, expected, got: describe_reply(&reply) };
-            self.shared.failed(0, true, &self.name(), &story);
+        for counter in 0..self.ledger.resets() {
+            self.ledger.put_reset(counter, &mut self.wire.dialogue);
+            self.wire.send(limit).await?;
+            let answer = self.wire.reply(limit).await?;
+            self.tell(&self.ledger.judge_reset(&answer));
         }
+        let protocol = self.config.protocol;
+        let (each, window_len) = match protocol.sets_many() {
+            true => (FIRST_BYTES, FIRST_WINDOW),
+            false => (1, protocol.window(SINGLE_WINDOW, self.config.pipeline)),
+        };
         let mut from = 0;
         while from < self.ledger.keys() {
-            let mut window = Vec::with_capacity(MSET_WINDOW);
-            while window.len() < MSET_WINDOW && from < self.ledger.keys() {
-                let keys = self.ledger.put_first(from, MSET_BYTES, &mut self.wire.out);
+            let mut window = Vec::with_capacity(window_len);
+            while window.len() < window_len && from < self.ledger.keys() {
+                let keys = self.ledger.put_first(from, each, &mut self.wire.dialogue);
                 from = keys.end;
                 window.push(keys);
             }
-            let bytes = self.wire.out.len();
+            let bytes = self.wire.dialogue.out.len();
             self.wire.send(limit).await?;
             for keys in window {
                 let reply = self.wire.reply(limit).await?;
@@ -212,7 +218,7 @@ impl Connection {
                     // A server that answers at once must not keep the others waiting here.
                     answered = true;
                 }
-                ready = self.wire.stream.writable(), if !self.wire.out.is_empty() => ready?,
+                ready = self.wire.stream.writable(), if !self.wire.dialogue.out.is_empty() => ready?,
                 due = wait_due(schedule, now) => due?,
                 _ = stop.changed(), if !stopping => {}
                 () = &mut patience => {
@@ -230,7 +236,7 @@ impl Connection {
     }
 
     fn has_room(&self, flow: &Flow) -> bool {
-        flow.waiting.len() < MAX_WAITING && self.wire.out.len() < MAX_UNSENT
+        flow.waiting.len() < MAX_WAITING && self.wire.dialogue.out.len() < MAX_UNSENT
     }
 
     /// Makes the requests that are due (open loop) or that fit into the pipeline (closed loop).
@@ -244,7 +250,7 @@ impl Connection {
             };
             let Some(due) = due else { break };
             let reads = self.config.read_ratio;
-            let asked = self.ledger.ask(&mut flow.rng, reads, &mut self.wire.out);
+            let asked = self.ledger.ask(&mut flow.rng, reads, &mut self.wire.dialogue);
             flow.waiting.push_back((asked, due));
         }
         let made = flow.waiting.len() - before;
@@ -271,11 +277,11 @@ impl Connection {
 
     fn check_each(&mut self, flow: &mut Flow, now: Duration) -> Result<(), Broken> {
         loop {
-            let reply = match self.wire.decoder.next_reply() {
-                Ok(Some(reply)) => reply,
+            let answer = match self.wire.dialogue.answer() {
+                Ok(Some(answer)) => answer,
                 Ok(None) => return Ok(()),
                 Err(error) => {
-                    let (command, expected) = ("any".into(), "RESP".into());
+                    let (command, expected) = ("any".into(), "an answer".into());
                     let story = Story { command, expected, got: error.to_string() };
                     self.shared.failed(0, true, &self.name(), &story);
                     return Err(error.into());
@@ -283,11 +289,11 @@ impl Connection {
             };
             let Some((asked, due)) = flow.waiting.pop_front() else {
                 let (command, expected) = ("none".into(), "no reply".into());
-                let story = Story { command, expected, got: describe_reply(&reply) };
+                let story = Story { command, expected, got: describe_answer(&answer) };
                 self.shared.failed(0, true, &self.name(), &story);
                 continue;
             };
-            let judgement = self.ledger.judge(asked, &reply);
+            let judgement = self.ledger.judge(asked, &answer);
             flow.batch.latencies.push(now.saturating_sub(due));
             flow.batch.acknowledged += u64::from(judgement.acknowledged);
             flow.batch.reads += u64::from(matches!(asked, Asked::Get { .. }));

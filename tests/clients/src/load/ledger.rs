@@ -9,8 +9,8 @@
 //! that was sent, and each counter is between the increments acknowledged and those sent.
 
 use super::values::{Seen, Values, describe};
-use crate::resp::{Reply, parse_integer, put_array, put_bulk, put_command};
-use bytes::BytesMut;
+use crate::protocol::{Answer, Dialogue, Request};
+use crate::resp::parse_integer;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -36,6 +36,7 @@ pub(super) struct Layout {
     pub(super) connections: u64,
     pub(super) written: u64,
     pub(super) keys: u64,
+    pub(super) counters: bool,
     pub(super) values: Values,
 }
 
@@ -157,68 +158,88 @@ impl Ledger {
         self.sent.len()
     }
 
-    /// Writes the command that removes the counters, left by an earlier load perhaps.
-    pub(super) fn put_reset(&self, out: &mut BytesMut) {
-        let names: Vec<_> = (0..COUNTERS).map(|at| self.layout.counter(self.owner, at)).collect();
-        put_array(out, 1 + COUNTERS + usize::from(self.owner == 0));
-        put_bulk(out, b"DEL");
-        names.iter().for_each(|name| put_bulk(out, name));
-        if self.owner == 0 {
-            put_bulk(out, &self.layout.shared_counter());
+    fn own_counters(&self) -> usize {
+        if self.layout.counters { COUNTERS } else { 0 }
+    }
+
+    /// Number of counters to be reset, left by an earlier load perhaps: the own ones, and the shared
+    /// one if this is the first ledger.
+    pub(super) fn resets(&self) -> usize {
+        self.own_counters() + usize::from(self.layout.counters && self.owner == 0)
+    }
+
+    /// Asks for a reset of one of them.
+    pub(super) fn put_reset(&self, counter: usize, out: &mut Dialogue) {
+        let name = match counter < COUNTERS {
+            true => self.layout.counter(self.owner, counter),
+            false => self.layout.shared_counter(),
+        };
+        out.put(Request::Reset(&name));
+    }
+
+    /// Judges the answer to [`Ledger::put_reset`].
+    pub(super) fn judge_reset(&self, answer: &Answer) -> Judgement {
+        match answer {
+            Answer::Done | Answer::Number(_) => Judgement::default(),
+            other => wrong("reset of a counter".into(), "done".into(), other),
         }
     }
 
-    /// Writes one MSET of the first version of keys from `from` on, of about `bytes`; which keys.
+    /// Sets the first version of keys from `from` on by one request, of about `bytes` and at least
+    /// one key; which keys.
     pub(super) fn put_first(
         &mut self,
         from: usize,
         bytes: usize,
-        out: &mut BytesMut,
+        out: &mut Dialogue,
     ) -> Range<usize> {
-        let mut pairs = BytesMut::new();
-        let mut to = from;
-        while to < self.keys() && pairs.len() < bytes {
+        let mut pairs = Vec::new();
+        let (mut to, mut len) = (from, 0);
+        while to < self.keys() && len < bytes {
             let global = self.global(to);
-            self.layout.values.write(global, 1, &mut self.scratch);
-            put_bulk(&mut pairs, &self.layout.key(global));
-            put_bulk(&mut pairs, &self.scratch);
+            let mut value = Vec::new();
+            self.layout.values.write(global, 1, &mut value);
+            let key = self.layout.key(global);
+            len += key.len() + value.len();
+            pairs.push((key, value));
             self.sent[to] = 1;
             to += 1;
         }
-        put_array(out, 1 + 2 * (to - from));
-        put_bulk(out, b"MSET");
-        out.extend_from_slice(&pairs);
+        match &pairs[..] {
+            [(key, value)] => out.put(Request::Set(key, value)),
+            pairs => out.put(Request::SetMany(pairs)),
+        }
         from..to
     }
 
     /// Judges the reply to [`Ledger::put_first`].
-    pub(super) fn judge_first(&mut self, keys: Range<usize>, reply: &Reply) -> Judgement {
-        if is_ok(reply) {
+    pub(super) fn judge_first(&mut self, keys: Range<usize>, reply: &Answer) -> Judgement {
+        if *reply == Answer::Done {
             self.acknowledged[keys].fill(1);
             return Judgement { acknowledged: true, ..Judgement::default() };
         }
-        wrong(format!("MSET of {} keys", keys.len()), "OK".into(), reply)
+        wrong(format!("SET of {} keys", keys.len()), "OK".into(), reply)
     }
 
-    /// Chooses a request and writes it.
-    pub(super) fn ask(&mut self, rng: &mut fastrand::Rng, reads: f64, out: &mut BytesMut) -> Asked {
+    /// Chooses a request and puts it.
+    pub(super) fn ask(&mut self, rng: &mut fastrand::Rng, reads: f64, out: &mut Dialogue) -> Asked {
         if rng.f64() < reads {
             let cold = self.written < self.keys() && rng.usize(..COLD_READ) == 0;
             let from = if cold { self.written..self.keys() } else { 0..self.written };
             let key = rng.usize(from);
-            put_command(out, &[b"GET", &self.layout.key(self.global(key))]);
+            out.put(Request::Get(&self.layout.key(self.global(key))));
             let (expected, floor) = (self.sent[key], self.acknowledged[key]);
             return Asked::Get { key: key as u32, expected, floor };
         }
-        if rng.usize(..SHARED_INCREMENT) == 0 {
-            put_command(out, &[b"INCR", &self.layout.shared_counter()]);
+        if self.layout.counters && rng.usize(..SHARED_INCREMENT) == 0 {
+            out.put(Request::Increment(&self.layout.shared_counter()));
             self.shared.sent.fetch_add(1, Ordering::Relaxed);
             let floor = self.shared.highest.load(Ordering::Relaxed);
             return Asked::IncrementShared { floor };
         }
-        if rng.usize(..OWN_INCREMENT) == 0 {
+        if self.layout.counters && rng.usize(..OWN_INCREMENT) == 0 {
             let counter = rng.usize(..COUNTERS);
-            put_command(out, &[b"INCR", &self.layout.counter(self.owner, counter)]);
+            out.put(Request::Increment(&self.layout.counter(self.owner, counter)));
             self.counters[counter].sent += 1;
             return Asked::Increment { counter: counter as u32 };
         }
@@ -226,15 +247,15 @@ impl Ledger {
         let (global, version) = (self.global(key), self.sent[key] + 1);
         self.sent[key] = version;
         self.layout.values.write(global, version, &mut self.scratch);
-        put_command(out, &[b"SET", &self.layout.key(global), &self.scratch]);
+        out.put(Request::Set(&self.layout.key(global), &self.scratch));
         Asked::Set { key: key as u32, version }
     }
 
     /// Judges the reply to a request of [`Ledger::ask`]; replies must be given in their order.
-    pub(super) fn judge(&mut self, asked: Asked, reply: &Reply) -> Judgement {
+    pub(super) fn judge(&mut self, asked: Asked, reply: &Answer) -> Judgement {
         match asked {
             Asked::Set { key, version } => {
-                if is_ok(reply) {
+                if *reply == Answer::Done {
                     self.acknowledged[key as usize] = version;
                     return Judgement { acknowledged: true, ..Judgement::default() };
                 }
@@ -254,19 +275,19 @@ impl Ledger {
             Asked::Increment { counter } => {
                 let state = &mut self.counters[counter as usize];
                 let expected = state.last + 1;
-                let acknowledged = matches!(reply, Reply::Integer(_));
-                if let Reply::Integer(value) = reply {
+                let acknowledged = matches!(reply, Answer::Number(_));
+                if let Answer::Number(value) = reply {
                     state.last = *value;
                     state.acknowledged += 1;
                 }
-                if *reply == Reply::Integer(expected) {
+                if *reply == Answer::Number(expected) {
                     return Judgement { acknowledged, ..Judgement::default() };
                 }
                 let command = format!("INCR counter {counter} of connection {}", self.owner);
                 Judgement { acknowledged, ..wrong(command, expected.to_string(), reply) }
             }
             Asked::IncrementShared { floor } => {
-                let Reply::Integer(value) = *reply else {
+                let Answer::Number(value) = *reply else {
                     return wrong("INCR shared counter".into(), "an integer".into(), reply);
                 };
                 self.shared.acknowledged.fetch_add(1, Ordering::Relaxed);
@@ -283,20 +304,20 @@ impl Ledger {
 
     /// Number of things to read back.
     pub(super) fn audit_len(&self) -> usize {
-        self.keys() + COUNTERS
+        self.keys() + self.own_counters()
     }
 
-    /// Writes the request that reads thing `at` back.
-    pub(super) fn put_audit(&self, at: usize, out: &mut BytesMut) {
+    /// Asks for thing `at`, to read it back.
+    pub(super) fn put_audit(&self, at: usize, out: &mut Dialogue) {
         let name = match at.checked_sub(self.keys()) {
             None => self.layout.key(self.global(at)),
             Some(counter) => self.layout.counter(self.owner, counter),
         };
-        put_command(out, &[b"GET", &name]);
+        out.put(Request::Get(&name));
     }
 
     /// Judges what was read back.
-    pub(super) fn judge_audit(&mut self, at: usize, reply: &Reply) -> Judgement {
+    pub(super) fn judge_audit(&mut self, at: usize, reply: &Answer) -> Judgement {
         if let Some(counter) = at.checked_sub(self.keys()) {
             let command = format!("audit of counter {counter} of connection {}", self.owner);
             let state = &mut self.counters[counter];
@@ -327,10 +348,10 @@ impl Ledger {
     }
 
     /// The version that a reply holds of a key, 0 for nil, or none if it is something else.
-    fn seen(&mut self, key: usize, reply: &Reply) -> Option<u32> {
+    fn seen(&mut self, key: usize, reply: &Answer) -> Option<u32> {
         match reply {
-            Reply::Bulk(None) => Some(0),
-            Reply::Bulk(Some(value)) => {
+            Answer::Value(None) => Some(0),
+            Answer::Value(Some(value)) => {
                 let global = self.global(key);
                 match self.layout.values.recognise(global, value, &mut self.scratch) {
                     Seen::Version(version) => Some(version),
@@ -350,7 +371,7 @@ impl Ledger {
 
 impl SharedCounter {
     /// Judges the value read back; `counted` keeps how many losses were counted.
-    pub(super) fn judge_audit(&self, counted: &mut i64, reply: &Reply) -> Judgement {
+    pub(super) fn judge_audit(&self, counted: &mut i64, reply: &Answer) -> Judgement {
         let acknowledged = self.acknowledged();
         let sent = self.sent.load(Ordering::Relaxed);
         judge_total("audit of the shared counter".into(), acknowledged, sent, counted, reply)
@@ -368,11 +389,11 @@ fn judge_total(
     least: i64,
     most: i64,
     counted: &mut i64,
-    reply: &Reply,
+    reply: &Answer,
 ) -> Judgement {
     let value = match reply {
-        Reply::Bulk(None) => Some(0),
-        Reply::Bulk(Some(text)) => parse_integer(text),
+        Answer::Value(None) => Some(0),
+        Answer::Value(Some(text)) => parse_integer(text.trim_ascii()),
         _ => None,
     };
     if value.is_some_and(|value| (least..=most).contains(&value)) {
@@ -385,12 +406,8 @@ fn judge_total(
     Judgement { lost: missing as u64, wrong: above, ..judgement }
 }
 
-fn is_ok(reply: &Reply) -> bool {
-    matches!(reply, Reply::Simple(text) if &text[..] == b"OK")
-}
-
-fn wrong(command: String, expected: String, reply: &Reply) -> Judgement {
-    let story = Some(Story { command, expected, got: describe_reply(reply) });
+fn wrong(command: String, expected: String, reply: &Answer) -> Judgement {
+    let story = Some(Story { command, expected, got: describe_answer(reply) });
     Judgement { acknowledged: false, lost: 0, wrong: true, story }
 }
 
@@ -398,14 +415,13 @@ fn version_name(version: u32) -> String {
     if version == 0 { "nil".into() } else { format!("version {version}") }
 }
 
-/// Describes a reply for people.
-pub(super) fn describe_reply(reply: &Reply) -> String {
-    match reply {
-        Reply::Simple(text) => format!("status {}", describe(text)),
-        Reply::Error(text) => format!("error {}", describe(text)),
-        Reply::Integer(value) => value.to_string(),
-        Reply::Bulk(None) | Reply::Array(None) => "nil".into(),
-        Reply::Bulk(Some(value)) => describe(value),
-        Reply::Array(Some(items)) => format!("an array of {}", items.len()),
+/// Describes an answer for people.
+pub(super) fn describe_answer(answer: &Answer) -> String {
+    match answer {
+        Answer::Done => "OK".into(),
+        Answer::Number(value) => value.to_string(),
+        Answer::Value(None) => "nil".into(),
+        Answer::Value(Some(value)) => describe(value),
+        Answer::Other(text) => text.clone(),
     }
 }

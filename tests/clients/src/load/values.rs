@@ -65,7 +65,7 @@ fn label(value: &[u8]) -> Option<(u64, u32)> {
 }
 
 /// Describes a value for people: its label when it has one, else its first bytes.
-pub(super) fn describe(value: &[u8]) -> String {
+pub(crate) fn describe(value: &[u8]) -> String {
     match label(value) {
         Some((key, version)) => format!("key {key} version {version} ({} bytes)", value.len()),
         None => {

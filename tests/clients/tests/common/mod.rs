@@ -1,6 +1,8 @@
 //! What the tests share: an embedded server on a free port, and a proxy that lies.
 #![allow(dead_code, reason = "each test program uses its part")]
 
+pub(crate) mod fake;
+
 use bytes::BytesMut;
 use nilicon_clients::load::{self, LoadConfig, LoadHandle, Report};
 use nilicon_clients::resp::{Limits, Reply, ReplyDecoder};

@@ -1,7 +1,8 @@
 //! The ledger against a model of the server: honest ones pass, those that forget are found.
 
 use super::*;
-use crate::resp::{CommandDecoder, Limits};
+use crate::protocol::Protocol;
+use crate::resp::{CommandDecoder, Limits, Reply};
 use bytes::Bytes;
 use proptest::prelude::*;
 
@@ -10,7 +11,11 @@ use proptest::prelude::*;
 struct Model(HashMap<Bytes, Bytes>);
 
 impl Model {
-    fn execute(&mut self, command: &[Bytes]) -> Reply {
+    fn execute(&mut self, command: &[Bytes]) -> Answer {
+        Answer::from(self.reply(command))
+    }
+
+    fn reply(&mut self, command: &[Bytes]) -> Reply {
         match &command[0][..] {
             b"GET" => Reply::Bulk(self.0.get(&command[1]).cloned()),
             b"INCR" => {
@@ -37,22 +42,26 @@ struct Bench {
 
 impl Bench {
     fn new(seed: u64) -> Self {
+        Self::with(seed, true)
+    }
+
+    fn with(seed: u64, counters: bool) -> Self {
         let values = Values { seed, size: (10, 60) };
         let prefix = String::new();
-        let layout = Layout { prefix, connections: 3, written: 20, keys: 40, values };
+        let layout = Layout { prefix, connections: 3, written: 20, keys: 40, counters, values };
         let mut ledger = Ledger::new(Arc::new(layout), Arc::default(), 1);
-        let (mut model, mut out) = (Model::default(), BytesMut::new());
+        let (mut model, mut out) = (Model::default(), Dialogue::new(Protocol::Resp));
         let keys = ledger.put_first(0, usize::MAX, &mut out);
         assert_eq!(keys.len(), 13);
-        let reply = model.execute(&command(&out));
+        let reply = model.execute(&command(&out.out));
         assert!(ledger.judge_first(keys, &reply).acknowledged);
         Self { ledger, model, rng: fastrand::Rng::with_seed(seed) }
     }
 
     fn ask(&mut self) -> (Asked, Vec<Bytes>) {
-        let mut out = BytesMut::new();
+        let mut out = Dialogue::new(Protocol::Resp);
         let asked = self.ledger.ask(&mut self.rng, 0.4, &mut out);
-        (asked, command(&out))
+        (asked, command(&out.out))
     }
 
     /// Asks and answers `count` requests, so many in flight at a time.
@@ -71,9 +80,9 @@ impl Bench {
     fn audit(&mut self) -> (u64, u64) {
         let (mut lost, mut wrong) = (0, 0);
         for at in 0..self.ledger.audit_len() {
-            let mut out = BytesMut::new();
+            let mut out = Dialogue::new(Protocol::Resp);
             self.ledger.put_audit(at, &mut out);
-            let reply = self.model.execute(&command(&out));
+            let reply = self.model.execute(&command(&out.out));
             let judgement = self.ledger.judge_audit(at, &reply);
             lost += judgement.lost;
             wrong += u64::from(judgement.wrong);
@@ -144,19 +153,32 @@ proptest! {
 #[test]
 fn the_shared_counter_must_pass_what_was_acknowledged() {
     let mut bench = Bench::new(1);
-    let get = |value: i64| Reply::Bulk(Some(value.to_string().into()));
+    let get = |value: i64| Answer::Value(Some(value.to_string().into()));
     let mut counted = 0;
     for value in 1..=5 {
         bench.ledger.shared.sent.fetch_add(1, Ordering::Relaxed);
         let asked = Asked::IncrementShared { floor: value - 1 };
-        assert!(!bench.ledger.judge(asked, &Reply::Integer(value)).wrong);
+        assert!(!bench.ledger.judge(asked, &Answer::Number(value)).wrong);
     }
     bench.ledger.shared.sent.fetch_add(1, Ordering::Relaxed);
     let asked = Asked::IncrementShared { floor: 5 };
-    assert!(bench.ledger.judge(asked, &Reply::Integer(5)).wrong);
+    assert!(bench.ledger.judge(asked, &Answer::Number(5)).wrong);
     let shared = bench.ledger.shared.clone();
     assert_eq!(shared.judge_audit(&mut counted, &get(6)), Judgement::default());
     assert_eq!(shared.judge_audit(&mut counted, &get(4)).lost, 2);
     assert_eq!(shared.judge_audit(&mut counted, &get(4)).lost, 0);
     assert!(shared.judge_audit(&mut counted, &get(7)).wrong);
+}
+
+#[test]
+fn without_counters_there_are_only_keys() {
+    let mut bench = Bench::with(1, false);
+    assert_eq!((bench.ledger.resets(), bench.ledger.audit_len()), (0, 13));
+    for _ in 0..500 {
+        let (asked, command) = bench.ask();
+        assert!(matches!(asked, Asked::Get { .. } | Asked::Set { .. }), "{asked:?}");
+        let answer = bench.model.execute(&command);
+        assert!(!bench.ledger.judge(asked, &answer).wrong);
+    }
+    assert_eq!(bench.audit(), (0, 0));
 }
