@@ -116,5 +116,6 @@ kinds! {
     system_v_messages
     system_v_semaphores
     advice
+    guard_regions
     host_names
 }

@@ -2,8 +2,9 @@
 
 use replicator::Epoch;
 use replicator::capture::{Boundary, CaptureError, Capturer, NoBoundary};
-use replicator::image::State;
+use replicator::image::advice::Advice;
 use replicator::image::pages::PageSet;
+use replicator::image::{Source, State};
 use replicator::sys::unix_diag::UnixDiag;
 use std::io::{Read, Write};
 use std::process::{Child, Command, Stdio};
@@ -231,6 +232,93 @@ fn a_main_thread_that_ends_later_is_refused_by_name() {
     };
     assert_names(&error, "pid", "main thread has ended");
     capturer.detach().expect("it can be let go");
+}
+
+/// A Python program that prints "ready" and reads a byte from its standard input; none without
+/// Python.
+fn python(script: &str) -> Option<Killed> {
+    let child = Command::new("python3")
+        .args(["-c", script])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn();
+    let Ok(mut child) = child else {
+        println!("skipped: python3 is not installed");
+        return None;
+    };
+    let mut line = [0; 6];
+    child.stdout.as_mut().expect("piped").read_exact(&mut line).expect("ready");
+    Some(Killed(child))
+}
+
+/// Lets the program go on and takes checkpoints until one is refused.
+fn refused_later(child: &mut Killed, capturer: &mut Capturer) -> CaptureError {
+    let (mut state, mut pages) = (State::default(), PageSet::default());
+    child.0.stdin.as_mut().expect("piped").write_all(b"x").expect("told");
+    let begin = Instant::now();
+    for epoch in 2.. {
+        let taken = capturer.pump().and_then(|()| {
+            capturer.precopy()?;
+            capturer.stop(Epoch(epoch), &mut NoBoundary, &mut state, &mut pages)
+        });
+        match taken {
+            Ok(_) => assert!(begin.elapsed() < Duration::from_secs(60), "it goes unnoticed"),
+            Err(CaptureError::Transient(_)) => {}
+            Err(error) => return error,
+        }
+    }
+    unreachable!()
+}
+
+/// Shared memory with a guard region (MADV_GUARD_INSTALL) that is made before or after `read`.
+fn guarded(before: bool) -> Option<Killed> {
+    let guard = "libc.madvise(ctypes.c_void_p(at + 8192), ctypes.c_size_t(4096), 102)";
+    let (early, late) = if before { (guard, "") } else { ("", guard) };
+    let script = format!(
+        "import ctypes, mmap, os\n\
+         libc = ctypes.CDLL(None)\n\
+         m = mmap.mmap(-1, 32768)\n\
+         m[8192] = 1\n\
+         at = ctypes.addressof(ctypes.c_char.from_buffer(m))\n\
+         {early}\n\
+         print('ready', flush=True)\n\
+         os.read(0, 1)\n\
+         {late}\n\
+         os.read(0, 1)"
+    );
+    python(&script)
+}
+
+#[test]
+fn a_guard_region_in_shared_memory_is_captured() {
+    let Some(child) = guarded(true) else { return };
+    let mut capturer = adopt(child.pid());
+    let (mut state, mut pages) = (State::default(), PageSet::default());
+    capturer.prepare().expect("prepare");
+    for epoch in 1..3 {
+        capturer.stop(Epoch(epoch), &mut NoBoundary, &mut state, &mut pages).expect("stop");
+        let process = &state.processes[0];
+        let guards: Vec<_> = process.advice.iter().filter(|a| a.bits == Advice::GUARD).collect();
+        let [guard] = guards[..] else { panic!("{guards:?}") };
+        let around = process.mappings.iter().find(|m| (m.start..m.end).contains(&guard.start));
+        assert!(matches!(around.expect("a mapping").source, Source::Object { shared: true, .. }));
+        assert_eq!(guard.end - guard.start, 4096);
+    }
+}
+
+#[test]
+fn a_guard_region_that_shared_memory_gets_while_it_is_watched_is_refused_by_name() {
+    let Some(mut child) = guarded(false) else { return };
+    let mut capturer = adopt(child.pid());
+    let (mut state, mut pages) = (State::default(), PageSet::default());
+    capturer.prepare().expect("prepare");
+    capturer.stop(Epoch(1), &mut NoBoundary, &mut state, &mut pages).expect("stop");
+    let error = refused_later(&mut child, &mut capturer);
+    assert_names(&error, "memory at", "guard region");
+    // Nothing watches the memory any more: the call comes to its end, and the program to its own.
+    capturer.detach().expect("it can be let go");
+    child.0.stdin.as_mut().expect("piped").write_all(b"x").expect("told");
+    assert!(child.0.wait().expect("waited").success());
 }
 
 #[test]

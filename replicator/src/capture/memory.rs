@@ -8,6 +8,7 @@
 //! Mappings that are new, or that replaced an old one at the same place, are not registered for
 //! write protection; the scan says so, and such a mapping is taken whole and marked fresh.
 
+use super::guards::Guards;
 use super::objects::Objects;
 use super::{CaptureError, maps};
 use crate::image::pages::{Content, PAGE, PageSet, Run};
@@ -41,6 +42,7 @@ pub(super) struct AddressSpace {
     /// Runs to copy again: they were marked clean but could not be read while running.
     carry: Vec<Region>,
     regions: Vec<Region>,
+    guards: Guards,
     changed: bool,
 }
 
@@ -72,6 +74,7 @@ impl AddressSpace {
             fresh: Vec::new(),
             carry: Vec::new(),
             regions: Vec::new(),
+            guards: Guards::default(),
             changed: true,
         })
     }
@@ -119,6 +122,9 @@ impl AddressSpace {
                 }
             }
         }
+        for region in &self.regions {
+            self.guards.remove(region.start, region.end);
+        }
         self.copy(pages, stopped)
     }
 
@@ -129,6 +135,7 @@ impl AddressSpace {
             found.clear();
             let scan = self.pagemap.take_written(start, end, pagemap::WRITTEN, &mut found)?;
             objects.written(id, start, offset, &found);
+            found.iter().for_each(|r| self.guards.remove(r.start, r.end));
             if scan != Scan::Complete {
                 return Ok(scan);
             }
@@ -175,6 +182,7 @@ impl AddressSpace {
     ) -> Result<(), CaptureError> {
         self.changed = true;
         self.vmas = maps::read(self.pid, objects.own_devices())?;
+        self.guards.keep_within(&self.vmas);
         let named = self.name_objects(objects, stopped)?;
         self.procmap.list(&mut self.extents)?;
         let agreed = maps::agree(&self.vmas, &self.extents);
@@ -245,10 +253,14 @@ impl AddressSpace {
         let scan = self.pagemap.take_written(start, end, pagemap::WRITTEN, &mut found)?;
         if scan == Scan::Complete {
             objects.written(id, start, offset, &found);
+            found.iter().for_each(|r| self.guards.remove(r.start, r.end));
             return Ok(true);
         }
         // What was written while it was not watched is found by comparison, from now on.
         objects.suspect(id);
+        // None can be made while it is watched, see `guards::refuse_stuck`.
+        self.guards.remove(start, end);
+        self.find_guards(start, end)?;
         self.fresh.push((start, end));
         cut_out(&mut self.regions, start, end);
         match uffd::register(self.uffd.as_fd(), start, end) {
@@ -272,6 +284,7 @@ impl AddressSpace {
     /// Takes every page of a mapping that was just registered.
     fn take_fresh(&mut self, at: usize, pages: &mut PageSet) -> Result<Scan, CaptureError> {
         let Mapping { start, end, .. } = self.vmas[at].mapping;
+        self.guards.remove(start, end);
         self.fresh.push((start, end));
         cut_out(&mut self.regions, start, end);
         if !pages.runs.is_empty() {
@@ -337,7 +350,7 @@ impl AddressSpace {
                 Err(e) if e.code() == libc::EFAULT => {
                     pages.bytes.truncate(used);
                     for region in chunk {
-                        self.copy_page_by_page(*region, pages, stopped)?;
+                        self.copy_region(*region, pages, stopped)?;
                     }
                 }
                 Err(e) => return Err(e.into()),
@@ -353,6 +366,60 @@ impl AddressSpace {
             count: (range.len / PAGE) as u32,
             content: Content::Data(at),
         }
+    }
+
+    /// For a region in which something cannot be read like the rest.
+    fn copy_region(
+        &mut self,
+        region: Region,
+        pages: &mut PageSet,
+        stopped: bool,
+    ) -> Result<(), CaptureError> {
+        if self.try_copy(region, pages)? {
+            return Ok(());
+        }
+        let guards = self.find_guards(region.start, region.end)?;
+        let ends = guards.iter().map(|g| g.1);
+        let starts = [region.start].into_iter().chain(ends);
+        let gaps = starts.zip(guards.iter().map(|g| g.0).chain([region.end]));
+        for (start, end) in gaps.filter(|(start, end)| start < end) {
+            let part = Region { start, end, ..region };
+            if guards.is_empty() || !self.try_copy(part, pages)? {
+                self.copy_page_by_page(part, pages, stopped)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies a region if all of it can be read.
+    fn try_copy(&self, region: Region, pages: &mut PageSet) -> SysResult<bool> {
+        let used = pages.bytes.len();
+        let range = Range { start: region.start, len: (region.end - region.start) as usize };
+        pages.bytes.resize(used + range.len, 0);
+        match memory::read_vectored(self.pid, &[range], &mut pages.bytes[used..]) {
+            Ok(()) => {
+                pages.runs.push(self.run(&range, used));
+                Ok(true)
+            }
+            Err(e) if e.code() == libc::EFAULT => {
+                pages.bytes.truncate(used);
+                Ok(false)
+            }
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Looks for guard regions in a range, and keeps them in mind.
+    fn find_guards(&mut self, start: u64, end: u64) -> SysResult<Vec<(u64, u64)>> {
+        let mut found = Vec::new();
+        self.pagemap.guards(start, end, &mut found)?;
+        found.iter().for_each(|(start, end)| self.guards.add(*start, *end));
+        Ok(found)
+    }
+
+    /// The guard regions that the last round knows.
+    pub(super) fn guards(&self) -> &Guards {
+        &self.guards
     }
 
     /// For pages that the process itself may not read, and for those that went away.

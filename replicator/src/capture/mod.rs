@@ -16,6 +16,7 @@ mod advice;
 mod farewell;
 mod fdinfo;
 mod files;
+mod guards;
 mod inet;
 mod inotify;
 mod lineage;
@@ -577,7 +578,10 @@ impl Capturer {
             }
             refuse_mappings(*pid, tracked.space.vmas(), &mut self.refusals)?;
             let mappings = tracked.space.mappings();
-            let advice = tracked.advice.take(*pid, tracked.attributes.locked)?;
+            let stuck = guards::refuse_stuck(*pid, &threads, tracked.space.vmas());
+            self.refusals.admit(stuck)?;
+            let mut advice = tracked.advice.take(*pid, tracked.attributes.locked)?;
+            tracked.space.guards().add_to(&mut advice);
             times.memory += lap.next();
             let handle = tracked.handle.as_fd();
             let world = files::World {

@@ -26,4 +26,5 @@ impl Advice {
     pub const LOCKED: u32 = 1 << 8;
     pub const LOCKED_ON_FAULT: u32 = 1 << 9;
     pub const SEALED: u32 = 1 << 10;
+    pub const GUARD: u32 = 1 << 11;
 }

@@ -7,6 +7,7 @@ use crate::image::Process;
 use crate::image::advice::Advice;
 
 const MSEAL: i64 = 462;
+const MADV_GUARD_INSTALL: u64 = 102;
 
 /// Bits that madvise(2) sets, with its argument. The first ones change what a program does, the
 /// others are hints, which a kernel may refuse.
@@ -55,10 +56,29 @@ pub(super) fn repeat(
             script.run_ok(stub.host).doing(stub.pid, DOING)?;
         }
     }
+    for a in ranges(Advice::GUARD) {
+        if !script.has_room(0, 1) {
+            script.run_ok(stub.host).doing(stub.pid, DOING)?;
+        }
+        let object = format!("a guard region at {:#x}-{:#x}", a.start, a.end);
+        let args = [a.start, a.end - a.start, MADV_GUARD_INSTALL];
+        script.call_on("madvise", object, libc::SYS_madvise, &args);
+    }
+    if !script.is_empty() {
+        script.run_ok(stub.host).doing(stub.pid, DOING)?;
+    }
     for a in ranges(Advice::LOCKED) {
         let on_fault = u64::from(a.bits & Advice::LOCKED_ON_FAULT != 0);
         let object = format!("{:#x}-{:#x}", a.start, a.end);
+        let has_guards = ranges(Advice::GUARD).any(|g| g.start < a.end && a.start < g.end);
+        if has_guards && !script.is_empty() {
+            script.run_ok(stub.host).doing(stub.pid, DOING)?;
+        }
         script.call_on("mlock2", object, libc::SYS_mlock2, &[a.start, a.end - a.start, on_fault]);
+        if has_guards {
+            // It is locked, but the kernel says that not all of it could be brought in.
+            script.run(stub.host).doing(stub.pid, DOING)?;
+        }
     }
     for a in ranges(Advice::SEALED) {
         script.call_on(

@@ -4,6 +4,7 @@
 use super::error::{SysError, SysResult};
 use std::fs::File;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 
 const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
 const WP_MATCHING: u64 = 1;
@@ -19,6 +20,13 @@ pub const PRESENT: u64 = 1 << 3;
 pub const SWAPPED: u64 = 1 << 4;
 /// The page is the shared zero page.
 pub const PFNZERO: u64 = 1 << 5;
+/// The page is a guard (MADV_GUARD_INSTALL). Kernel 6.16.
+const GUARD: u64 = 1 << 8;
+/// The same in an entry of the file itself (PM_GUARD_REGION). Kernel 6.15.
+const GUARD_BIT: u64 = 1 << 58;
+const PAGE: u64 = 4096;
+/// Entries of the file read at a time.
+const ENTRIES: usize = 4096;
 
 /// A run of pages with the same categories; struct page_region.
 #[repr(C)]
@@ -121,5 +129,92 @@ impl Pagemap {
                 _ => Err(error),
             };
         }
+    }
+
+    /// Appends the guard regions in `start..end` to `out`, as far as the kernel tells of them.
+    pub fn guards(&self, start: u64, end: u64, out: &mut Vec<(u64, u64)>) -> SysResult<()> {
+        let mut regions = [Region::default(); 64];
+        let mut arg = ScanArg {
+            size: size_of::<ScanArg>() as u64,
+            start,
+            end,
+            category_mask: GUARD,
+            return_mask: GUARD,
+            vec: regions.as_mut_ptr() as u64,
+            vec_len: regions.len() as u64,
+            ..ScanArg::default()
+        };
+        while arg.start < end {
+            // SAFETY: `vec` and `vec_len` describe `regions`, which lives on.
+            let n = unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, &mut arg) };
+            if n < 0 {
+                let error = SysError::last("PAGEMAP_SCAN", format!("pid {}", self.pid));
+                return match error.code() {
+                    libc::EINVAL => self.guards_by_entry(arg.start, end, out),
+                    _ => Err(error),
+                };
+            }
+            out.extend(regions[..n as usize].iter().map(|r| (r.start, r.end)));
+            arg.start = arg.walk_end;
+        }
+        Ok(())
+    }
+
+    /// The same for a kernel that cannot scan for them.
+    fn guards_by_entry(&self, start: u64, end: u64, out: &mut Vec<(u64, u64)>) -> SysResult<()> {
+        let mut bytes = vec![0; ENTRIES * 8];
+        let mut at = start;
+        while at < end {
+            let wanted = ((end - at) / PAGE).min(ENTRIES as u64) as usize * 8;
+            let n = self.file.read_at(&mut bytes[..wanted], at / PAGE * 8).map_err(|source| {
+                SysError { call: "read", object: format!("/proc/{}/pagemap", self.pid), source }
+            })?;
+            if n < 8 {
+                return Ok(());
+            }
+            for entry in bytes[..n].as_chunks().0 {
+                if u64::from_ne_bytes(*entry) & GUARD_BIT != 0 {
+                    match out.last_mut() {
+                        Some((_, last)) if *last == at => *last += PAGE,
+                        _ => out.push((at, at + PAGE)),
+                    }
+                }
+                at += PAGE;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guards_are_found_in_either_way() {
+        const LEN: usize = 300 * PAGE as usize;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        // SAFETY: a new mapping of our own, which nothing else refers to.
+        let at = unsafe { libc::mmap(std::ptr::null_mut(), LEN, libc::PROT_READ, flags, -1, 0) };
+        assert_ne!(at, libc::MAP_FAILED);
+        let start = at as u64;
+        let mut wanted = Vec::new();
+        for page in (3..290).step_by(2) {
+            let guard = start + page * PAGE;
+            // SAFETY: a page of that mapping; MADV_GUARD_INSTALL makes it fault.
+            let done = unsafe { libc::madvise(guard as *mut libc::c_void, PAGE as usize, 102) };
+            if done != 0 {
+                println!("skipped: this kernel has no guard regions");
+                return;
+            }
+            wanted.push((guard, guard + PAGE));
+        }
+        let pagemap = Pagemap::open(std::process::id() as i32).expect("pagemap");
+        let (mut scanned, mut read) = (Vec::new(), Vec::new());
+        let end = start + LEN as u64;
+        pagemap.guards(start, end, &mut scanned).expect("scanned");
+        pagemap.guards_by_entry(start, end, &mut read).expect("read");
+        assert_eq!(scanned, wanted);
+        assert_eq!(read, wanted);
     }
 }

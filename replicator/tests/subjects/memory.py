@@ -580,6 +580,90 @@ def advice():
     same("what a child gets", os.read(down, 3), b"yes")
 
 
+def guard_regions():
+    install, remove = 102, 103
+    read_end, write_end = os.pipe()
+
+    def memory(pages):
+        it = mmap.mmap(-1, pages * PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        for page in range(pages):
+            it[page * PAGE : page * PAGE + 8] = b"page%4d" % page
+        return it
+
+    def guard(it, first, count, advice=install):
+        at = ctypes.c_void_p(address_of(it) + first * PAGE)
+        call("madvise", at, ctypes.c_size_t(count * PAGE), advice)
+
+    def guards(it):
+        """The pages that the kernel cannot read for us either."""
+        base = address_of(it)
+        found = []
+        for page in range(len(it) // PAGE):
+            if libc.write(write_end, ctypes.c_void_p(base + page * PAGE), 1) == 1:
+                os.read(read_end, 1)
+            else:
+                same("why", ctypes.get_errno(), 14)
+                found.append(page)
+        return found
+
+    probe = memory(1)
+    if libc.madvise(ctypes.c_void_p(address_of(probe)), PAGE, install) != 0:
+        print("skipped: this kernel has no guard regions", flush=True)
+        pause()
+        last()
+        return
+    stay, change, many, locked = memory(16), memory(16), memory(3000), memory(8)
+    guard(stay, 4, 4)
+    guard(change, 2, 6)
+    for page in range(0, 3000, 2):
+        guard(many, page, 1)
+    hidden = memory(8)
+    guard(hidden, 3, 2)
+    call("mprotect", ctypes.c_void_p(address_of(hidden)), 8 * PAGE, 0)
+    # Where another mapping is later.
+    place = call("mmap", None, 8 * PAGE, 3, 0x22, -1, 0)
+    call("madvise", ctypes.c_void_p(place), ctypes.c_size_t(8 * PAGE), install)
+    guard(locked, 1, 2)
+    libc.mlock2(ctypes.c_void_p(address_of(locked)), 8 * PAGE, 1)
+    # A child has the guards of its parent.
+    down, up = os.pipe(), os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.read(down[0], 1)
+        mine = memory(4)
+        guard(mine, 1, 1)
+        os.read(down[0], 1)
+        good = guards(stay) == [4, 5, 6, 7] and guards(mine) == [1]
+        os.write(up[1], b"y" if good else b"n")
+        os._exit(0)
+    pause()
+    guard(change, 3, 3, remove)
+    change[4 * PAGE : 4 * PAGE + 3] = b"new"
+    guard(change, 10, 2)
+    call("munmap", ctypes.c_void_p(place), 8 * PAGE)
+    call("mmap", ctypes.c_void_p(place), 8 * PAGE, 3, 0x32, -1, 0)
+    ctypes.memset(place, 7, 8 * PAGE)
+    os.write(down[1], b"x")
+    pause()
+    last()
+    same("a region that stays", guards(stay), [4, 5, 6, 7])
+    same("one that changes", guards(change), [2, 6, 7, 10, 11])
+    same("many", guards(many), list(range(0, 3000, 2)))
+    same("in locked memory", guards(locked), [1, 2])
+    same("locked", "lf" in smaps_flags(address_of(locked)), True)
+    call("mprotect", ctypes.c_void_p(address_of(hidden)), 8 * PAGE, 3)
+    same("behind a protection", guards(hidden), [3, 4])
+    same("none in a new mapping", ctypes.string_at(place, 8 * PAGE), bytes([7]) * 8 * PAGE)
+    for page in range(1, 3000, 2):
+        same("between guards", many[page * PAGE : page * PAGE + 8], b"page%4d" % page)
+    text = lambda page: change[page * PAGE : page * PAGE + 8]
+    same("taken away", [text(3), text(4), text(5)], [bytes(8), b"new" + bytes(5), bytes(8)])
+    guard(change, 10, 2, remove)
+    same("what a guard took", [text(9), text(10), text(12)], [b"page   9", bytes(8), b"page  12"])
+    os.write(down[1], b"x")
+    same("those of a child", os.read(up[0], 1), b"y")
+
+
 def host_names():
     import socket
 
@@ -607,6 +691,7 @@ KINDS = {
         system_v_messages,
         system_v_semaphores,
         advice,
+        guard_regions,
         host_names,
     )
 }
