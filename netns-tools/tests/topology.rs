@@ -147,6 +147,9 @@ fn protections() {
     refused("backup: beta", "backup: ^alpha", "the backup is the primary");
     refused("backup: beta", "backup: ^gamma", "there is no node `gamma`");
     refused("container: redis", "container: ^reddis", "there is no container `reddis`");
+    let veth = GOOD.replace("uplink: lan", "uplink: lan\n    device: veth");
+    let error = Topology::parse("lab.topo.yml", &veth).unwrap_err();
+    assert!(error.to_string().contains("a plain veth cannot be protected"), "{error}");
     refused("backup: beta", "backup: beta\n    over: ^lan", "need an address at alpha:lan");
     refused("backup: beta", "backup: beta\n    over: ^rep", "alpha has no interface `rep`");
     refused("{ min: 5ms, max: 30ms }", "^{ min: 50ms, max: 30ms }", "longer than the longest");

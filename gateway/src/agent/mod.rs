@@ -10,6 +10,7 @@ mod journal;
 mod judge;
 mod network;
 mod pace;
+mod plain;
 mod primary;
 mod ship;
 pub mod status;
@@ -26,7 +27,7 @@ use journal::Memory;
 use judge::Judge;
 use metrics_exporter_prometheus::PrometheusBuilder;
 use netns_tools::cgroup::Cgroup;
-use netns_tools::topology::{Container, Protect, Topology, Workload};
+use netns_tools::topology::{Container, Device, Protect, Topology, Workload};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, pthread_sigmask};
 use primary::{SharedStatus, lock};
 use replicator::Generation;
@@ -159,6 +160,9 @@ impl Agent {
             let protect = topology.protection_of(name);
             let part = self.place(name, container, protect).and_then(|place| match protect {
                 Some(protect) => self.start_side(place, protect),
+                None if container.device == Device::Veth => {
+                    Part::of(&place).spawn(format!("plain-{name}"), move || place.run_plain())
+                }
                 None => Part::of(&place).spawn(format!("stop-{name}"), move || place.run_alone()),
             });
             let part = part.with_context(|| format!("container {name}"))?;

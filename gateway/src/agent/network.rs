@@ -72,12 +72,7 @@ impl Place {
     /// up and with a carrier.
     pub(super) fn make_inner(&self, pid: i32) -> Result<Tap> {
         let namespace = Namespace::of_process(pid).context("enter the container's network")?;
-        for (key, value) in self.sysctls() {
-            // A kernel without IPv6 has no such file, and nothing to switch off.
-            if let Err(error) = namespace.set_sysctl(key, value) {
-                tracing::debug!(%error, "sysctl not set");
-            }
-        }
+        self.set_sysctls(&namespace);
         let tap = namespace.enter(|| Tap::create(INNER, TapOptions::default()))??;
         tap.configure(LinkSetup {
             mac: Some(self.mac.0),
@@ -85,15 +80,44 @@ impl Place {
             txqueuelen: Some(QUEUE),
             mtu: None,
         })?;
-        let network = Network::open(&namespace)?;
-        network.set_up("lo")?;
+        self.set_addresses(&Network::open(&namespace)?)?;
+        Ok(tap)
+    }
+
+    /// Joins the network namespace of process `pid` to the uplink by a plain veth, with the
+    /// container's addresses: nothing of ours is in between.
+    pub(super) fn make_veth(&self, pid: i32) -> Result<()> {
+        let namespace = Namespace::of_process(pid).context("enter the container's network")?;
+        self.set_sysctls(&namespace);
+        let (network, bridge) = self.uplink_bridge()?;
+        let outer = short("nl-", &self.name);
+        network.add_veth(&outer, &namespace, INNER)?;
+        network.set_bridge(&outer, &bridge)?;
+        let inside = Network::open(&namespace)?;
+        inside.set_mac(INNER, netns_tools::topology::Mac(self.mac.0))?;
+        inside.set_up(INNER)?;
+        network.set_up(&outer)?;
+        self.set_addresses(&inside)
+    }
+
+    fn set_sysctls(&self, namespace: &Namespace) {
+        for (key, value) in self.sysctls() {
+            // A kernel without IPv6 has no such file, and nothing to switch off.
+            if let Err(error) = namespace.set_sysctl(key, value) {
+                tracing::debug!(%error, "sysctl not set");
+            }
+        }
+    }
+
+    fn set_addresses(&self, inside: &Network) -> Result<()> {
+        inside.set_up("lo")?;
         for address in &self.addresses {
-            network.add_address(INNER, *address)?;
+            inside.add_address(INNER, *address)?;
         }
         if let Some(gateway) = self.gateway {
-            network.set_default_route(INNER, gateway)?;
+            inside.set_default_route(INNER, gateway)?;
         }
-        Ok(tap)
+        Ok(())
     }
 
     /// What the container's network is told before its device is made. Without an address of IPv6
@@ -122,6 +146,15 @@ impl Place {
     /// Makes the port towards the clients in this process's network namespace: a TAP in the
     /// uplink, if that is a bridge, or else in a bridge made for the uplink.
     pub(super) fn make_outer(&self) -> Result<Tap> {
+        let (network, bridge) = self.uplink_bridge()?;
+        let tap = Tap::create(&short("nl-", &self.name), TapOptions::default())?;
+        tap.configure(LinkSetup { mac: None, up: Some(true), txqueuelen: Some(QUEUE), mtu: None })?;
+        network.set_bridge(tap.name(), &bridge)?;
+        Ok(tap)
+    }
+
+    /// The bridge that leads to the clients, and this process's network, where it is.
+    fn uplink_bridge(&self) -> Result<(Network, String)> {
         let here = Namespace::of_process(std::process::id() as i32)?;
         let network = Network::open(&here)?;
         let uplink = network
@@ -137,10 +170,7 @@ impl Place {
             network.set_up(&self.uplink)?;
             bridge
         };
-        let tap = Tap::create(&short("nl-", &self.name), TapOptions::default())?;
-        tap.configure(LinkSetup { mac: None, up: Some(true), txqueuelen: Some(QUEUE), mtu: None })?;
-        network.set_bridge(tap.name(), &bridge)?;
-        Ok(tap)
+        Ok((network, bridge))
     }
 }
 

@@ -338,33 +338,38 @@ impl Place {
         signals: &SignalFd,
     ) -> Result<()> {
         let Some(ready) = &self.ready else { return Ok(()) };
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let check = scope
+                .spawn(|| self.until_accepting(network, ready, &|| over.load(Ordering::Relaxed)));
+            let pumped = pump_while(|| !check.is_finished(), capturer, signals);
+            over.store(true, Ordering::Relaxed);
+            let ready = check.join().map_err(|_| anyhow::anyhow!("the check panicked"))?;
+            pumped.with_context(|| format!("see {}", self.spec.console.display()))?;
+            ready
+        })
+    }
+
+    /// Waits until the container accepts connections, or `over` says that there is no use.
+    pub(super) fn until_accepting(
+        &self,
+        network: &Namespace,
+        ready: &Ready,
+        over: &dyn Fn() -> bool,
+    ) -> Result<()> {
         let address = SocketAddr::new(self.network.addresses[0].ip, ready.tcp);
         let timeout: Duration = *ready.timeout;
         let begin = Instant::now();
-        let over = AtomicBool::new(false);
-        std::thread::scope(|scope| {
-            let check = scope.spawn(|| {
-                while begin.elapsed() < timeout && !over.load(Ordering::Relaxed) {
-                    let connected = network.enter(|| TcpStream::connect(address))?;
-                    if connected.is_ok() {
-                        return Ok(true);
-                    }
-                    std::thread::sleep(READY_PAUSE);
-                }
-                anyhow::Ok(false)
-            });
-            let pumped = pump_while(|| !check.is_finished(), capturer, signals);
-            over.store(true, Ordering::Relaxed);
-            let ready = check.join().map_err(|_| anyhow::anyhow!("the check panicked"))??;
-            pumped.with_context(|| format!("see {}", self.spec.console.display()))?;
-            if !ready {
-                bail!(
-                    "{address} does not accept connections after {timeout:?}; see {}",
-                    self.spec.console.display()
-                );
+        while begin.elapsed() < timeout && !over() {
+            if network.enter(|| TcpStream::connect(address))?.is_ok() {
+                return Ok(());
             }
-            Ok(())
-        })
+            std::thread::sleep(READY_PAUSE);
+        }
+        bail!(
+            "{address} does not accept connections after {timeout:?}; see {}",
+            self.spec.console.display()
+        );
     }
 
     fn make_shell(

@@ -10,7 +10,8 @@ use miette::NamedSource;
 
 use super::error::{Problem, similar};
 use super::model::{
-    ArbiterKind, Client, Container, Event, Fault, Link, NodeKind, OnBackupLoss, Protect, Topology,
+    ArbiterKind, Client, Container, Device, Event, Fault, Link, NodeKind, OnBackupLoss, Protect,
+    Topology,
 };
 use super::names::{Cidr, Endpoint};
 use super::spans::Spans;
@@ -313,6 +314,13 @@ impl Check<'_> {
                 let line = self.line(&first);
                 let message = format!("{} is already protected in line {line}", protect.container);
                 self.at_value(&at_container, message, None);
+            }
+            let device = topology.containers.get(&protect.container).map(|c| c.device);
+            if device == Some(Device::Veth) {
+                let message = "a container with a plain veth cannot be protected: nothing holds \
+                               its output";
+                let help = "leave out its `device`, or its protection";
+                self.at_value(&at_container, message, Some(help.into()));
             }
             let primary_is_host = self.host(&format!("{path}/primary"), &protect.primary);
             let backup_is_host = self.host(&format!("{path}/backup"), &protect.backup);

@@ -161,6 +161,28 @@ pub struct Container {
     /// More addresses of it, of either family; it keeps them as well.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub also: Vec<Cidr>,
+    /// What joins it to the network.
+    #[serde(default, skip_serializing_if = "Device::is_gateway")]
+    pub device: Device,
+}
+
+/// What joins a container to the network.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Device {
+    /// A TAP with the gateway behind it, which can hold its output.
+    #[default]
+    Gateway,
+    /// A plain veth in a bridge, without any part of ours in between: what the others are
+    /// compared with. Cannot be protected.
+    Veth,
+}
+
+impl Device {
+    /// Whether it is the default.
+    fn is_gateway(&self) -> bool {
+        *self == Self::Gateway
+    }
 }
 
 impl Container {
