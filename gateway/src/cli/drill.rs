@@ -81,7 +81,9 @@ impl DrillReport {
             wrong_replies: sum(|c| c.wrong_replies),
             broken_connections: sum(|c| c.broken_connections),
             gap_ms: Spread::of(reports().map(RunReport::gap_ms)),
-            stop_us: Spread::of(reports().flat_map(|report| report.stops_us.iter().copied())),
+            stop_us: Spread::of(
+                reports().flat_map(|report| report.records.iter().map(|epoch| epoch.stop_us)),
+            ),
             failover_ms: MedianAndMax { p50: spread.p50, max: spread.max },
             seed,
             output_commit,
@@ -247,6 +249,7 @@ mod tests {
     use super::super::args::{Arguments, Verb};
     use super::super::report::{ClientReport, EpochReport, NamedReport};
     use super::*;
+    use crate::agent::status::EpochRecord;
     use clap::Parser;
 
     fn report(gap_ms: f64, lost_writes: u64) -> RunReport {
@@ -264,7 +267,9 @@ mod tests {
             faults: Vec::new(),
             containers: Vec::new(),
             logs: String::new(),
-            stops_us: vec![100, 300],
+            records: [100, 300]
+                .map(|stop_us| EpochRecord { stop_us, ..EpochRecord::default() })
+                .into(),
         }
     }
 

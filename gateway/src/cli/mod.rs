@@ -4,6 +4,7 @@
 //! anything), 2 for a command line that makes no sense, 130 and 143 after SIGINT and SIGTERM.
 
 mod args;
+mod bench;
 mod check;
 mod clients;
 mod clock;
@@ -23,6 +24,7 @@ mod progress;
 mod report;
 mod resume;
 mod run;
+mod shape;
 mod signals;
 mod switchover;
 mod text;
@@ -65,6 +67,7 @@ fn dispatch(verb: &Verb) -> Result<ExitCode> {
         Verb::Demo => return demo::demo().map(verdict),
         Verb::Run(args) => return run::run(args).map(verdict),
         Verb::Drill(args) => return drill::drill(args).map(verdict),
+        Verb::Bench(args) => return bench::bench(args).map(verdict),
         Verb::Doctor(args) => return doctor::doctor(*args).map(verdict),
         Verb::Exec(args) => return inspect::exec(args),
         Verb::Check(args) => return check::check(args).map(verdict),
@@ -86,6 +89,7 @@ fn dispatch(verb: &Verb) -> Result<ExitCode> {
         Verb::Link(args) => {
             netns_tools::impair::run_link(&args.lab, args.index)?;
         }
+        Verb::Shape(args) => shape::shape(args)?,
         Verb::Server(args) => {
             server::run(ServerConfig { listen: args.listen, threads: args.threads })
                 .context("the built-in server cannot run")?;

@@ -49,9 +49,9 @@ pub(super) struct RunReport {
     /// The ends of the agents' logs, if it was no success.
     #[serde(skip)]
     pub(super) logs: String,
-    /// Every stop time, in microseconds, for whoever puts runs together.
+    /// Every epoch, for whoever puts runs together.
     #[serde(skip)]
-    pub(super) stops_us: Vec<u64>,
+    pub(super) records: Vec<EpochRecord>,
 }
 
 /// What one client found.
@@ -286,7 +286,7 @@ impl RunReport {
             failovers,
             containers: evidence.containers,
             logs: String::new(),
-            stops_us: evidence.epochs.iter().map(|epoch| epoch.stop_us).collect(),
+            records: evidence.epochs,
         }
     }
 
@@ -515,6 +515,6 @@ mod tests {
         assert_eq!(json["clients"][0]["latency_us"]["p90"], 0);
         assert_eq!(json["failover"]["phases_ms"]["silence"], 0.0);
         assert_eq!(json["recovered"], true);
-        assert!(json.get("stops_us").is_none());
+        assert!(json.get("records").is_none());
     }
 }

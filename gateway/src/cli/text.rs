@@ -158,7 +158,7 @@ mod tests {
             faults: vec![FaultReport { fault: "kill-host:alpha".to_owned(), at_s: 5.0, killed: 9 }],
             containers: Vec::new(),
             logs: String::new(),
-            stops_us: Vec::new(),
+            records: Vec::new(),
         }
     }
 

@@ -77,7 +77,6 @@ struct Side {
 }
 
 #[derive(Default, Debug)]
-#[allow(missing_docs)]
 pub(super) struct Seen {
     pub releases: u64,
     pub promotions: u64,

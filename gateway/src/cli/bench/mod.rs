@@ -1,0 +1,268 @@
+//! `nilicon bench`: what protection costs, against the same container without it.
+//!
+//! ```text
+//! for each round:  for each load:  veth, gateway, protected      (each a lab of its own)
+//!                                  the next round begins with another of the three
+//! ```
+//! Invariant: what is compared was measured side by side. A ratio or a difference is taken within
+//! one round, and the median over the rounds is told; the modes take turns in going first, so that
+//! a machine that warms up, or cools down, favours none.
+
+mod cores;
+mod figures;
+mod plots;
+mod scale;
+mod table;
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use netns_tools::lab::Lab;
+use netns_tools::topology::{Device, Event, Fault, Period, Topology};
+
+use super::args::{BenchArgs, Output};
+use super::progress::Progress;
+use super::report::RunReport;
+use super::run::{self, Moment, Plan, REPLY_TIMEOUT, run_once};
+use super::signals;
+use cores::{Cores, Usage};
+pub(super) use figures::Load;
+use figures::{BenchReport, Mode, Point, Sample, Timeline};
+
+/// Part of the load before the host is lost, in the run that is there for its timeline.
+const FAILOVER_AT: f64 = 0.4;
+
+/// `nilicon bench`. Returns whether nothing was lost, wrong or broken in any run.
+pub(super) fn bench(args: &BenchArgs) -> Result<bool> {
+    signals::catch()?;
+    let topology = args.topology.load()?;
+    ensure!(
+        !topology.protect.is_empty() && !topology.clients.is_empty(),
+        "{} needs a protected container and a client to measure anything",
+        args.topology.path.display()
+    );
+    if let Some(folder) = &args.plots {
+        std::fs::create_dir_all(folder)
+            .with_context(|| format!("cannot make the folder {}", folder.display()))?;
+    }
+    let cores = Cores::split()?;
+    if args.scale {
+        return measure_scale(args, &topology, cores.as_ref());
+    }
+    let mut bench = Bench { args, topology, cores, progress: Progress::new(), samples: Vec::new() };
+    for round in 0..args.rounds {
+        bench.round(round)?;
+    }
+    let failover = match &args.plots {
+        Some(_) => Some(bench.failover()?),
+        None => None,
+    };
+    bench.progress.clear();
+    let report = BenchReport::of(
+        &bench.topology.name,
+        figures::Setting::here(args.rounds, *args.load, bench.cores.as_ref()),
+        &bench.samples,
+        failover,
+    );
+    if let Some(folder) = &args.plots {
+        write_into(folder, &report, &bench.samples)?;
+    }
+    match args.output.output {
+        Output::Json => println!("{}", serde_json::to_string_pretty(&report)?),
+        Output::Text => print!("{}", table::of(&report)),
+    }
+    Ok(report.complaints.is_empty())
+}
+
+/// `nilicon bench --scale`.
+fn measure_scale(args: &BenchArgs, topology: &Topology, cores: Option<&Cores>) -> Result<bool> {
+    let rows = scale::measure(topology, cores, &mut Progress::new())?;
+    if let Some(folder) = &args.plots {
+        let json = serde_json::to_string_pretty(&rows)?;
+        for (name, text) in [("scale.json", json), ("scale.svg", plots::scale(&rows)?)] {
+            let path = folder.join(name);
+            std::fs::write(&path, text)
+                .with_context(|| format!("cannot write {}", path.display()))?;
+        }
+    }
+    match args.output.output {
+        Output::Json => println!("{}", serde_json::to_string_pretty(&rows)?),
+        Output::Text => print!("{}", scale::text(&rows)),
+    }
+    Ok(true)
+}
+
+fn write_into(folder: &Path, report: &BenchReport, samples: &[Sample]) -> Result<()> {
+    let write = |name: &str, text: String| {
+        let path = folder.join(name);
+        std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
+    };
+    write("bench.json", serde_json::to_string_pretty(report)?)?;
+    for (name, picture) in plots::all(report, samples)? {
+        write(name, picture)?;
+    }
+    Ok(())
+}
+
+struct Bench<'a> {
+    args: &'a BenchArgs,
+    topology: Topology,
+    cores: Option<Cores>,
+    progress: Progress,
+    samples: Vec<Sample>,
+}
+
+impl Bench<'_> {
+    /// Every load in every mode, once.
+    fn round(&mut self, round: u32) -> Result<()> {
+        for &connections in &self.args.connections {
+            // The others are parts of what this finds.
+            let mut loads = vec![Load::Most];
+            loads.extend(self.args.loads.iter().copied().filter(|load| *load != Load::Most));
+            for load in loads {
+                let point = Point { connections, load };
+                let rate = match load {
+                    Load::Most => None,
+                    Load::Part(part) => Some(self.part_of_most(connections, part.get())?),
+                };
+                let first = round as usize % Mode::ALL.len();
+                for mode in Mode::ALL.iter().cycle().skip(first).take(Mode::ALL.len()) {
+                    self.measure(round, point, rate, *mode)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A part of what an unprotected container was found to do.
+    fn part_of_most(&self, connections: usize, part: f64) -> Result<u64> {
+        let point = Point { connections, load: Load::Most };
+        let most = figures::rate_of(&self.samples, point, Mode::Veth);
+        ensure!(most > 0.0, "the unprotected container answers nobody");
+        Ok(((most * part) as u64).max(1))
+    }
+
+    fn measure(&mut self, round: u32, point: Point, rate: Option<u64>, mode: Mode) -> Result<()> {
+        let mut topology = in_mode(&self.topology, mode);
+        let client = topology.clients.first_mut().context("the topology has no client")?;
+        (client.connections, client.rate, client.duration) = (point.connections, rate, None);
+        if let Some(ratio) = self.args.read_ratio {
+            client.read_ratio = ratio;
+        }
+        let head = format!("round {}/{}  {point}  {mode}", round + 1, self.args.rounds);
+        let (report, usage) = self.run(topology, *self.args.load, round, &head)?;
+        self.samples.push(Sample::of(round, point, mode, report, usage));
+        Ok(())
+    }
+
+    /// One run of the protected lab that loses its host, for the timeline of a failover.
+    fn failover(&mut self) -> Result<Timeline> {
+        let mut topology = in_mode(&self.topology, Mode::Protected);
+        let node = topology.protect.first().map(|protect| protect.primary.clone());
+        let at = Period::ms((self.args.load.as_millis() as f64 * FAILOVER_AT) as u64);
+        topology.events = vec![Event { at, fault: Fault::KillHost, node, link: None }];
+        let (report, _) = self.run(topology, *self.args.load, 0, "the loss of the host")?;
+        if let Some(complaint) = report.complaint() {
+            bail!("the failover for the timeline: {complaint}");
+        }
+        Timeline::of(&report).context("there was no failover")
+    }
+
+    fn run(
+        &mut self,
+        topology: Topology,
+        load: Duration,
+        seed: u32,
+        head: &str,
+    ) -> Result<(RunReport, Usage)> {
+        let name = topology.name.clone();
+        let plan = Plan {
+            topology,
+            duration: Some(load),
+            seed: u64::from(seed) + 1,
+            output_commit: true,
+            reply_timeout: REPLY_TIMEOUT,
+            keep: false,
+        };
+        let (mut before, mut usage) = (None, Usage::default());
+        let (cores, progress) = (&self.cores, &mut self.progress);
+        let mut trouble = None;
+        let report = run_once(&plan, &mut |moment| {
+            let done = match &moment {
+                Moment::Protected(view) => cores.as_ref().map(|cores| cores.pin(view)).transpose(),
+                Moment::LoadBegins => Lab::open(&name).map_err(Into::into).map(|lab| {
+                    before = Some(Usage::of(&lab));
+                    None
+                }),
+                Moment::Auditing => Lab::open(&name).map_err(Into::into).map(|lab| {
+                    if let Some(before) = &before {
+                        usage = Usage::of(&lab).since(before);
+                    }
+                    None
+                }),
+                _ => Ok(None),
+            };
+            trouble = trouble.take().or(done.err());
+            if let Moment::Load(_, elapsed) = &moment {
+                progress.update(|| format!("{head}  {:.0} s", elapsed.as_secs_f64()));
+            } else {
+                run::show(progress, &moment);
+            }
+        });
+        let report = report.with_context(|| head.to_owned())?;
+        match trouble {
+            Some(trouble) => Err(trouble.context(head.to_owned())),
+            None => Ok((report, usage)),
+        }
+    }
+}
+
+/// The same lab with its containers in a mode, without faults, and with its first client alone.
+fn in_mode(topology: &Topology, mode: Mode) -> Topology {
+    let mut topology = topology.clone();
+    topology.events.clear();
+    topology.clients.truncate(1);
+    if mode == Mode::Protected {
+        return topology;
+    }
+    let homes: Vec<_> =
+        topology.containers.keys().map(|name| topology.home_of(name).map(str::to_owned)).collect();
+    topology.protect.clear();
+    topology.witness = None;
+    for (container, home) in topology.containers.values_mut().zip(homes) {
+        container.host = home;
+        if mode == Mode::Veth {
+            container.device = Device::Veth;
+        }
+    }
+    topology
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_compared_differs_in_its_protection_alone() {
+        let topology = Topology::parse("demo", super::super::demo::TOPOLOGY).unwrap();
+        let protected = in_mode(&topology, Mode::Protected);
+        assert_eq!((protected.protect.len(), protected.events.len()), (1, 0));
+        for mode in [Mode::Gateway, Mode::Veth] {
+            let mut bare = in_mode(&topology, mode);
+            assert!(bare.protect.is_empty());
+            let home = topology.protect[0].primary.as_str();
+            for (name, container) in &mut bare.containers {
+                assert_eq!(container.host.as_deref(), Some(home));
+                assert_eq!(container.device == Device::Veth, mode == Mode::Veth);
+                container.host = protected.containers[name].host.clone();
+                container.device = Device::Gateway;
+            }
+            assert_eq!(bare.containers, protected.containers);
+            assert_eq!(bare.clients, protected.clients);
+            // What a lab is made of passes through its file.
+            let text = serde_json::to_string(&in_mode(&topology, mode)).unwrap();
+            assert_eq!(Topology::parse("again", &text).unwrap(), in_mode(&topology, mode));
+        }
+    }
+}

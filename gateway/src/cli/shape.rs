@@ -1,0 +1,104 @@
+//! A program of any shape: as much memory, as many threads, processes and mappings as it is told,
+//! that writes a number of pages for each byte that it is sent, and answers. What a stop costs is
+//! measured on it, one property at a time.
+//!
+//! The answer to a byte is the same byte. Pages are written in an order that visits all of them.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result};
+use memmap2::MmapMut;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::args::ShapeArgs;
+
+const PAGE: usize = 4096;
+/// Small, so that only their number matters.
+const MAPPING: usize = 4 * PAGE;
+/// Step from page to page: odd, so that it visits all pages where their number is a power of two,
+/// and most otherwise.
+const STRIDE: usize = 7919;
+
+/// `nilicon __shape`.
+pub(super) fn shape(args: &ShapeArgs) -> Result<()> {
+    if args.idle {
+        loop {
+            std::thread::park();
+        }
+    }
+    let pages = (args.memory.0 as usize).div_ceil(PAGE).max(1);
+    let mut memory = MmapMut::map_anon(pages * PAGE).context("the memory")?;
+    let mut random = fastrand::Rng::with_seed(1);
+    for page in memory.chunks_exact_mut(PAGE) {
+        // A pattern that is not all zero, and is quick to make.
+        page[..64].iter_mut().for_each(|byte| *byte = random.u8(..));
+    }
+    // Neighbours of one kind would become one mapping.
+    let mut mappings = Vec::with_capacity(args.mappings);
+    for index in 0..args.mappings {
+        let mut mapping = MmapMut::map_anon(MAPPING).context("a mapping")?;
+        mapping[0] = 1;
+        mappings.push(match index % 2 {
+            0 => Ok(mapping),
+            _ => Err(mapping.make_read_only().context("a mapping that is only read")?),
+        });
+    }
+    for _ in 1..args.threads {
+        std::thread::Builder::new().stack_size(64 << 10).spawn(|| {
+            loop {
+                std::thread::park();
+            }
+        })?;
+    }
+    let program = std::env::current_exe()?;
+    for _ in 1..args.processes {
+        Command::new(&program)
+            .args(["__shape", "--idle"])
+            .stdin(Stdio::null())
+            .spawn()
+            .context("one more process")?;
+    }
+    serve(TcpListener::bind(args.listen)?, &mut memory, args.dirty)
+}
+
+fn serve(listener: TcpListener, memory: &mut [u8], dirty: usize) -> Result<()> {
+    let pages = memory.len() / PAGE;
+    let (mut next, mut count) = (0_usize, 0_u8);
+    let mut connections: Vec<TcpStream> = Vec::new();
+    loop {
+        let mut wanted: Vec<PollFd<'_>> = std::iter::once(listener.as_fd())
+            .chain(connections.iter().map(AsFd::as_fd))
+            .map(|fd| PollFd::new(fd, PollFlags::POLLIN))
+            .collect();
+        poll(&mut wanted, PollTimeout::NONE)?;
+        let ready: Vec<bool> = wanted.iter().map(|fd| fd.any().unwrap_or(false)).collect();
+        let mut ended = Vec::new();
+        for (index, _) in ready[1..].iter().enumerate().filter(|(_, ready)| **ready) {
+            let mut byte = [0];
+            let connection = &mut connections[index];
+            if !matches!(connection.read(&mut byte), Ok(1)) {
+                ended.push(index);
+                continue;
+            }
+            count = count.wrapping_add(1);
+            for _ in 0..dirty {
+                memory[next * PAGE + PAGE / 2] ^= count | 1;
+                next = (next + STRIDE) % pages;
+            }
+            if connection.write_all(&byte).is_err() {
+                ended.push(index);
+            }
+        }
+        for index in ended.into_iter().rev() {
+            connections.swap_remove(index);
+        }
+        if ready[0] {
+            let (connection, _) = listener.accept()?;
+            connection.set_nodelay(true)?;
+            connections.push(connection);
+        }
+    }
+}
