@@ -6,6 +6,7 @@
 //! All `unsafe` code of the project is in [`sys`].
 
 pub mod ack;
+mod bpf;
 pub mod capture;
 pub mod container;
 pub mod image;

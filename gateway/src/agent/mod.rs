@@ -155,6 +155,7 @@ struct Agent {
 impl Agent {
     fn start(&mut self) -> Result<()> {
         let options = self.options.clone();
+        std::thread::Builder::new().name("warm-up".into()).spawn(replicator::capture::warm_up)?;
         let topology = &options.topology;
         for (name, container) in topology.containers_on(&options.host) {
             let protect = topology.protection_of(name);

@@ -12,6 +12,8 @@ pub(super) struct Info {
     pub(super) flags: i32,
     pub(super) inode: u64,
     pub(super) mount: u64,
+    /// Not of fdinfo: what stands for the kind of file, if a glance showed it.
+    pub(super) operations: u64,
     pub(super) epoll: Vec<EpollTarget>,
     /// Numbers and inodes of what an epoll instance watches.
     pub(super) watched: Vec<(i32, u64)>,

@@ -4,14 +4,20 @@
 //! /proc/PID/fd is read when the inode behind a number changes. Two descriptors are one
 //! description when kcmp(2) says so; it also gives an order, so that a description is found among
 //! many by halving.
+//!
+//! Where the kernel can show all descriptors at one [`glance`](super::glance), fdinfo is read only
+//! of those that it says too little of, and TCP connections with nothing new in their queues cost
+//! no system call at all ([`remembered`](super::remembered)).
 
 use super::fdinfo::{self, Info};
+use super::glance::{Glance, Row};
 use super::objects::{Class, Objects};
 use super::refusals::Refusals;
+use super::remembered::{self, Remembered};
 use super::unix::{self, Empties};
-use super::{CaptureError, farewell, inet, inotify, locks, options, pipes, tcp};
+use super::{CaptureError, Glances, farewell, inet, inotify, locks, options, pipes, tcp};
 use crate::image::net::RawOptions;
-use crate::image::{Description, Fd, Kind, Process, State};
+use crate::image::{Description, EpollTarget, Fd, Kind, Process, State};
 use crate::sys::sockopt::get_i32;
 use crate::sys::unix_diag::UnixDiag;
 use crate::sys::{SysError, pidfd};
@@ -27,6 +33,8 @@ use std::os::unix::fs::MetadataExt;
 struct Seen {
     inode: u64,
     mount: u64,
+    /// The kind of file, if a glance showed it.
+    operations: u64,
     link: String,
     domain: i32,
     kind: i32,
@@ -41,12 +49,17 @@ struct Seen {
     mode: u32,
     /// Who is told of events, if that was read.
     told: Option<Option<locks::Told>>,
+    /// If a glance showed a TCP socket.
+    remembered: Option<Remembered>,
 }
 
 /// Remembered between stops, one for a process.
 #[derive(Debug, Default)]
 pub(super) struct Files {
     seen: HashMap<i32, Seen>,
+    glance: Option<Glance>,
+    /// What a glance tells is compared with what there is.
+    checked: bool,
 }
 
 /// Remembered between stops, one for a container.
@@ -74,6 +87,12 @@ pub(super) struct Builder {
     sending: Vec<(u64, OwnedFd)>,
     /// What epoll instances watch: index of the instance, number and inode of the target.
     watched: Vec<(u32, i32, u64)>,
+    /// The description of each file that a glance has shown.
+    by_file: HashMap<u64, u32>,
+    /// What glances have shown of epoll: the instance, the file watched, and how.
+    watchers: Vec<(u64, u64, EpollTarget, u64)>,
+    /// Descriptors that a glance has told all of.
+    pub(super) glanced: usize,
 }
 
 /// What is left of a [`Builder`] after the stop.
@@ -123,7 +142,23 @@ struct Whole<'a> {
     memory: &'a mut Memory,
 }
 
+/// What a glance has shown of a descriptor, if that is all there is to say.
+struct Glanced {
+    kind: Kind,
+    watched: Vec<(i32, u64)>,
+}
+
 impl Seen {
+    /// Whether a glance shows the same kind of thing.
+    fn is_of(&self, row: &Row<'_>) -> bool {
+        self.operations == row.operations() && self.inode == row.inode()
+    }
+
+    /// Whether what fdinfo has besides flags, offset and inode counts.
+    fn needs_fdinfo(&self) -> bool {
+        self.link.starts_with("anon_inode:") || self.link.starts_with("pidfd:")
+    }
+
     fn is_tcp(&self) -> bool {
         matches!(self.domain, libc::AF_INET | libc::AF_INET6)
             && self.kind == libc::SOCK_STREAM
@@ -136,6 +171,12 @@ impl Seen {
 }
 
 impl Files {
+    /// For the process with this host pid.
+    pub(super) fn open(pid: i32, glances: Glances) -> Self {
+        let glance = if glances == Glances::Off { None } else { Glance::open(pid) };
+        Self { glance, checked: glances == Glances::Checked, ..Self::default() }
+    }
+
     /// Reads what rarely changes of sockets, while the container runs.
     pub(super) fn look_ahead(
         &mut self,
@@ -144,34 +185,152 @@ impl Files {
         objects: &mut Objects,
         diag: &UnixDiag,
     ) -> Result<(), CaptureError> {
-        for number in numbers(pid)? {
-            // A descriptor that is closed meanwhile is looked at in the stop, if it is there.
-            let Ok(info) = fdinfo::info(pid, number) else { continue };
-            let Ok(seen) = self.look(pid, handle, number, &info) else { continue };
-            let is_deleted = seen.link.ends_with(" (deleted)");
-            let link = seen.link.clone();
-            let Ok(dup) = pidfd::get_fd(handle, number) else { continue };
-            seen.told = Some(locks::told(dup.as_fd())?);
-            if !seen.is_socket() && !is_deleted {
-                continue;
+        let Some(mut glance) = self.glance.take() else {
+            for number in numbers(pid)? {
+                self.look_ahead_at(pid, handle, number, None, objects, diag)?;
             }
-            if is_deleted {
-                // Known now, its contents are copied before the stop. What is wrong with it is
-                // said in the stop, if it is there still.
-                let name = link.trim_end_matches(" (deleted)");
-                let _ = deleted(name, dup, &info, objects, "");
-                continue;
-            }
-            let what = format!("descriptor {number} of pid {pid}");
-            if seen.is_tcp() {
-                let ahead = tcp::ahead(dup.as_fd(), &what, Some(&mut seen.known), diag)?;
-                seen.ahead = ahead.map(|ahead| (info.flags, ahead));
-            } else {
-                let socket = (seen.domain, seen.kind, seen.protocol);
-                seen.options = Some(options::read(dup.as_fd(), socket, &what)?);
+            return Ok(());
+        };
+        let looked = glance.look().map_err(CaptureError::from).and_then(|()| {
+            glance.rows().try_for_each(|row| {
+                if self.is_up_to_date(&row) {
+                    return Ok(());
+                }
+                self.look_ahead_at(pid, handle, row.number(), Some(&row), objects, diag)
+            })
+        });
+        self.glance = Some(glance);
+        looked
+    }
+
+    /// Whether a look ahead would read nothing new.
+    fn is_up_to_date(&self, row: &Row<'_>) -> bool {
+        let Some(seen) = self.seen.get(&row.number()).filter(|s| s.is_of(row)) else {
+            return false;
+        };
+        if row.may_tell() || seen.link.ends_with(" (deleted)") {
+            return false;
+        }
+        match (row.tcp, &seen.remembered) {
+            (Some(tcp), Some(remembered)) => remembered.is_of(tcp),
+            (Some(_), None) => false,
+            _ => !seen.is_socket(),
+        }
+    }
+
+    fn look_ahead_at(
+        &mut self,
+        pid: i32,
+        handle: BorrowedFd<'_>,
+        number: i32,
+        row: Option<&Row<'_>>,
+        objects: &mut Objects,
+        diag: &UnixDiag,
+    ) -> Result<(), CaptureError> {
+        // A descriptor that is closed meanwhile is looked at in the stop, if it is there.
+        let Ok(info) = self.info(pid, number, row) else { return Ok(()) };
+        let Ok(seen) = self.look(pid, handle, number, &info) else { return Ok(()) };
+        let is_deleted = seen.link.ends_with(" (deleted)");
+        let link = seen.link.clone();
+        let Ok(dup) = pidfd::get_fd(handle, number) else { return Ok(()) };
+        seen.told = Some(locks::told(dup.as_fd())?);
+        if !seen.is_socket() && !is_deleted {
+            return Ok(());
+        }
+        if is_deleted {
+            // Known now, its contents are copied before the stop. What is wrong with it is
+            // said in the stop, if it is there still.
+            let name = link.trim_end_matches(" (deleted)");
+            let _ = deleted(name, dup, &info, objects, "");
+            return Ok(());
+        }
+        let what = format!("descriptor {number} of pid {pid}");
+        if let Some(tcp) = row.and_then(|r| r.tcp) {
+            seen.remembered = remembered::remember(dup.as_fd(), tcp, &what, diag)?;
+        } else if seen.is_tcp() {
+            let ahead = tcp::ahead(dup.as_fd(), &what, Some(&mut seen.known), diag)?;
+            seen.ahead = ahead.map(|ahead| (info.flags, ahead));
+        } else {
+            let socket = (seen.domain, seen.kind, seen.protocol);
+            seen.options = Some(options::read(dup.as_fd(), socket, &what)?);
+        }
+        Ok(())
+    }
+
+    /// What fdinfo says of a descriptor, or as much of it as a glance does if that is enough.
+    fn info(&self, pid: i32, number: i32, row: Option<&Row<'_>>) -> Result<Info, CaptureError> {
+        let Some(row) = row else { return fdinfo::info(pid, number) };
+        let (operations, mount) = (row.operations(), 0);
+        let seen = self.seen.get(&number).filter(|s| s.is_of(row));
+        if row.may_be_locked() || seen.is_none_or(Seen::needs_fdinfo) {
+            return Ok(Info { mount, operations, ..fdinfo::info(pid, number)? });
+        }
+        let (pos, flags, inode) = (row.position(), row.flags(), row.inode());
+        Ok(Info { pos, flags, inode, mount, operations, ..Info::default() })
+    }
+
+    /// In a stop: looks at all descriptors at once, if that is possible, and tells what epoll
+    /// instances watch.
+    pub(super) fn glance(&mut self, builder: &mut Builder) -> Result<(), CaptureError> {
+        let Some(glance) = &mut self.glance else { return Ok(()) };
+        glance.look()?;
+        for row in glance.rows() {
+            if let Some((by, fd, events, data)) = row.watcher() {
+                let target = EpollTarget { fd, events, data };
+                builder.watchers.push((by, row.file(), target, row.inode()));
             }
         }
         Ok(())
+    }
+
+    /// Whether no connection within the container has moved on since [`Files::glance`].
+    pub(super) fn stands_still(&mut self) -> Result<bool, CaptureError> {
+        Ok(self.glance.as_mut().map_or(Ok(true), Glance::stands_still)?)
+    }
+
+    /// A descriptor of which the glance of this stop says all.
+    fn glanced(
+        &mut self,
+        handle: BorrowedFd<'_>,
+        row: &Row<'_>,
+        builder: &mut Builder,
+    ) -> Result<Option<Glanced>, CaptureError> {
+        let number = row.number();
+        let Some(seen) = self.seen.get_mut(&number).filter(|s| s.is_of(row)) else {
+            return Ok(None);
+        };
+        if row.may_be_locked() {
+            return Ok(None);
+        }
+        let mut watched = Vec::new();
+        let kind = match (row.tcp, seen.link.as_str()) {
+            (Some(tcp), _) => {
+                let Some(remembered) = seen.remembered.as_mut().filter(|r| r.is_of(tcp)) else {
+                    return Ok(None);
+                };
+                let kind = remembered.take(tcp, || pidfd::get_fd(handle, number))?;
+                if row.watcher().is_none() && farewell::is_sending(&kind) {
+                    builder.keep(row.inode(), pidfd::get_fd(handle, number)?, &kind);
+                }
+                kind
+            }
+            (None, "anon_inode:[eventpoll]") => {
+                let (instance, count) = row.as_epoll();
+                let entries = builder.watchers_of(instance);
+                if entries.len() != count {
+                    return Ok(None);
+                }
+                watched = entries.iter().map(|(.., target, inode)| (target.fd, *inode)).collect();
+                Kind::Epoll(entries.iter().map(|(.., target, _)| *target).collect())
+            }
+            (None, "anon_inode:[eventfd]") => {
+                let (count, semaphore) = row.as_eventfd();
+                Kind::EventFd { count, semaphore }
+            }
+            _ => return Ok(None),
+        };
+        builder.glanced += 1;
+        Ok(Some(Glanced { kind, watched }))
     }
 
     /// A TCP connection that was looked at just before and is still the one of this number.
@@ -207,52 +366,127 @@ impl Files {
         handle: BorrowedFd<'_>,
         builder: &mut Builder,
         state: &mut State,
-        mut world: World<'_>,
+        world: World<'_>,
         refusals: &mut Refusals,
     ) -> Result<Vec<Fd>, CaptureError> {
         let holder = Holder { pid, handle, place: pid };
-        let inside = builder.inner.get(&pid).copied().unwrap_or(0);
-        let numbers = numbers(pid)?;
-        let mut out = Vec::with_capacity(numbers.len());
-        for &number in &numbers {
-            let what = || format!("descriptor {number} of pid {pid}");
-            let connection = self.connection(handle, number, what, builder, world.diag);
-            let Some(connection) = refusals.admit(connection)? else {
-                continue;
-            };
-            let (info, ready) = match connection {
-                Some((info, kind)) => (info, Some(kind)),
-                None => (fdinfo::info(pid, number)?, None),
-            };
-            let description = match builder.find(pid, number, info.inode)? {
-                Ok(known) => known,
-                Err(place) => {
-                    let kind = match ready {
-                        Some(kind) => Ok(kind),
-                        None => {
-                            let mut whole = world.with(builder, state);
-                            self.describe(holder, number, &info, &mut whole, &what())
-                        }
-                    };
-                    let Some(kind) = refusals.admit(kind)? else { continue };
-                    let at = builder.add((pid, number), place, &info, kind, state);
-                    builder.watched.extend(info.watched.iter().map(|(fd, ino)| (at, *fd, *ino)));
-                    let told = self.told(handle, number, info.flags)?;
-                    if let Some(told) = told {
-                        let inner = &builder.inner;
-                        refusals.admit(locks::add_owner(told, at, inner, &what(), state))?;
-                    }
-                    at
+        let glance = self.glance.take();
+        let mut whole = (builder, state, world, refusals);
+        let captured = match &glance {
+            Some(glance) => glance
+                .rows()
+                .filter_map(|row| {
+                    self.capture_one(holder, row.number(), Some(&row), &mut whole).transpose()
+                })
+                .collect(),
+            None => numbers(pid).and_then(|numbers| {
+                let one = |number| self.capture_one(holder, number, None, &mut whole).transpose();
+                numbers.into_iter().filter_map(one).collect()
+            }),
+        };
+        self.glance = glance;
+        let fds: Vec<Fd> = captured?;
+        self.seen.retain(|n, _| fds.binary_search_by_key(n, |fd| fd.number).is_ok());
+        Ok(fds)
+    }
+
+    /// Captures a descriptor; none if it was refused and the survey goes on.
+    fn capture_one(
+        &mut self,
+        holder: Holder<'_>,
+        number: i32,
+        row: Option<&Row<'_>>,
+        (builder, state, world, refusals): &mut (
+            &mut Builder,
+            &mut State,
+            World<'_>,
+            &mut Refusals,
+        ),
+    ) -> Result<Option<Fd>, CaptureError> {
+        let Holder { pid, handle, .. } = holder;
+        let what = || format!("descriptor {number} of pid {pid}");
+        let ready = match row {
+            Some(row) => self.glanced(handle, row, builder).map(|found| {
+                found.map(|Glanced { kind, watched }| {
+                    let (flags, inode) = (row.flags(), row.inode());
+                    (Info { flags, inode, watched, ..Info::default() }, kind)
+                })
+            }),
+            None => self.connection(handle, number, what, builder, world.diag),
+        };
+        let Some(ready) = refusals.admit(ready)? else { return Ok(None) };
+        let (info, ready) = match ready {
+            Some((info, kind)) => (info, Some(kind)),
+            None => (self.info(pid, number, row)?, None),
+        };
+        let known = row.and_then(|row| builder.by_file.get(&row.file()).copied());
+        // Only where there is another of the same inode is its place among them to be found.
+        let found = match (known, row) {
+            (Some(known), _) => Ok(known),
+            (None, Some(_)) if !builder.by_inode.contains_key(&info.inode) => Err(0),
+            _ => builder.find(pid, number, info.inode)?,
+        };
+        let description = match found {
+            Ok(known) => known,
+            Err(place) => {
+                if self.checked
+                    && let Some(kind) = &ready
+                {
+                    let mut whole = world.with(builder, state);
+                    self.check(holder, number, kind, &mut whole, &what())?;
                 }
-            };
-            if !info.locks.is_empty() {
-                locks::add(&info.locks, description, inside, &what(), state)?;
+                let kind = match ready {
+                    Some(kind) => Ok(kind),
+                    None => {
+                        let mut whole = world.with(builder, state);
+                        self.describe(holder, number, &info, &mut whole, &what())
+                    }
+                };
+                let Some(kind) = refusals.admit(kind)? else { return Ok(None) };
+                let at = builder.add((pid, number), place, &info, kind, state);
+                if let Some(row) = row {
+                    builder.by_file.insert(row.file(), at);
+                }
+                builder.watched.extend(info.watched.iter().map(|(fd, ino)| (at, *fd, *ino)));
+                let told = match row {
+                    Some(row) if !row.may_tell() => None,
+                    _ => self.told(handle, number, info.flags)?,
+                };
+                if let Some(told) = told {
+                    let inner = &builder.inner;
+                    refusals.admit(locks::add_owner(told, at, inner, &what(), state))?;
+                }
+                at
             }
-            let close_on_exec = info.flags & libc::O_CLOEXEC != 0;
-            out.push(Fd { number, description, close_on_exec });
+        };
+        if !info.locks.is_empty() {
+            let inside = builder.inner.get(&pid).copied().unwrap_or(0);
+            locks::add(&info.locks, description, inside, &what(), state)?;
         }
-        self.seen.retain(|n, _| numbers.binary_search(n).is_ok());
-        Ok(out)
+        let close_on_exec = info.flags & libc::O_CLOEXEC != 0;
+        Ok(Some(Fd { number, description, close_on_exec }))
+    }
+
+    /// Compares what a glance has told with what there is.
+    fn check(
+        &mut self,
+        holder: Holder<'_>,
+        number: i32,
+        glanced: &Kind,
+        whole: &mut Whole<'_>,
+        what: &str,
+    ) -> Result<(), CaptureError> {
+        let info = fdinfo::info(holder.pid, number)?;
+        let operations = self.seen.get(&number).map_or(0, |s| s.operations);
+        let info = Info { mount: 0, operations, ..info };
+        let there = self.describe(holder, number, &info, whole, what)?;
+        // The duplicate that it may have kept.
+        whole.builder.sending.retain(|(inode, _)| *inode != info.inode);
+        if alike(glanced, &there) {
+            return Ok(());
+        }
+        let why = format!("a glance shows {glanced:?}, and it is {there:?}");
+        Err(CaptureError::unsupported(what.to_owned(), why))
     }
 
     /// Who is told of events on a descriptor: as it was just before, or as it is.
@@ -343,7 +577,10 @@ impl Files {
         info: &Info,
     ) -> Result<&mut Seen, CaptureError> {
         let same = self.seen.get(&number).is_some_and(|s| {
-            s.inode == info.inode && s.mount == info.mount && !s.link.starts_with('/')
+            s.inode == info.inode
+                && s.mount == info.mount
+                && s.operations == info.operations
+                && !s.link.starts_with('/')
         });
         if !same {
             let path = format!("/proc/{pid}/fd/{number}");
@@ -357,7 +594,7 @@ impl Files {
                 kind = so(libc::SO_TYPE)?;
                 protocol = so(libc::SO_PROTOCOL)?;
             }
-            let (inode, mount) = (info.inode, info.mount);
+            let (inode, mount, operations) = (info.inode, info.mount, info.operations);
             let (ahead, options) = (None, None);
             // The type of a file stays what it is, and so does who is told.
             let before = self.seen.get(&number).filter(|s| s.inode == inode && s.mount == mount);
@@ -371,6 +608,8 @@ impl Files {
             let seen = Seen {
                 inode,
                 mount,
+                operations,
+                remembered: None,
                 link,
                 domain,
                 kind,
@@ -391,6 +630,19 @@ impl Builder {
     /// `inner` are the pids inside by the pids outside.
     pub(super) fn new(inner: HashMap<i32, i32>) -> Self {
         Self { inner, ..Self::default() }
+    }
+
+    /// All glances are taken: what they showed of epoll is put in order, each entry once.
+    pub(super) fn sort_watchers(&mut self) {
+        self.watchers.sort_unstable_by_key(|(by, file, ..)| (*by, *file));
+        self.watchers.dedup_by_key(|(by, file, ..)| (*by, *file));
+    }
+
+    /// What glances have shown of one epoll instance.
+    fn watchers_of(&self, instance: u64) -> &[(u64, u64, EpollTarget, u64)] {
+        let from = self.watchers.partition_point(|(by, ..)| *by < instance);
+        let len = self.watchers[from..].partition_point(|(by, ..)| *by == instance);
+        &self.watchers[from..from + len]
     }
 
     /// Keeps the duplicate of a connection that has bytes under way.
@@ -526,6 +778,27 @@ impl Builder {
         }
         locks::add(&info.locks, at, 0, what, state)?;
         Ok(at)
+    }
+}
+
+/// Whether two looks at one thing agree, but for what passes between them.
+fn alike(glanced: &Kind, there: &Kind) -> bool {
+    match (glanced, there) {
+        (Kind::Epoll(a), Kind::Epoll(b)) => a.len() == b.len() && a.iter().all(|t| b.contains(t)),
+        (Kind::Tcp(a), Kind::Tcp(b)) => {
+            let mut a = a.clone();
+            let elapsed = b.timestamp.unwrap_or(0).wrapping_sub(a.timestamp.unwrap_or(0));
+            a.timestamp = b.timestamp;
+            // Whether it answers at once changes with the traffic.
+            a.options.quick_ack = b.options.quick_ack;
+            a == *b && elapsed < 10_000
+        }
+        (Kind::TcpListener(a), Kind::TcpListener(b)) => {
+            let mut a = a.clone();
+            a.options.quick_ack = b.options.quick_ack;
+            a == *b
+        }
+        (a, b) => a == b,
     }
 }
 

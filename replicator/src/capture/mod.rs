@@ -16,6 +16,7 @@ mod advice;
 mod farewell;
 mod fdinfo;
 mod files;
+mod glance;
 mod guards;
 mod inet;
 mod inotify;
@@ -31,6 +32,7 @@ mod outside;
 mod pipes;
 mod process;
 mod refusals;
+mod remembered;
 mod surroundings;
 mod survey;
 mod sysv;
@@ -58,6 +60,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 use tracer::{Change, Tracer};
 
+pub use glance::warm_up;
 pub use namespaces::namespaces_of;
 pub use one_shot::{Held, about, other_end};
 pub use refusals::Refusal;
@@ -160,6 +163,8 @@ pub struct StopTimes {
     pub stop_pages: usize,
     /// Pages copied in all, pre-copy included.
     pub pages: usize,
+    /// Descriptors that one glance told all of.
+    pub glanced: usize,
 }
 
 struct Tracked {
@@ -170,6 +175,18 @@ struct Tracked {
     files: files::Files,
     attributes: Attributes,
     timers: timers::Timers,
+}
+
+/// How descriptors are looked at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Glances {
+    /// All at once, where the kernel can.
+    #[default]
+    On,
+    /// One by one, as on a kernel that cannot; for comparison.
+    Off,
+    /// At once and one by one; a difference is an error.
+    Checked,
 }
 
 /// Takes checkpoints of one container. All of it stays on the thread that made it.
@@ -190,6 +207,7 @@ pub struct Capturer {
     interrupted: waits::Interrupted,
     /// The next stop that succeeds does not end.
     still: bool,
+    glances: Glances,
     refusals: refusals::Refusals,
     remains: lineage::Remains,
     farewells: farewell::Farewells,
@@ -239,6 +257,7 @@ impl Capturer {
             batch: Batch::new(),
             interrupted: waits::Interrupted::default(),
             still: false,
+            glances: Glances::On,
             refusals: refusals::Refusals::default(),
             remains: lineage::Remains::default(),
             farewells: farewell::Farewells::default(),
@@ -312,6 +331,11 @@ impl Capturer {
                 }
             }
         }
+    }
+
+    /// How descriptors are looked at from the next full checkpoint on.
+    pub fn set_glances(&mut self, glances: Glances) {
+        self.glances = glances;
     }
 
     /// Forgets what was captured before: the next checkpoint is a full one.
@@ -434,7 +458,7 @@ impl Capturer {
             advice: advice::Advices::default(),
             handle,
             threads: threads::Threads::default(),
-            files: files::Files::default(),
+            files: files::Files::open(pid, self.glances),
             attributes,
             timers: timers::Timers::open(pid)?,
         })
@@ -465,13 +489,14 @@ impl Capturer {
                 Err(e) if !e.is_gone() => return Err(e),
                 _ => {}
             }
-            let round = tracked.space.round(pages, objects, false);
+            // Pages last: what is written meanwhile is left for the stop.
             let read = process::read(*pid, Some(&tracked.attributes)).and_then(|attributes| {
                 tracked.threads.look_ahead()?;
                 let handle = tracked.handle.as_fd();
                 let looked = tracked.files.look_ahead(*pid, handle, objects, diag);
                 looked.map(|()| attributes)
             });
+            let round = tracked.space.round(pages, objects, false);
             match (round, read) {
                 (Ok(()), Ok(attributes)) => {
                     tracked.attributes = attributes;
@@ -548,6 +573,12 @@ impl Capturer {
         let inner_pids: HashMap<i32, i32> =
             self.processes.iter().map(|(pid, t)| (*pid, t.attributes.pid)).collect();
         let mut builder = files::Builder::new(inner_pids.clone());
+        for pid in &order {
+            let tracked = self.processes.get_mut(pid).ok_or(CaptureError::Ended)?;
+            tracked.files.glance(&mut builder)?;
+        }
+        builder.sort_watchers();
+        times.files += lap.next();
         for pid in &order {
             let tracked = self.processes.get_mut(pid).ok_or(CaptureError::Ended)?;
             let tids = self.tracer.threads_of(*pid);
@@ -635,6 +666,7 @@ impl Capturer {
         state.ended = self.remains.capture(&inner_pids)?;
         let world =
             files::World { diag: &self.diag, objects: &mut self.objects, memory: &mut self.files };
+        times.glanced = builder.glanced;
         let finished = builder.finish(self.root, &mut state, world);
         if let Some(mut sockets) = self.refusals.admit(finished)? {
             let sending = std::mem::take(&mut sockets.sending);
@@ -647,6 +679,13 @@ impl Capturer {
         let taken = self.take_objects(&mut state);
         self.refusals.admit(taken)?;
         times.memory += lap.next();
+        // Input is held, but not what the container sends to itself.
+        for tracked in self.processes.values_mut() {
+            if !tracked.files.stands_still()? {
+                return Err(CaptureError::Transient("a TCP connection has just received data"));
+            }
+        }
+        times.files += lap.next();
         Ok(state)
     }
 

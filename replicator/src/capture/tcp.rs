@@ -56,9 +56,9 @@ fn synchronized(state: u8) -> Option<TcpState> {
 /// for it.
 #[derive(Clone, Debug)]
 pub(super) struct Ahead {
-    local: SocketAddr,
-    remote: SocketAddr,
-    options: SocketOptions,
+    pub(super) local: SocketAddr,
+    pub(super) remote: SocketAddr,
+    pub(super) options: SocketOptions,
 }
 
 /// What is remembered of a socket from one look ahead to the next.
@@ -107,6 +107,22 @@ pub(super) fn ahead(
     Ok(Some(Ahead { local: local(fd)?, remote, options }))
 }
 
+fn listener(fd: BorrowedFd<'_>, backlog: u32) -> Result<TcpListener, CaptureError> {
+    let mut options = options::all(fd, true)?;
+    options.max_segment = max_segment(fd)?;
+    Ok(TcpListener { local: local(fd)?, backlog, options })
+}
+
+/// What rarely changes of a listener.
+pub(super) fn listener_ahead(
+    fd: BorrowedFd<'_>,
+    what: &str,
+    diag: &UnixDiag,
+) -> Result<TcpListener, CaptureError> {
+    refuse(fd, what, diag, true)?;
+    listener(fd, 0)
+}
+
 /// What a checkpoint cannot hold of a TCP socket.
 fn refuse(
     fd: BorrowedFd<'_>,
@@ -152,9 +168,7 @@ pub(super) fn tcp(
     match info[0] {
         state::LISTEN => {
             let backlog = u32::from_ne_bytes(info[28..32].try_into().expect("four bytes"));
-            let mut options = options::all(fd, true)?;
-            options.max_segment = max_segment(fd)?;
-            Ok(Kind::TcpListener(TcpListener { local: local(fd)?, backlog, options }))
+            Ok(Kind::TcpListener(listener(fd, backlog)?))
         }
         state::SYN_SENT => connecting(fd, what, diag),
         state::CLOSE if has_ended(fd)? => Ok(Kind::Tcp(Box::new(closed(fd)?))),
@@ -332,6 +346,25 @@ fn in_repair(fd: BorrowedFd<'_>, state: TcpState) -> SysResult<Repaired> {
         // In repair mode this is what the peer announced (mss_clamp).
         mss: get_i32(fd, TCP, libc::TCP_MAXSEG)? as u32,
     })
+}
+
+/// The last `len` bytes that a connection with these options has written; none of them is
+/// acknowledged.
+pub(super) fn unacknowledged(
+    fd: BorrowedFd<'_>,
+    len: usize,
+    options: &SocketOptions,
+) -> Result<Vec<u8>, CaptureError> {
+    set_i32(fd, libc::IPPROTO_TCP, TCP_REPAIR, REPAIR_ON)?;
+    let bytes = set_i32(fd, libc::IPPROTO_TCP, TCP_REPAIR_QUEUE, SEND_QUEUE)
+        .and_then(|()| peek_tail(fd, len));
+    leave_repair(fd, options)?;
+    match bytes {
+        Err(e) if e.code() == libc::EIO => {
+            Err(CaptureError::Transient("a TCP connection has just been acknowledged"))
+        }
+        other => Ok(other?),
+    }
 }
 
 /// Copies `len` bytes of the selected queue and leaves them there.

@@ -1,4 +1,5 @@
-//! BPF programs and maps: bpf(2). Just what a small program at the ingress of a device needs.
+//! BPF programs, maps and iterators: bpf(2). Just what a small program at the ingress of a device
+//! needs, and programs that write what they see of a process into a file.
 
 use super::error::{SysError, SysResult, check};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -7,8 +8,14 @@ const MAP_CREATE: i32 = 0;
 const MAP_UPDATE: i32 = 2;
 const PROG_LOAD: i32 = 5;
 const LINK_CREATE: i32 = 28;
+const ITER_CREATE: i32 = 33;
 const MAP_TYPE_HASH: u32 = 1;
 const PROG_TYPE_SCHED_CLS: u32 = 3;
+const PROG_TYPE_TRACING: u32 = 26;
+/// BPF_TRACE_ITER.
+const TRACE_ITER: u32 = 28;
+/// Place of attach_btf_id in a request to load a program.
+const ATTACH_BTF_ID: usize = 108;
 /// BPF_TCX_INGRESS.
 const TCX_INGRESS: u32 = 46;
 /// As much of union bpf_attr as is used here.
@@ -68,29 +75,81 @@ pub fn set(map: BorrowedFd<'_>, key: &[u8], value: &[u8]) -> SysResult<()> {
 /// Loads a program for packets that arrive at a device, under the GPL as its kernel functions
 /// demand.
 pub fn load(instructions: &[u8]) -> SysResult<OwnedFd> {
+    load_as(instructions, PROG_TYPE_SCHED_CLS, 0, 0, "a program for packets")
+}
+
+/// Loads a program for an iterator; `target` is the BTF id of the iterator's function.
+pub fn load_iterator(instructions: &[u8], target: u32) -> SysResult<OwnedFd> {
+    load_as(instructions, PROG_TYPE_TRACING, TRACE_ITER, target, "a program for an iterator")
+}
+
+fn load_as(
+    instructions: &[u8],
+    kind: u32,
+    attach_type: u32,
+    target: u32,
+    what: &str,
+) -> SysResult<OwnedFd> {
     const LICENSE: &[u8] = b"GPL\0";
+    /// Place of expected_attach_type.
+    const ATTACH_TYPE: usize = 68;
     let request = |level: u32, log: (u64, usize)| {
-        Attr::new()
-            .word(PROG_TYPE_SCHED_CLS)
+        let mut attr = Attr::new()
+            .word(kind)
             .word((instructions.len() / 8) as u32)
             .pointer(instructions)
             .pointer(LICENSE)
             .word(level)
             .word(log.1 as u32)
-            .address(log.0)
+            .address(log.0);
+        attr.1 = ATTACH_TYPE;
+        attr = attr.word(attach_type);
+        attr.1 = ATTACH_BTF_ID;
+        attr.word(target)
     };
-    match request(0, (0, 0)).open(PROG_LOAD, "BPF_PROG_LOAD", "a program for packets") {
+    match request(0, (0, 0)).open(PROG_LOAD, "BPF_PROG_LOAD", what) {
         Ok(fd) => Ok(fd),
         Err(error) => {
             let mut log = vec![0u8; LOG];
             let again = request(1, (log.as_mut_ptr() as u64, LOG));
             // It fails again, and says why.
-            let _ = again.open(PROG_LOAD, "BPF_PROG_LOAD", "a program for packets");
+            let _ = again.open(PROG_LOAD, "BPF_PROG_LOAD", what);
             let end = log.iter().position(|b| *b == 0).unwrap_or(LOG);
             let text = String::from_utf8_lossy(&log[..end]);
             let last = text.lines().rev().find(|l| !l.starts_with("processed")).unwrap_or("");
-            let object = format!("a program for packets ({last})");
+            let object = format!("{what} ({last})");
             Err(SysError { call: "BPF_PROG_LOAD", object, source: error.source })
+        }
+    }
+}
+
+/// Ties an iterator's program to the threads or descriptors of one process.
+pub fn iterate_process(program: BorrowedFd<'_>, pid: i32) -> SysResult<OwnedFd> {
+    // union bpf_iter_link_info: tid, pid of the whole process, pidfd.
+    let mut info = [0u8; 16];
+    info[4..8].copy_from_slice(&pid.to_ne_bytes());
+    let mut attr = Attr::new().word(program.as_raw_fd() as u32).word(0).word(TRACE_ITER).word(0);
+    attr = attr.pointer(&info).word(info.len() as u32);
+    attr.open(LINK_CREATE, "BPF_LINK_CREATE", &format!("pid {pid}"))
+}
+
+/// Runs an iterator from its beginning and puts what its program wrote at the beginning of `out`,
+/// which grows as needed. Gives the number of bytes.
+pub fn iterate(link: BorrowedFd<'_>, out: &mut Vec<u8>) -> SysResult<usize> {
+    const ROOM: usize = 32 << 10;
+    let attr = Attr::new().word(link.as_raw_fd() as u32);
+    let fd = attr.open(ITER_CREATE, "BPF_ITER_CREATE", "an iterator")?;
+    let mut used = 0;
+    loop {
+        if out.len() < used + ROOM {
+            out.resize((used + ROOM).next_power_of_two(), 0);
+        }
+        match nix::unistd::read(&fd, &mut out[used..]) {
+            Ok(0) => return Ok(used),
+            Ok(n) => used += n,
+            // It has gone a long way without a word.
+            Err(nix::Error::EAGAIN | nix::Error::EINTR) => {}
+            Err(e) => return Err(SysError::errno("read", "an iterator", e as i32)),
         }
     }
 }

@@ -7,9 +7,9 @@
 //! make the connection (`bpf_sk_assign_tcp_reqsk`, Linux 6.9): straight into the accept queue.
 //! What the client had sent is injected after it.
 
-mod btf;
 mod program;
 
+use crate::bpf::btf;
 use crate::image::net::Young;
 use crate::sys::{SysError, SysResult, bpf};
 use std::net::{IpAddr, SocketAddr};

@@ -10,53 +10,14 @@
 //! ```
 //! It is assembled here so that the build needs no compiler for BPF.
 
-use std::collections::HashMap;
+use crate::bpf::asm::Size::{Byte, Double, Half, Word};
+use crate::bpf::asm::{Assembler, FP, If, helper};
 
 /// Bytes of a key: both addresses, both ports as on the wire, the family (4 or 6).
 pub(super) const KEY: usize = 40;
 /// Bytes of a value: next sequence number of the client, of the server, struct bpf_tcp_req_attrs.
 pub(super) const VALUE: usize = 28;
 
-/// Helper functions by their numbers (bpf-helpers(7)).
-mod helper {
-    pub(super) const MAP_LOOKUP: i32 = 1;
-    pub(super) const MAP_DELETE: i32 = 3;
-    pub(super) const LOAD_BYTES: i32 = 26;
-    pub(super) const RELEASE: i32 = 86;
-    pub(super) const LOOKUP_TCP: i32 = 99;
-    pub(super) const TO_TCP_SOCK: i32 = 137;
-}
-
-/// Sizes of loads and stores.
-#[derive(Clone, Copy)]
-enum Size {
-    Word = 0x00,
-    Half = 0x08,
-    Byte = 0x10,
-    Double = 0x18,
-}
-use Size::{Byte, Double, Half, Word};
-
-/// Jumps.
-#[derive(Clone, Copy)]
-enum If {
-    Always = 0x05,
-    Equal = 0x15,
-    NotEqual = 0x55,
-    AnyBit = 0x45,
-}
-
-type Label = &'static str;
-
-#[derive(Default)]
-struct Assembler {
-    code: Vec<[u8; 8]>,
-    labels: HashMap<Label, usize>,
-    jumps: Vec<(usize, Label)>,
-}
-
-/// Frame pointer.
-const FP: u8 = 10;
 // Places on the stack.
 const KEY_AT: i16 = -40;
 const TUPLE4_AT: i16 = -56;
@@ -75,71 +36,6 @@ const SOCK_STATE: i16 = 72;
 const ATTRS: i32 = 20;
 
 impl Assembler {
-    fn push(&mut self, code: u8, dst: u8, src: u8, off: i16, imm: i32) {
-        let [o0, o1] = off.to_le_bytes();
-        let [a, b, c, d] = imm.to_le_bytes();
-        self.code.push([code, dst | src << 4, o0, o1, a, b, c, d]);
-    }
-
-    fn label(&mut self, name: Label) {
-        self.labels.insert(name, self.code.len());
-    }
-
-    fn mov(&mut self, dst: u8, src: u8) {
-        self.push(0xbf, dst, src, 0, 0);
-    }
-
-    fn set(&mut self, dst: u8, value: i32) {
-        self.push(0xb7, dst, 0, 0, value);
-    }
-
-    /// The address of a place on the stack.
-    fn place(&mut self, dst: u8, at: i16) {
-        self.mov(dst, FP);
-        self.push(0x07, dst, 0, 0, i32::from(at));
-    }
-
-    fn load(&mut self, size: Size, dst: u8, base: u8, at: i16) {
-        self.push(0x61 | size as u8, dst, base, at, 0);
-    }
-
-    fn store(&mut self, size: Size, base: u8, at: i16, src: u8) {
-        self.push(0x63 | size as u8, base, src, at, 0);
-    }
-
-    fn store_value(&mut self, size: Size, base: u8, at: i16, value: i32) {
-        self.push(0x62 | size as u8, base, 0, at, value);
-    }
-
-    /// From the network's order of bytes.
-    fn swap(&mut self, reg: u8) {
-        self.push(0xdc, reg, 0, 0, 32);
-    }
-
-    fn jump(&mut self, when: If, reg: u8, value: i32, to: Label) {
-        self.jumps.push((self.code.len(), to));
-        self.push(when as u8, reg, 0, 0, value);
-    }
-
-    /// Compares two registers.
-    fn jump_reg(&mut self, when: If, reg: u8, other: u8, to: Label) {
-        self.jumps.push((self.code.len(), to));
-        self.push(when as u8 | 0x08, reg, other, 0, 0);
-    }
-
-    fn call(&mut self, helper: i32) {
-        self.push(0x85, 0, 0, 0, helper);
-    }
-
-    fn kernel_function(&mut self, id: u32) {
-        self.push(0x85, 0, 2, 0, id as i32);
-    }
-
-    fn map(&mut self, dst: u8, fd: i32) {
-        self.push(0x18, dst, 1, 0, fd);
-        self.push(0, 0, 0, 0, 0);
-    }
-
     /// Copies bytes of the packet to the stack; offset in register 7 if `from` is none.
     fn packet(&mut self, from: Option<i32>, to: i16, len: i32) {
         self.mov(1, 6);
@@ -156,19 +52,6 @@ impl Assembler {
     fn release(&mut self) {
         self.mov(1, 8);
         self.call(helper::RELEASE);
-    }
-
-    fn leave(&mut self, verdict: i32) {
-        self.set(0, verdict);
-        self.push(0x95, 0, 0, 0, 0);
-    }
-
-    fn finish(mut self) -> Vec<u8> {
-        for (at, label) in &self.jumps {
-            let distance = self.labels[label] as i16 - *at as i16 - 1;
-            self.code[*at][2..4].copy_from_slice(&distance.to_le_bytes());
-        }
-        self.code.concat()
     }
 }
 

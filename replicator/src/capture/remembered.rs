@@ -1,0 +1,197 @@
+//! TCP sockets that a glance ([`super::glance`]) shows: what rarely changes of them is read while
+//! the container runs, and in the stop only what was sent or received since the last one.
+//!
+//! What is remembered counts for a socket only if the glance in the stop shows the same connection
+//! (its cookie, addresses, what was agreed on) with the same options. Bytes of its queues that were
+//! read at an earlier stop count as long as their sequence numbers say that they are the same: a
+//! byte of a stream never changes.
+
+use super::glance::Tcp;
+use super::{CaptureError, tcp};
+use crate::image::Kind;
+use crate::image::net::{SocketOptions, TcpConnection, TcpListener, TcpState};
+use crate::sys::SysResult;
+use crate::sys::sockopt::get;
+use crate::sys::unix_diag::UnixDiag;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+const ESTABLISHED: u8 = 1;
+const LISTEN: u8 = 10;
+const SO_COOKIE: i32 = 57;
+/// Longer queues are read at each stop.
+const KEPT: usize = 64 << 10;
+/// More than any queue can hold: the numbers are not what they should be.
+const ABSURD: u32 = 1 << 30;
+
+/// What is remembered of a TCP socket.
+#[derive(Clone, Debug)]
+pub(super) struct Remembered {
+    record: Box<[u8]>,
+    what: What,
+    sent: Queue,
+    received: Queue,
+}
+
+#[derive(Clone, Debug)]
+enum What {
+    Connection { local: SocketAddr, remote: SocketAddr, options: SocketOptions },
+    Listener(TcpListener),
+}
+
+/// The last bytes of a stream that were in a queue, and the sequence number behind them.
+#[derive(Clone, Debug, Default)]
+struct Queue {
+    end: u32,
+    bytes: Vec<u8>,
+}
+
+impl Queue {
+    /// The bytes from `start` to `end`, if they are all here.
+    fn get(&self, start: u32, end: u32) -> Option<&[u8]> {
+        let len = end.wrapping_sub(start) as usize;
+        let from = self.bytes.len().checked_sub(len)?;
+        (end == self.end).then(|| &self.bytes[from..])
+    }
+
+    fn keep(&mut self, end: u32, bytes: &[u8]) {
+        self.bytes.clear();
+        // What is not kept must not look like an empty queue with this end.
+        self.end = if bytes.len() <= KEPT { end } else { end.wrapping_sub(ABSURD) };
+        if bytes.len() <= KEPT {
+            self.bytes.extend_from_slice(bytes);
+        }
+    }
+}
+
+/// Reads what is to be remembered of a socket, while the container runs. `seen` was seen before.
+/// None for one in a state that passes.
+pub(super) fn remember(
+    fd: BorrowedFd<'_>,
+    seen: Tcp<'_>,
+    what: &str,
+    diag: &UnixDiag,
+) -> Result<Option<Remembered>, CaptureError> {
+    let mut cookie = [0u8; 8];
+    get(fd, libc::SOL_SOCKET, SO_COOKIE, &mut cookie)?;
+    let what = match seen.state() {
+        LISTEN => What::Listener(tcp::listener_ahead(fd, what, diag)?),
+        ESTABLISHED => match tcp::ahead(fd, what, None, diag)? {
+            Some(tcp::Ahead { local, remote, options }) => {
+                What::Connection { local, remote, options }
+            }
+            None => return Ok(None),
+        },
+        _ => return Ok(None),
+    };
+    let record = seen.with_cookie(u64::from_ne_bytes(cookie));
+    Ok(Some(Remembered { record, what, sent: Queue::default(), received: Queue::default() }))
+}
+
+impl Remembered {
+    /// Whether it counts for what is seen now.
+    pub(super) fn is_of(&self, seen: Tcp<'_>) -> bool {
+        let state = match self.what {
+            What::Connection { .. } => ESTABLISHED,
+            What::Listener(_) => LISTEN,
+        };
+        seen.state() == state
+            && seen.is_of(&self.record)
+            && seen.has_options_of(&self.record)
+            && !seen.is_special()
+    }
+
+    /// The socket as it is in a stop, for which [`Remembered::is_of`] was true. `open` gives a
+    /// duplicate of its descriptor, if one is needed.
+    pub(super) fn take(
+        &mut self,
+        seen: Tcp<'_>,
+        open: impl Fn() -> SysResult<OwnedFd>,
+    ) -> Result<Kind, CaptureError> {
+        let options = |mut options: SocketOptions| {
+            options.buffers = seen.buffers();
+            (options.no_delay, options.cork) = seen.delays();
+            options
+        };
+        let (local, remote, options) = match &self.what {
+            What::Listener(l) => {
+                return Ok(Kind::TcpListener(TcpListener {
+                    local: l.local,
+                    backlog: seen.backlog(),
+                    options: options(l.options.clone()),
+                }));
+            }
+            What::Connection { local, remote, options: o } => (*local, *remote, options(o.clone())),
+        };
+        let (write_seq, una) = seen.sent();
+        let (rcv_nxt, copied) = seen.received();
+        let (unacknowledged, unread) = (write_seq.wrapping_sub(una), rcv_nxt.wrapping_sub(copied));
+        if unacknowledged > ABSURD || unread > ABSURD {
+            return Err(CaptureError::Transient("a TCP connection is changing"));
+        }
+        let mut dup = None;
+        let receive_queue = match self.received.get(copied, rcv_nxt) {
+            _ if unread == 0 => Vec::new(),
+            Some(bytes) => bytes.to_vec(),
+            None => {
+                let fd = dup.insert(open()?);
+                let bytes = tcp::peek(fd.as_fd(), unread as usize)?;
+                self.received.keep(rcv_nxt, &bytes);
+                bytes
+            }
+        };
+        let send_queue = match self.sent.get(una, write_seq) {
+            _ if unacknowledged == 0 => Vec::new(),
+            Some(bytes) => bytes.to_vec(),
+            None => {
+                let fd = match dup {
+                    Some(fd) => fd,
+                    None => open()?,
+                };
+                let bytes = tcp::unacknowledged(fd.as_fd(), unacknowledged as usize, &options)?;
+                self.sent.keep(write_seq, &bytes);
+                bytes
+            }
+        };
+        Ok(Kind::Tcp(Box::new(TcpConnection {
+            local,
+            remote,
+            state: TcpState::Established,
+            write_seq,
+            rcv_nxt,
+            send_queue,
+            receive_queue,
+            window: seen.window(),
+            mss: seen.peer_segment(),
+            sack: seen.sack(),
+            window_scale: seen.scales(),
+            timestamp: seen.timestamp(),
+            options,
+            shut_read: seen.is_shut_for_reading(),
+            error: false,
+        })))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_count_only_with_their_sequence_numbers() {
+        let mut queue = Queue::default();
+        queue.keep(5, b"hello");
+        assert_eq!(queue.get(0, 5), Some(&b"hello"[..]));
+        assert_eq!(queue.get(3, 5), Some(&b"lo"[..]), "some were acknowledged");
+        assert_eq!(queue.get(5, 5), Some(&b""[..]));
+        assert_eq!(queue.get(0, 6), None, "one more was written");
+        assert_eq!(queue.get(5, 10), None, "as many others were written");
+        assert_eq!(queue.get(u32::MAX, 5), None, "more than was read");
+        queue.keep(2, b"wrapped");
+        assert_eq!(queue.get(u32::MAX, 2), Some(&b"ped"[..]));
+        let long = vec![1; KEPT + 1];
+        queue.keep(9, &long);
+        assert_eq!(queue.get(9, 9), None);
+        assert_eq!(queue.get(8, 9), None, "not kept");
+    }
+}

@@ -1,0 +1,291 @@
+//! What a glance shows of a stopped process is what there is: descriptors that change in every way
+//! between the look ahead and the stop, each stop compared with a look at them one by one. Needs
+//! root.
+
+mod common;
+
+use common::{CONTAINER, Lan, Original, Scratch, wait_until};
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use replicator::Epoch;
+use replicator::capture::{CaptureError, Glances, NoBoundary, StopTimes, warm_up};
+use replicator::image::Kind;
+use replicator::image::net::TcpConnection;
+use replicator::sys::sockopt;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::Path;
+use std::time::Duration;
+
+const PORT: u16 = 7100;
+
+/// Not a test: the program that runs in the container, and does what it is told.
+#[test]
+fn subject() {
+    if std::env::var_os(common::SUBJECT).is_some() {
+        run();
+    }
+}
+
+fn run() {
+    let listener = TcpListener::bind(("0.0.0.0", PORT)).expect("bound");
+    println!("listening");
+    let (control, _) = listener.accept().expect("accepted");
+    let mut lines = BufReader::new(control.try_clone().expect("a duplicate")).lines();
+    let mut streams: Vec<TcpStream> = Vec::new();
+    let mut epolls: Vec<Epoll> = Vec::new();
+    let mut events: Vec<EventFd> = Vec::new();
+    let mut spare: Vec<OwnedFd> = Vec::new();
+    let event = |data| EpollEvent::new(EpollFlags::EPOLLIN, data);
+    while let Some(Ok(line)) = lines.next() {
+        let words: Vec<&str> = line.split(' ').collect();
+        let n = |at: usize| words[at].parse::<usize>().expect("a number");
+        match words[0] {
+            "accept" => streams.push(listener.accept().expect("accepted").0),
+            "write" => streams[n(1)].write_all(&vec![n(3) as u8; n(2)]).expect("written"),
+            "read" => streams[n(1)].read_exact(&mut vec![0; n(2)]).expect("read"),
+            "set" => {
+                let fd = streams[n(1)].as_fd();
+                sockopt::set_i32(fd, n(2) as i32, n(3) as i32, n(4) as i32).expect("set");
+            }
+            "listener" => {
+                let fd = listener.as_fd();
+                sockopt::set_i32(fd, n(1) as i32, n(2) as i32, n(3) as i32).expect("set");
+            }
+            "close" => drop(streams.remove(n(1))),
+            "dup" => spare.push(streams[n(1)].try_clone().expect("a duplicate").into()),
+            "undup" => spare.clear(),
+            "keep" => {
+                fcntl(&streams[n(1)], FcntlArg::F_SETFD(FdFlag::empty())).expect("set");
+            }
+            "block" => streams[n(1)].set_nonblocking(n(2) == 0).expect("set"),
+            "epoll" => epolls.push(Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).expect("epoll")),
+            "watch" => epolls[n(1)].add(&streams[n(2)], event(n(3) as u64)).expect("added"),
+            "change" => {
+                epolls[n(1)].modify(&streams[n(2)], &mut event(n(3) as u64)).expect("changed");
+            }
+            "forget" => epolls[n(1)].delete(&streams[n(2)]).expect("taken out"),
+            "event" => events.push(EventFd::from_flags(EfdFlags::EFD_NONBLOCK).expect("eventfd")),
+            "count" => drop(events[n(1)].write(n(2) as u64).expect("counted")),
+            // Another kind of thing at the same number, with the same inode.
+            "swap" => {
+                let number = events[n(1)].as_fd().as_raw_fd();
+                drop(events.remove(n(1)));
+                // The lowest number that is free.
+                let fresh = Epoll::new(EpollCreateFlags::empty()).expect("epoll");
+                assert_eq!(fresh.0.as_raw_fd(), number);
+                epolls.push(fresh);
+            }
+            "flood" => {
+                (&control).write_all(b".").expect("answered");
+                for round in 0..4u8 {
+                    wait_until("it is told", || Path::new(&format!("go{round}")).exists());
+                    streams[n(1)].write_all(&[round; 100]).expect("written");
+                    std::fs::write(format!("done{round}"), "").expect("said");
+                }
+                continue;
+            }
+            other => panic!("{other}?"),
+        }
+        (&control).write_all(b".").expect("answered");
+    }
+}
+
+struct Stage {
+    original: Original,
+    lan: Lan,
+    control: TcpStream,
+    clients: Vec<TcpStream>,
+    _dir: Scratch,
+}
+
+impl Stage {
+    fn new(name: &str) -> Self {
+        let dir = Scratch::new(name);
+        let lan = Lan::new(name);
+        let exe = std::env::current_exe().expect("a path");
+        let command = [exe.to_str().expect("a path"), "--exact", "subject", "--nocapture"];
+        let mut original = Original::start_with(&dir, &command, |pid| lan.connect(pid, "cable"));
+        original.capturer.set_glances(Glances::Checked);
+        lan.plug("cable");
+        let console = original.console();
+        original.pump_until("it listens", || {
+            std::fs::read_to_string(&console).is_ok_and(|s| s.contains("listening"))
+        });
+        let control = Self::dial(&lan);
+        Self { original, lan, control, clients: Vec::new(), _dir: dir }
+    }
+
+    fn dial(lan: &Lan) -> TcpStream {
+        let connect = || TcpStream::connect((CONTAINER, PORT)).expect("connected");
+        lan.namespace.enter(connect).expect("entered")
+    }
+
+    fn tell(&mut self, line: &str) {
+        if line == "accept" {
+            self.clients.push(Self::dial(&self.lan));
+        }
+        self.control.write_all(format!("{line}\n").as_bytes()).expect("sent");
+        self.control.set_nonblocking(true).expect("set");
+        let control = &self.control;
+        let answered = || (&mut { control }).read(&mut [0]).is_ok_and(|n| n == 1);
+        self.original.pump_until(line, answered);
+        self.control.set_nonblocking(false).expect("set");
+        self.settle();
+    }
+
+    /// Waits until what was written is acknowledged.
+    fn settle(&self) {
+        let quiet = |s: &TcpStream| sockopt::out_queue(s.as_fd()).expect("asked") == 0;
+        wait_until("all is sent", || quiet(&self.control) && self.clients.iter().all(quiet));
+        // Acknowledgements that wait for data to go with.
+        std::thread::sleep(Duration::from_millis(50));
+    }
+
+    fn stop(&mut self) -> StopTimes {
+        let o = &mut self.original;
+        o.epoch += 1;
+        loop {
+            match o.capturer.stop(Epoch(o.epoch), &mut NoBoundary, &mut o.state, &mut o.pages) {
+                Err(CaptureError::Transient(_)) => {}
+                other => return other.expect("a glance shows what is there"),
+            }
+        }
+    }
+
+    fn look_ahead(&mut self) {
+        self.original.capturer.prepare().expect("prepared");
+        self.original.capturer.precopy().expect("looked ahead");
+    }
+
+    fn connection(&self, client: usize) -> &TcpConnection {
+        let address = self.clients[client].local_addr().expect("an address");
+        let all = self.original.state.descriptions.iter();
+        all.filter_map(|d| match &d.kind {
+            Kind::Tcp(c) => Some(&**c),
+            _ => None,
+        })
+        .find(|c| c.remote == address)
+        .expect("captured")
+    }
+}
+
+#[test]
+fn whatever_changes_before_a_stop_is_seen_in_it() {
+    if !warm_up() {
+        println!("skipped: this kernel shows descriptors one by one only");
+        return;
+    }
+    let mut stage = Stage::new("glances");
+    let set = |i, level, name, value| format!("set {i} {level} {name} {value}");
+    let steps: Vec<String> = [
+        "accept",
+        "accept",
+        "epoll",
+        "epoll",
+        "watch 0 0 7",
+        "watch 0 1 8",
+        "change 0 1 9",
+        "forget 0 0",
+        "watch 1 1 3",
+        "watch 0 0 2",
+        "forget 1 1",
+        "dup 0",
+        "undup",
+        "event",
+        "count 0 3",
+        "event",
+        "swap 0",
+        "write 0 100 1",
+        "write 1 5000 2",
+        "keep 0",
+        "block 1 0",
+        "block 1 1",
+    ]
+    .map(String::from)
+    .into_iter()
+    .chain([
+        set(0, libc::IPPROTO_TCP, libc::TCP_NODELAY, 1),
+        set(0, libc::IPPROTO_TCP, libc::TCP_CORK, 1),
+        set(0, libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, 77),
+        set(0, libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT, 777),
+        set(0, libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, 7777),
+        set(0, libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1),
+        set(0, libc::SOL_SOCKET, libc::SO_SNDBUF, 100_000),
+        set(0, libc::SOL_SOCKET, libc::SO_RCVLOWAT, 2),
+        set(0, libc::SOL_SOCKET, libc::SO_PRIORITY, 3),
+        set(0, libc::IPPROTO_IP, libc::IP_TOS, 8),
+        set(0, libc::IPPROTO_IP, libc::IP_TTL, 9),
+        set(0, libc::IPPROTO_IP, libc::IP_RECVERR, 1),
+        set(0, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DO),
+        format!("listener {} {} 1", libc::SOL_SOCKET, libc::SO_KEEPALIVE),
+        "close 0".into(),
+        "accept".into(),
+    ])
+    .collect();
+    let mut glanced = 0;
+    for step in &steps {
+        stage.look_ahead();
+        stage.tell(step);
+        stage.stop();
+        // Nothing has changed since: now all can be seen at once.
+        stage.look_ahead();
+        let times = stage.stop();
+        println!("{step}: {} descriptors at a glance", times.glanced);
+        glanced = times.glanced;
+    }
+    // The listener, three connections, three epoll instances, an eventfd.
+    assert!(glanced >= 8, "only {glanced} at a glance");
+}
+
+#[test]
+fn queues_are_what_they_are_at_each_stop() {
+    if !warm_up() {
+        println!("skipped: this kernel shows descriptors one by one only");
+        return;
+    }
+    let mut stage = Stage::new("queues");
+    for _ in 0..2 {
+        stage.tell("accept");
+    }
+    stage.look_ahead();
+    stage.stop();
+    // What the container has received and not read.
+    for (round, bytes) in [b"one".as_slice(), b"two2", b"three"].into_iter().enumerate() {
+        stage.clients[0].write_all(bytes).expect("sent");
+        stage.settle();
+        stage.stop();
+        let queue = stage.connection(0).receive_queue.clone();
+        assert!(queue.ends_with(bytes), "round {round}: {queue:?}");
+        stage.stop();
+        assert_eq!(stage.connection(0).receive_queue, queue, "nothing has changed");
+    }
+    stage.tell("read 0 3");
+    stage.stop();
+    assert_eq!(stage.connection(0).receive_queue, b"two2three");
+    // As many bytes as were read, and others: the length alone says nothing.
+    stage.tell("read 0 4");
+    stage.clients[0].write_all(b"four").expect("sent");
+    stage.settle();
+    stage.stop();
+    assert_eq!(stage.connection(0).receive_queue, b"threefour");
+
+    // What it has sent and nobody acknowledges, because the cable is cut. So it is told in another
+    // way.
+    stage.tell("flood 1");
+    stage.look_ahead();
+    stage.lan.unplug("cable");
+    let mut sent = Vec::new();
+    for round in 0..4u8 {
+        std::fs::write(stage.original.dir.join(format!("go{round}")), "").expect("told");
+        let done = stage.original.dir.join(format!("done{round}"));
+        stage.original.pump_until("it has written", || done.exists());
+        sent.extend([round; 100]);
+        stage.stop();
+        assert_eq!(stage.connection(1).send_queue, sent, "round {round}");
+        stage.stop();
+        assert_eq!(stage.connection(1).send_queue, sent, "nothing has changed");
+    }
+}
