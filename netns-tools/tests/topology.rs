@@ -153,7 +153,9 @@ fn protections() {
     refused("backup: beta", "backup: beta\n    over: ^lan", "need an address at alpha:lan");
     refused("backup: beta", "backup: beta\n    over: ^rep", "alpha has no interface `rep`");
     refused("{ min: 5ms, max: 30ms }", "^{ min: 50ms, max: 30ms }", "longer than the longest");
-    refused("backup: beta", "backup: beta\n    detector: ^{ timeout: 6ms }", "two heartbeats");
+    refused("backup: beta", "backup: beta\n    detector: ^{ timeout: 3ms }", "two heartbeats");
+    refused("backup: beta", "backup: beta\n    detector: ^{ most: 20ms }", "at least the timeout");
+    refused("backup: beta", "backup: beta\n    detector: ^{ stall: 100ms }", "at least 1s");
 }
 
 #[test]

@@ -126,6 +126,7 @@ fn link() -> Result<(), Failure> {
                 role: Role::Primary,
                 network: Vec::new(),
                 clocks: Default::default(),
+                pulse_port: 0,
             },
         };
         let events = move |e| {

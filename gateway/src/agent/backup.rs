@@ -32,7 +32,7 @@ use replicator::sys::sched;
 use replicator::sys::unix_diag::UnixDiag;
 use replicator::transport::admission::Notice;
 use replicator::transport::link::PrimaryConfig;
-use replicator::transport::{BackupEndpoint, Event, PrimaryLink, SharedBackup};
+use replicator::transport::{BackupEndpoint, Event, PrimaryLink, Pulse, SharedBackup};
 use replicator::wire::Checkpoint;
 use replicator::wire::message::{Bye, RefuseCode};
 use replicator::young::Door;
@@ -54,6 +54,8 @@ const NICE: i32 = -10;
 const CLOCK_MARGIN: Duration = Duration::from_millis(5);
 /// Longest sleep of the applier when nothing is due.
 const IDLE: Duration = Duration::from_millis(200);
+/// Pause between heartbeats over the connection, which keep it alive where pulses do not arrive.
+pub(super) const BEAT: Duration = Duration::from_millis(10);
 /// Pause before the other side is asked again who runs the container.
 const ASK_AGAIN: Duration = Duration::from_millis(100);
 
@@ -81,8 +83,8 @@ pub(super) struct Standby {
     pub(super) log: Mutex<InputLog>,
     pub(super) status: SharedStatus,
     pub(super) runtime: tokio::runtime::Handle,
+    pub(super) pulse: Arc<Pulse>,
     progress: AtomicU64,
-    last_life: Mutex<Instant>,
     suspicion: Mutex<Option<(Instant, Duration)>>,
     /// A primary was admitted since the agent's start.
     admitted: AtomicBool,
@@ -95,6 +97,7 @@ impl Standby {
         endpoint: Arc<BackupEndpoint>,
         judge: Judge,
         memory: Memory,
+        pulse: Arc<Pulse>,
     ) -> Arc<Self> {
         Arc::new(Self {
             name: place.network.name.clone(),
@@ -106,8 +109,8 @@ impl Standby {
             log: Mutex::new(InputLog::new(LOG_BYTES, LOG_FRAMES)),
             status: place.status.clone(),
             runtime: place.runtime.clone(),
+            pulse,
             progress: AtomicU64::new(0),
-            last_life: Mutex::new(Instant::now()),
             suspicion: Mutex::default(),
             admitted: AtomicBool::new(false),
         })
@@ -161,6 +164,8 @@ pub(super) async fn follow(
                 let _ = orders.send(Order::Admitted);
             }
             Notice::Event(_, event) => heard(&shell, event),
+            // Taken by whoever beats.
+            Notice::Pulses(_) => {}
             Notice::TurnedAway(peer, error) => {
                 metrics::counter!("nilicon_peers_turned_away_total").increment(1);
                 tracing::warn!(container = shell.name, %peer, %error, "turned away");
@@ -172,9 +177,8 @@ pub(super) async fn follow(
 
 fn heard(shell: &Standby, event: Event) {
     match event {
-        Event::Heard(_) => *lock(&shell.last_life) = Instant::now(),
+        Event::Heard(_) => {}
         Event::Input { epoch, bytes, .. } => {
-            *lock(&shell.last_life) = Instant::now();
             lock(&shell.log).push(LoggedFrame { epoch, frame: bytes });
         }
         Event::Bye { bye, .. } => {
@@ -190,7 +194,7 @@ fn act(shell: &Arc<Standby>, orders: &mpsc::UnboundedSender<Order>, action: Acti
     match action {
         Action::Ask { base, wanted } => {
             let now = Instant::now();
-            let silence = now - *lock(&shell.last_life);
+            let silence = shell.core.silence();
             *lock(&shell.suspicion) = Some((now, silence));
             tracing::warn!(container = shell.name, ?silence, generation = %wanted,
                 "asking to take over from the primary");
@@ -230,18 +234,18 @@ fn act(shell: &Arc<Standby>, orders: &mpsc::UnboundedSender<Order>, action: Acti
     }
 }
 
-/// Sends heartbeats and gives the core its time.
-pub(super) async fn beat(shell: Arc<Standby>, pause: Duration) {
-    let mut ticks = tokio::time::interval(pause);
+/// Sends heartbeats that keep the connection, and looks after what else has its time.
+pub(super) async fn beat(shell: Arc<Standby>) {
+    let mut ticks = tokio::time::interval(BEAT);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut received = Vec::new();
     loop {
         ticks.tick().await;
+        shell.pulse.vitals().ran();
         // A large checkpoint on a busy machine can hold up heartbeats and take long to be
         // complete; what has arrived of it is a sign of life as well.
         let now = shell.endpoint.received();
         for (link, _) in now.iter().filter(|of_link| !received.contains(*of_link)) {
-            *lock(&shell.last_life) = Instant::now();
             shell.core.handle(Input::Heard(*link));
         }
         received = now;
@@ -356,6 +360,7 @@ impl Applier {
             tracing::debug!(%error, "the applier runs at ordinary priority");
         }
         loop {
+            self.shell.pulse.vitals().worked();
             match self.next() {
                 Next::Checkpoint(checkpoint) => self.apply(&checkpoint),
                 Next::Order(Order::Admitted) => {

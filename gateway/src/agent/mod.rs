@@ -36,7 +36,7 @@ use replicator::protocol::backup::Backup;
 use replicator::sys::sched;
 use replicator::transport::admission::Notice;
 use replicator::transport::backup::BackupConfig;
-use replicator::transport::{BackupEndpoint, HostRole, Identity, SharedBackup};
+use replicator::transport::{BackupEndpoint, HostRole, Identity, Pulse, SharedBackup};
 use replicator::wire::Limits;
 use replicator::wire::message::Role as WireRole;
 use status::{AgentStatus, ContainerStatus, Phase, Request, Role};
@@ -44,11 +44,11 @@ use std::net::SocketAddr;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tokio::sync::{Notify, mpsc};
-use worker::{Duty, Place};
+use worker::{Duty, Place, Seen};
 
 /// Threads of the runtime that carries checkpoints and heartbeats, and their real-time priority:
 /// clients wait for what they carry, and a late heartbeat looks like a dead host.
@@ -206,7 +206,7 @@ impl Agent {
         let options = &self.options;
         let (lab, host) = (&options.topology.name, &options.host);
         let name = place.network.name.clone();
-        let times = place.times();
+        let times = place.times(Seen::FromBackup);
         let memory = Memory::recall(lab, host, &name)?;
         let config = replicator::protocol::backup::Config { times };
         let core = Backup::new(config, memory.newest(), Duration::ZERO);
@@ -214,26 +214,41 @@ impl Agent {
         let depth = backup::DEPTH as u32;
         let clocks = SharedClocks::default();
         let read = clocks.clone();
-        let tell = move |notice| {
-            if let Notice::Admitted(_, _, hello) = &notice {
-                *lock(&read) = Some((hello.clocks, Instant::now()));
-            }
-            let _ = tell.send(notice);
-        };
-        let core = Arc::new(SharedBackup::new(core, Instant::now(), &name, host, depth, tell));
+        let address = place.address(protect, host)?;
+        let pulse = Arc::new(Pulse::start(SocketAddr::new(address, 0), times.interval)?);
+        let (beating, port) = (pulse.clone(), pulse.port());
+        let core = Arc::new_cyclic(|me: &Weak<SharedBackup>| {
+            let me = me.clone();
+            let tell = move |notice| {
+                let notice = match notice {
+                    Notice::Pulses(session) => {
+                        if let Some(listener) = me.upgrade() {
+                            beating.meet(*session, listener);
+                        }
+                        return;
+                    }
+                    other => other,
+                };
+                if let Notice::Admitted(_, _, hello) = &notice {
+                    *lock(&read) = Some((hello.clocks, Instant::now()));
+                }
+                let _ = tell.send(notice);
+            };
+            SharedBackup::new(core, Instant::now(), &name, host, depth, tell).with_pulses_at(port)
+        });
         let endpoint = BackupEndpoint::bind(BackupConfig {
-            bind: SocketAddr::new(place.address(protect, host)?, protect.port),
+            bind: SocketAddr::new(address, protect.port),
             peer_host: place.peer(protect).to_owned(),
             identity: Identity::load(&options.pki, host, HostRole::Host)?,
             limits: Limits::default(),
         })?;
         let judge = Judge::of(options, protect)?;
-        let shell = Standby::new(&place, core.clone(), endpoint.clone(), judge, memory);
+        let shell = Standby::new(&place, core.clone(), endpoint.clone(), judge, memory, pulse);
         let (orders_in, orders) = mpsc::unbounded_channel();
         let (checkpoints_in, checkpoints) = mpsc::channel(backup::DEPTH);
         self.runtime.spawn(endpoint.serve(core, checkpoints_in));
         self.runtime.spawn(backup::follow(shell.clone(), notices, orders_in.clone()));
-        self.runtime.spawn(backup::beat(shell.clone(), times.interval));
+        self.runtime.spawn(backup::beat(shell.clone()));
         if protect.primary == *host {
             let question = place.link_config(protect, Generation::default(), WireRole::Backup)?;
             self.runtime.spawn(backup::find_out(shell.clone(), question, orders_in));

@@ -21,8 +21,10 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use replicator::ack::CommitProof;
 use replicator::image::Clocks;
 use replicator::protocol::LinkId;
+use replicator::protocol::detector::Marks;
 use replicator::protocol::primary::{Action, Input, Primary, State};
 use replicator::transport::link::PrimaryConfig;
+use replicator::transport::pulse::Listener;
 use replicator::transport::{LinkError, PrimaryEvent, PrimaryLink};
 use replicator::wire::message::{Bye, Hello};
 use replicator::{Epoch, Generation};
@@ -442,6 +444,39 @@ impl Shell {
     }
 }
 
+/// What the thread that beats tells a primary.
+struct Ear(Weak<Shell>);
+
+impl Listener for Ear {
+    fn pulse(&self, link: LinkId, _: Marks) {
+        if let Some(shell) = self.0.upgrade() {
+            shell.handle(Input::Heard(link));
+        }
+    }
+
+    fn tick(&self) {}
+}
+
+// Signs of life.
+impl Shell {
+    /// From now on pulses are those of this connection.
+    fn beat_for(&self, link: LinkId, connection: &PrimaryLink, port: u16) {
+        let Some(standby) = self.standby.as_ref().filter(|_| port != 0) else { return };
+        match connection.pulses(link, port) {
+            Ok(session) => standby.pulse.meet(session, Arc::new(Ear(self.me.clone()))),
+            Err(error) => tracing::warn!(container = self.name, %error, "no pulses"),
+        }
+    }
+
+    /// The stop thread has come around; whether what it does next may take long.
+    pub(super) fn worked(&self, long: bool) {
+        if let Some(standby) = &self.standby {
+            standby.pulse.vitals().worked();
+            standby.pulse.vitals().takes_long(long);
+        }
+    }
+}
+
 // What the shipper does with a checkpoint that was taken.
 impl Shell {
     /// The link that a checkpoint goes over; none if it was taken for another one.
@@ -514,8 +549,6 @@ pub(super) struct LinkSettings {
     pub(super) config: PrimaryConfig,
     /// Offsets of the container's clocks from the host's, in nanoseconds.
     pub(super) offsets: (i64, i64),
-    /// Pause between heartbeats.
-    pub(super) heartbeat: Duration,
 }
 
 /// The container's clocks now.
@@ -543,12 +576,17 @@ pub(super) async fn keep_connected(
         }
         let mut config = settings.config.clone();
         config.generation = shell.generation();
-        config.hello = Hello { clocks: clocks_now(settings.offsets), ..config.hello };
+        config.hello = Hello {
+            clocks: clocks_now(settings.offsets),
+            pulse_port: shell.standby.as_ref().map_or(0, |standby| standby.pulse.port()),
+            ..config.hello
+        };
         let events = shell.clone();
         let connected = PrimaryLink::connect(config, move |event| hear(&events, link, event)).await;
         match connected {
             Ok((connection, welcome)) => {
                 tracing::info!(container = shell.name, backup = welcome.host, "connected");
+                shell.beat_for(link, &connection, welcome.pulse_port);
                 *lock(&shell.link) = Some((link, Arc::new(connection)));
                 shell.handle(Input::Connected(link));
             }
@@ -579,9 +617,9 @@ fn hear(shell: &Shell, link: LinkId, event: PrimaryEvent) {
     });
 }
 
-/// Sends heartbeats and gives the core its time.
-pub(super) async fn beat(shell: Arc<Shell>, pause: Duration) {
-    let mut ticks = tokio::time::interval(pause);
+/// Sends heartbeats that keep the connection, and gives the core its time.
+pub(super) async fn beat(shell: Arc<Shell>) {
+    let mut ticks = tokio::time::interval(super::backup::BEAT);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut published = Instant::now();
     let mut received = (LinkId(0), 0);

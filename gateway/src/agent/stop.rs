@@ -215,6 +215,7 @@ impl StopLoop {
             if self.shell.must_end() {
                 return Ok(Ending::Told);
             }
+            self.shell.worked(self.shell.full_is_due());
             match self.turn() {
                 Ok(()) => {}
                 Err(CaptureError::Ended) => return Ok(Ending::Ended),

@@ -51,6 +51,19 @@ const READY_PAUSE: Duration = Duration::from_millis(5);
 /// Longest sleep while the container starts.
 const START_PAUSE: Duration = Duration::from_millis(5);
 
+/// Silence that makes a peer suspect that has not sent a pulse yet, at least.
+const WITHOUT_PULSES: Duration = Duration::from_millis(500);
+
+/// Whose silence is judged by whom. A backup that is thought dead for nothing costs a full copy, and
+/// to find out late that it is dead costs no client anything but its policy's patience.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Seen {
+    /// The primary's, by its backup.
+    FromBackup,
+    /// The backup's, by its primary.
+    FromPrimary,
+}
+
 /// What every part of a container on this host needs to know.
 pub(super) struct Place {
     pub(super) options: Arc<AgentOptions>,
@@ -382,7 +395,7 @@ impl Place {
     ) -> Result<(Arc<Shell>, Tasks)> {
         let options = &self.options;
         let name = &self.network.name;
-        let times = self.times();
+        let times = self.times(Seen::FromPrimary);
         let ledger = if options.output_commit {
             AckLedger::new(generation)
         } else {
@@ -404,7 +417,6 @@ impl Place {
         let settings = Arc::new(LinkSettings {
             config: self.link_config(protect, generation, WireRole::Primary)?,
             offsets: (offsets.monotonic, offsets.boottime),
-            heartbeat: times.interval,
         });
         let setup = self.thread_setup.clone();
         let releaser = shell.clone();
@@ -412,21 +424,31 @@ impl Place {
             setup(crate::frames::gate::GateThread::Outbound);
             primary::release_all(releaser, wishes.releases);
         })?;
-        let beat = settings.heartbeat;
         let connected = primary::keep_connected(shell.clone(), wishes.connects, settings);
         let others = vec![
             self.runtime.spawn(connected),
-            self.runtime.spawn(primary::beat(shell.clone(), beat)),
+            self.runtime.spawn(primary::beat(shell.clone())),
             self.runtime.spawn(primary::send_input(shell.clone(), reader)),
         ];
         Ok((shell, Tasks { release: Some(release), others }))
     }
 
-    /// How this host's silence and the other's are judged.
-    pub(super) fn times(&self) -> detector::Config {
-        self.protect.as_ref().map_or_else(detector::Config::default, |p| detector::Config {
-            interval: *p.detector.heartbeat,
-            timeout: *p.detector.timeout,
+    /// How the other host's silence is judged.
+    pub(super) fn times(&self, seen: Seen) -> detector::Config {
+        self.protect.as_ref().map_or_else(detector::Config::default, |p| {
+            let detector = &p.detector;
+            let (timeout, most) = (*detector.timeout, detector.most());
+            let (timeout, most) = match seen {
+                Seen::FromBackup => (timeout, most),
+                Seen::FromPrimary => ((timeout * 4).max(most), (timeout * 4).max(most)),
+            };
+            detector::Config {
+                interval: *detector.heartbeat,
+                timeout,
+                most,
+                first: most.max(WITHOUT_PULSES),
+                stall: *detector.stall,
+            }
         })
     }
 
@@ -464,6 +486,7 @@ impl Place {
                 role,
                 network: Vec::new(),
                 clocks: Clocks::default(),
+                pulse_port: 0,
             },
         })
     }

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::hash::Hash;
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use miette::NamedSource;
 
@@ -19,6 +20,8 @@ use super::spans::Spans;
 /// Longest name of a lab, node or container: `nilicon-LAB-NODE` and the names derived from it
 /// stay short enough to read in a table.
 const LONGEST_NAME: usize = 20;
+/// Shortest `stall`: a working agent takes a step of its work several times in it.
+const MIN_STALL: Duration = Duration::from_secs(1);
 /// Longest name of an interface (IFNAMSIZ without its end).
 const LONGEST_INTERFACE: usize = 15;
 /// Names that the kernel or a deployed lab uses for interfaces of its own.
@@ -352,6 +355,10 @@ impl Check<'_> {
             let detector = &protect.detector;
             if detector.heartbeat.is_zero() || *detector.timeout < *detector.heartbeat * 2 {
                 let message = "the timeout must leave room for two heartbeats at least";
+                self.at_value(&format!("{path}/detector"), message, None);
+            }
+            if detector.most() < *detector.timeout || *detector.stall < MIN_STALL {
+                let message = "`most` is at least the timeout, and `stall` at least 1s";
                 self.at_value(&format!("{path}/detector"), message, None);
             }
         }

@@ -327,13 +327,33 @@ impl Default for Epochs {
 pub struct Detector {
     /// How often each side says that it is alive.
     pub heartbeat: Period,
-    /// How long a side may be silent before it counts as lost.
+    /// How long the primary may be silent before it counts as lost. The backup is given four times
+    /// as long.
     pub timeout: Period,
+    /// The time-out grows up to this with a host that is often late: twice its longest pause of the
+    /// last 10 s. By default four time-outs; as `timeout`, it is fixed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub most: Option<Period>,
+    /// A primary that says that it is alive, but takes no step of its work for so long, counts as
+    /// lost.
+    pub stall: Period,
+}
+
+impl Detector {
+    /// Up to how much the time-out may grow.
+    pub fn most(&self) -> Duration {
+        self.most.map_or(*self.timeout * 4, |most| *most)
+    }
 }
 
 impl Default for Detector {
     fn default() -> Self {
-        Self { heartbeat: Period::ms(5), timeout: Period::ms(120) }
+        Self {
+            heartbeat: Period::ms(2),
+            timeout: Period::ms(25),
+            most: None,
+            stall: Period::ms(3000),
+        }
     }
 }
 

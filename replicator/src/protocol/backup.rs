@@ -27,7 +27,7 @@
 
 use super::LinkId;
 use super::arbiter::Verdict;
-use super::detector::{Config as Times, Detector};
+use super::detector::{Config as Times, Detector, Marks};
 use crate::wire::Receipt;
 use crate::wire::message::{Bye, RefuseCode};
 use crate::{Epoch, Generation};
@@ -87,6 +87,13 @@ pub enum Input {
     },
     /// Anything was heard of the primary.
     Heard(LinkId),
+    /// A pulse of the primary. It counts also when its connection is over and there is none yet.
+    Pulse {
+        /// The connection that it belongs to.
+        link: LinkId,
+        /// How far the primary's work is.
+        marks: Marks,
+    },
     /// A checkpoint is complete.
     Complete {
         /// The connection.
@@ -177,6 +184,8 @@ pub enum Action {
 pub struct Backup {
     state: State,
     link: Option<LinkId>,
+    /// The last connection, and when it was lost.
+    lost: Option<(LinkId, Duration)>,
     /// The newest generation heard of, or promoted in.
     newest: Generation,
     /// The newest asked for.
@@ -184,6 +193,8 @@ pub struct Backup {
     /// Generation of the last complete epoch.
     of: Generation,
     detector: Detector,
+    /// For how long pulses keep a primary alive that has no connection.
+    patience: Duration,
     /// The primary has stopped for good, or the operator insists: life takes nothing back.
     bound_to_promote: bool,
 }
@@ -195,9 +206,11 @@ impl Backup {
         Self {
             state: State::Waiting,
             link: None,
+            lost: None,
             newest,
             asked: newest,
             of: Generation::default(),
+            patience: config.times.stall,
             detector: Detector::new(config.times, now),
             bound_to_promote: false,
         }
@@ -218,6 +231,20 @@ impl Backup {
         self.link
     }
 
+    /// How long the primary has been silent.
+    pub fn silence(&self, now: Duration) -> Duration {
+        self.detector.silence(now)
+    }
+
+    /// Whether pulses of this connection count.
+    fn hears(&self, now: Duration, link: LinkId) -> bool {
+        self.link == Some(link)
+            || self.link.is_none()
+                && self.lost.is_some_and(|(lost, at)| {
+                    lost == link && now.saturating_sub(at) < self.patience
+                })
+    }
+
     /// When to give [`Input::Tick`].
     pub fn next_deadline(&self) -> Option<Duration> {
         match self.state {
@@ -232,12 +259,21 @@ impl Backup {
             Input::Tick => self.tick(now),
             Input::Hello { link, generation } => self.hello(now, link, generation),
             Input::Heard(link) if self.link == Some(link) => {
-                self.heard(now);
+                if self.detector.life(now) {
+                    self.alive();
+                }
+                Vec::new()
+            }
+            Input::Pulse { link, marks } if self.hears(now, link) => {
+                if self.detector.pulse(now, marks) {
+                    self.alive();
+                }
                 Vec::new()
             }
             Input::Complete { link, receipt } => self.complete(now, link, receipt),
             Input::Lost(link) if self.link == Some(link) => {
                 self.link = None;
+                self.lost = Some((link, now));
                 Vec::new()
             }
             Input::Bye { link, bye, last } if self.link == Some(link) => self.bye(bye, last),
@@ -290,7 +326,8 @@ impl Backup {
             self.state = State::Waiting;
         }
         let replaced = self.link.replace(link);
-        self.heard(now);
+        self.detector.connected(now);
+        self.alive();
         if self.state == State::Waiting {
             self.state = State::Syncing;
         }
@@ -320,8 +357,7 @@ impl Backup {
 
     /// A sign of life takes a suspicion back, even if the arbiter was asked: a grant that comes
     /// later only uses up its generation.
-    fn heard(&mut self, now: Duration) {
-        self.detector.life(now);
+    fn alive(&mut self) {
         if self.bound_to_promote {
             return;
         }
@@ -334,7 +370,8 @@ impl Backup {
         if self.link != Some(link) || self.bound_to_promote {
             return Vec::new();
         }
-        self.heard(now);
+        self.detector.life(now);
+        self.alive();
         let stale = match self.state {
             State::Syncing => receipt.generation < self.newest,
             State::Ready { last } => {

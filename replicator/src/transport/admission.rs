@@ -2,6 +2,7 @@
 
 use crate::protocol::LinkId;
 use crate::protocol::backup::{Action, Backup, Input, State};
+use crate::protocol::detector::Marks;
 use crate::wire::Receipt;
 use crate::wire::message::{Bye, Heartbeat, Hello, Refuse, RefuseCode, Role, Welcome};
 use crate::{Epoch, Generation};
@@ -11,6 +12,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::link::LinkError;
+use super::pulse::{Listener, Session};
 
 /// Something that a backup hears, apart from checkpoints.
 #[derive(Debug)]
@@ -53,6 +55,9 @@ pub trait Admission: Send + Sync + 'static {
     /// for good must afterwards find in the applier's channel all that was acknowledged.
     fn complete(&self, link: LinkId, receipt: Receipt, deliver: &mut dyn FnMut()) -> bool;
 
+    /// The pulses of a connection that was admitted; comes once, if the peer has any.
+    fn pulses(&self, session: Session);
+
     /// Anything else on an admitted connection.
     fn event(&self, link: LinkId, event: Event);
 
@@ -67,6 +72,8 @@ pub enum Notice {
     Action(Action),
     /// A primary was admitted.
     Admitted(LinkId, Generation, Hello),
+    /// The pulses of an admitted connection.
+    Pulses(Box<Session>),
     /// Something was heard.
     Event(LinkId, Event),
     /// A connection failed before it was admitted.
@@ -80,6 +87,7 @@ pub struct SharedBackup {
     container: String,
     host: String,
     depth: u32,
+    pulse_port: u16,
     notices: Box<dyn Fn(Notice) + Send + Sync>,
 }
 
@@ -101,8 +109,14 @@ impl SharedBackup {
             container: container.into(),
             host: host.into(),
             depth,
+            pulse_port: 0,
             notices: Box::new(notices),
         }
+    }
+
+    /// Tells primaries on which port this side expects their pulses.
+    pub fn with_pulses_at(self, pulse_port: u16) -> Self {
+        Self { pulse_port, ..self }
     }
 
     /// Time on the core's clock.
@@ -137,6 +151,11 @@ impl SharedBackup {
             core.handle(now, Input::Begin(generation));
             core.state() == State::Promoted { generation }
         })
+    }
+
+    /// How long the primary has been silent.
+    pub fn silence(&self) -> Duration {
+        self.with(|core, now| core.silence(now))
     }
 
     /// When to give the core a tick, on its clock.
@@ -193,7 +212,11 @@ impl Admission for SharedBackup {
                     };
                     Err((Refuse { code, text }, newest))
                 }
-                _ => Ok(Welcome { host: self.host.clone(), depth: self.depth }),
+                _ => Ok(Welcome {
+                    host: self.host.clone(),
+                    depth: self.depth,
+                    pulse_port: self.pulse_port,
+                }),
             });
         }
         self.tell(others);
@@ -229,6 +252,10 @@ impl Admission for SharedBackup {
         acknowledge
     }
 
+    fn pulses(&self, session: Session) {
+        (self.notices)(Notice::Pulses(Box::new(session)));
+    }
+
     fn event(&self, link: LinkId, event: Event) {
         let input = match &event {
             Event::Heard(_) | Event::Input { .. } => Input::Heard(link),
@@ -243,5 +270,15 @@ impl Admission for SharedBackup {
 
     fn turned_away(&self, peer: SocketAddr, error: LinkError) {
         (self.notices)(Notice::TurnedAway(peer, error));
+    }
+}
+
+impl Listener for SharedBackup {
+    fn pulse(&self, link: LinkId, marks: Marks) {
+        self.handle(Input::Pulse { link, marks });
+    }
+
+    fn tick(&self) {
+        self.handle(Input::Tick);
     }
 }

@@ -6,10 +6,12 @@ use super::link::{
     broken, frames_received, send_beat,
 };
 use super::pki::{HostRole, Identity, certificate_name};
+use super::pulse;
 use super::quic;
 use crate::protocol::LinkId;
 use crate::wire::codec::{Frame, decode_datagram, encode};
 use crate::wire::message::{Heartbeat, Message, Role};
+use crate::wire::pulse::End;
 use crate::wire::{Assembly, Checkpoint, Limits, Progress, Receipt};
 use crate::{Epoch, Generation};
 use quinn::crypto::rustls::QuicServerConfig;
@@ -211,6 +213,15 @@ impl Session {
         self.shared.links().insert(link, connection.clone());
         match self.admission.hello(link, generation, &hello) {
             Ok(welcome) => {
+                if hello.pulse_port != 0 && welcome.pulse_port != 0 {
+                    let port = hello.pulse_port;
+                    self.admission.pulses(pulse::Session::of(
+                        &connection,
+                        link,
+                        End::Called,
+                        port,
+                    )?);
+                }
                 let frame = encode(generation, Epoch::NONE, &Message::Welcome(welcome))?;
                 send.write_chunk(frame).await.map_err(|e| broken(&connection, e))?;
                 Ok((connection, Admitted { registered, reader, send }))

@@ -1,9 +1,12 @@
 //! The primary's end of a connection.
 
 use super::pki::{HostRole, Identity, certificate_name};
+use super::pulse::Session;
 use super::quic;
+use crate::protocol::LinkId;
 use crate::wire::codec::{Decoder, Frame, WireError, decode_datagram, encode};
 use crate::wire::message::{Bye, Heartbeat, Hello, Message, RefuseCode, Role, Welcome};
+use crate::wire::pulse::End;
 use crate::{Epoch, Generation};
 use bytes::Bytes;
 use quinn::{Connection, ConnectionError, Endpoint, RecvStream, SendStream, VarInt};
@@ -289,6 +292,11 @@ impl PrimaryLink {
         let endpoint = self.endpoint.clone();
         tokio::spawn(async move { tokio::time::timeout(FAREWELL, endpoint.wait_idle()).await });
         result
+    }
+
+    /// The pulses of this connection, whose peer expects them on `port`.
+    pub fn pulses(&self, link: LinkId, port: u16) -> Result<Session, LinkError> {
+        Session::of(&self.connection, link, End::Caller, port)
     }
 
     /// Smoothed round-trip time.

@@ -5,6 +5,7 @@
 //! | one bidirectional stream | primary opens | Hello, checkpoints, Bye; back: Welcome, acks |
 //! | one unidirectional stream, sent first | primary opens | the input log |
 //! | datagrams | both | heartbeats |
+//! | UDP of its own, keyed by the connection | both | pulses ([`pulse`]) |
 //!
 //! The shells here own sockets and tasks and decide nothing: what is acknowledged, released or
 //! refused is decided by the cores in [`crate::protocol`]. Everything runs on the caller's tokio
@@ -18,6 +19,7 @@ pub mod admission;
 pub mod backup;
 pub mod link;
 pub mod pki;
+pub mod pulse;
 pub mod quic;
 #[cfg(test)]
 mod tests;
@@ -27,4 +29,5 @@ pub use admission::{Admission, Event, SharedBackup};
 pub use backup::BackupEndpoint;
 pub use link::{LinkError, PrimaryEvent, PrimaryLink};
 pub use pki::{HostRole, Identity, PkiError};
+pub use pulse::Pulse;
 pub use witness::{Ledger, WitnessClient, WitnessEndpoint};

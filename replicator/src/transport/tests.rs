@@ -115,6 +115,7 @@ fn alpha(beta: &Beta, identity: Identity, generation: u64) -> PrimaryConfig {
             role: Role::Primary,
             network: vec![1, 2],
             clocks: Default::default(),
+            pulse_port: 0,
         },
     }
 }

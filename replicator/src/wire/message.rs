@@ -30,6 +30,8 @@ pub struct Hello {
     pub network: Vec<u8>,
     /// The container's clocks now.
     pub clocks: Clocks,
+    /// The UDP port on which it expects pulses; 0 for none.
+    pub pulse_port: u16,
 }
 
 /// The backup takes the container.
@@ -39,6 +41,8 @@ pub struct Welcome {
     pub host: String,
     /// Unapplied checkpoints that it holds before acknowledgements wait.
     pub depth: u32,
+    /// The UDP port on which it expects pulses; 0 for none.
+    pub pulse_port: u16,
 }
 
 /// Ends a checkpoint: what must have arrived since its begin.

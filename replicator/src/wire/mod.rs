@@ -11,11 +11,12 @@
 //!                                             <-  Ack {epoch, digest}
 //!   Input {open epoch, bytes}                 ->  (a stream of its own)
 //!   Heartbeat                                <->  (datagrams)
+//!   pulse                                    <->  (UDP beside the connection)
 //!   Bye {reason}                             <->
 //! ```
 //!
 //! [`codec`] frames messages, [`message`] says what they hold, [`delta`] codes single pages,
-//! [`shadow`] remembers the last version of each page on both sides. [`CheckpointBuilder`] turns
+//! [`pulse`] is the smallest sign of life, [`shadow`] remembers the last version of each page on both sides. [`CheckpointBuilder`] turns
 //! a checkpoint into frames, [`Assembly`] turns frames into a checkpoint, whole or not at all
 //! (CP-2). Nothing here touches a socket.
 
@@ -24,6 +25,7 @@ pub mod builder;
 pub mod codec;
 pub mod delta;
 pub mod message;
+pub mod pulse;
 pub mod shadow;
 mod state;
 

@@ -69,6 +69,47 @@ fn silence_leads_to_a_promotion_from_the_last_complete_epoch() {
     );
 }
 
+/// Its pulses come, but nothing that they tell of moves.
+#[test]
+fn a_primary_that_only_beats_is_replaced() {
+    let mut b = ready();
+    let stall = Config::default().times.stall.as_millis() as u64;
+    let beat = |b: &mut Backup, at, work| {
+        let marks = Marks { work, runtime: at, long: false };
+        let mut actions = b.handle(ms(at), Input::Pulse { link: LINK, marks });
+        actions.extend(b.handle(ms(at), Input::Tick));
+        actions
+    };
+    let at_work = (10..2 * stall).step_by(10).find(|at| !beat(&mut b, *at, *at).is_empty());
+    assert_eq!(at_work, None);
+    let hung = (2 * stall..9 * stall).step_by(10).find(|at| !beat(&mut b, *at, 7).is_empty());
+    assert_eq!(hung, Some(3 * stall - 10), "so long after the last step");
+    assert!(matches!(b.state(), State::Asking { .. }));
+    beat(&mut b, 3 * stall + 10, 7);
+    assert!(matches!(b.state(), State::Asking { .. }), "a further pulse takes nothing back");
+    beat(&mut b, 3 * stall + 20, 8);
+    assert_eq!(b.state(), State::Ready { last: Epoch(1) }, "work does");
+}
+
+/// A connection can break while the primary lives and makes a new one.
+#[test]
+fn pulses_keep_a_primary_alive_that_connects_anew_but_not_for_ever() {
+    let mut b = ready();
+    assert_eq!(b.handle(ms(10), Input::Lost(LINK)), []);
+    let stall = Config::default().times.stall.as_millis() as u64;
+    let mut asked_at = None;
+    for at in (10..3 * stall).step_by(10) {
+        let marks = Marks { work: at, runtime: at, long: false };
+        b.handle(ms(at), Input::Pulse { link: LINK, marks });
+        if !b.handle(ms(at), Input::Tick).is_empty() {
+            asked_at = Some(at);
+            break;
+        }
+    }
+    let timeout = Config::default().times.timeout.as_millis() as u64;
+    assert_eq!(asked_at, Some(stall + timeout));
+}
+
 #[test]
 fn without_a_complete_checkpoint_nothing_is_promoted() {
     let mut b = syncing();
