@@ -14,13 +14,14 @@ use super::journal::Memory;
 use super::judge::Judge;
 use super::primary::{SharedStatus, lock};
 use super::status::{FailoverPhases, Phase, Role};
-use super::stop::{RealTime, become_stop_thread};
+use super::stop::{self, RealTime, become_stop_thread};
 use super::takeover::{self, Takeover};
 use super::worker::{Life, Outcome, Place};
 use crate::chain::chain;
 use crate::frames::gate::{Gate, GateConfig};
 use crate::frames::input_log::{InputLog, LoggedFrame};
 use anyhow::{Context, Result};
+use bytes::Bytes;
 use netns_tools::namespace::Namespace;
 use replicator::capture::Capturer;
 use replicator::container;
@@ -37,8 +38,8 @@ use replicator::wire::Checkpoint;
 use replicator::wire::message::{Bye, RefuseCode};
 use replicator::young::Door;
 use replicator::{Epoch, Generation};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
@@ -72,6 +73,19 @@ pub(super) enum Order {
     Begin(Generation),
 }
 
+/// What a primary has received and no checkpoint contains.
+struct Late {
+    log: InputLog,
+    /// Where it goes instead, once the container goes on here.
+    gate: Weak<Gate>,
+}
+
+impl Default for Late {
+    fn default() -> Self {
+        Self { log: InputLog::new(LOG_BYTES, LOG_FRAMES), gate: Weak::new() }
+    }
+}
+
 /// What connections, timers and the applier share, for as long as the agent lives.
 pub(super) struct Standby {
     pub(super) name: String,
@@ -80,11 +94,13 @@ pub(super) struct Standby {
     pub(super) endpoint: Arc<BackupEndpoint>,
     pub(super) judge: Judge,
     pub(super) memory: Memory,
-    pub(super) log: Mutex<InputLog>,
+    log: Mutex<Late>,
     pub(super) status: SharedStatus,
     pub(super) runtime: tokio::runtime::Handle,
     pub(super) pulse: Arc<Pulse>,
     progress: AtomicU64,
+    /// The applier's thread.
+    applier: AtomicI32,
     suspicion: Mutex<Option<(Instant, Duration)>>,
     /// A primary was admitted since the agent's start.
     admitted: AtomicBool,
@@ -106,11 +122,12 @@ impl Standby {
             endpoint,
             judge,
             memory,
-            log: Mutex::new(InputLog::new(LOG_BYTES, LOG_FRAMES)),
+            log: Mutex::default(),
             status: place.status.clone(),
             runtime: place.runtime.clone(),
             pulse,
             progress: AtomicU64::new(0),
+            applier: AtomicI32::new(0),
             suspicion: Mutex::default(),
             admitted: AtomicBool::new(false),
         })
@@ -135,7 +152,29 @@ impl Standby {
     }
 
     fn clear_log(&self) {
-        *lock(&self.log) = InputLog::new(LOG_BYTES, LOG_FRAMES);
+        *lock(&self.log) = Late::default();
+    }
+
+    /// The frames that the primary had received since `from`. Those that are yet to come, of a
+    /// primary that hands over, go to this gate at once.
+    fn replay_to(&self, gate: &Arc<Gate>, from: Epoch) -> Vec<Bytes> {
+        let mut late = lock(&self.log);
+        late.gate = Arc::downgrade(gate);
+        late.log.take_for_replay(from)
+    }
+
+    /// The primary has received a frame.
+    fn logged(&self, frame: LoggedFrame) {
+        let mut late = lock(&self.log);
+        match late.gate.upgrade() {
+            Some(gate) => {
+                drop(late);
+                metrics::counter!("nilicon_late_frames_total", "container" => self.name.clone())
+                    .increment(1);
+                gate.receive(&frame.frame);
+            }
+            None => late.log.push(frame),
+        }
     }
 
     /// When the primary was suspected, and for how long it had been silent.
@@ -179,7 +218,7 @@ fn heard(shell: &Standby, event: Event) {
     match event {
         Event::Heard(_) => {}
         Event::Input { epoch, bytes, .. } => {
-            lock(&shell.log).push(LoggedFrame { epoch, frame: bytes });
+            shell.logged(LoggedFrame { epoch, frame: bytes });
         }
         Event::Bye { bye, .. } => {
             tracing::info!(container = shell.name, ?bye, "the primary says goodbye");
@@ -198,6 +237,8 @@ fn act(shell: &Arc<Standby>, orders: &mpsc::UnboundedSender<Order>, action: Acti
             *lock(&shell.suspicion) = Some((now, silence));
             tracing::warn!(container = shell.name, ?silence, generation = %wanted,
                 "asking to take over from the primary");
+            metrics::counter!("nilicon_takeovers_asked_total", "container" => shell.name.clone())
+                .increment(1);
             let claim = shell.claim(base, wanted);
             // Without a witness there is nothing to wait for.
             match shell.judge.at_once(&claim) {
@@ -214,6 +255,8 @@ fn act(shell: &Arc<Standby>, orders: &mpsc::UnboundedSender<Order>, action: Acti
             }
         }
         Action::Promote { generation, from } => {
+            // It may be in the middle of a checkpoint, and wait for a processor.
+            hurry(shell.applier.load(Ordering::Acquire));
             let _ = orders.send(Order::Promote(generation, from));
         }
         Action::Close(link) => shell.endpoint.close(link, "the backup closes this connection"),
@@ -231,6 +274,13 @@ fn act(shell: &Arc<Standby>, orders: &mpsc::UnboundedSender<Order>, action: Acti
             let _ = orders.send(Order::Discard);
         }
         Action::Welcome(_) | Action::Refuse { .. } | Action::Apply(_) | Action::Ack { .. } => {}
+    }
+}
+
+/// Makes a thread real-time that clients wait for; it makes itself ordinary again.
+pub(super) fn hurry(thread: i32) {
+    if let Err(error) = sched::set_fifo_of(thread, stop::PRIORITY) {
+        tracing::debug!(%error, "a takeover competes with ordinary work");
     }
 }
 
@@ -332,6 +382,7 @@ impl Applier {
     /// Runs until the agent ends: keeps the copy while the container runs elsewhere, and the
     /// container while it runs here.
     pub(super) fn run(mut self) {
+        self.shell.applier.store(nix::unistd::gettid().as_raw(), Ordering::Release);
         while let Some(begun) = self.stand_by() {
             let led = begun.and_then(|life| self.place.lead(life, Some(&self.shell)));
             let newest = self.shell.core.newest();
@@ -473,7 +524,7 @@ impl Applier {
                     .record(received.elapsed().as_secs_f64());
                 warm.last = Some((checkpoint.clone(), received));
                 self.shell.progress.fetch_add(1, Ordering::Relaxed);
-                lock(&self.shell.log).committed(checkpoint.epoch);
+                lock(&self.shell.log).log.committed(checkpoint.epoch);
                 let mut status = lock(&self.shell.status);
                 status.epoch = checkpoint.epoch.0;
                 status.generation = checkpoint.generation.0;
@@ -503,6 +554,7 @@ impl Applier {
         let (suspected, silence) = self.shell.suspicion();
         self.shell.memory.keep(generation);
         let signals = become_stop_thread()?;
+        let real_time = RealTime::start();
         lock(&self.place.status).phase = Phase::Promoting;
         // Everything that was acknowledged is in the channel by now.
         while let Ok(checkpoint) = self.checkpoints.try_recv() {
@@ -519,8 +571,8 @@ impl Applier {
         };
         let place = &self.place.network;
         let takeover = Takeover { place, generation, from, suspected, phases };
-        let logged = || lock(&self.shell.log).take_for_replay(from);
-        let real_time = RealTime::start();
+        let gate = warm.gate.clone();
+        let logged = || self.shell.replay_to(&gate, from);
         let (record, tree) = takeover::run(&takeover, &mut warm, logged)?;
         drop(real_time);
         self.shell.core.handle(Input::Running);

@@ -40,6 +40,9 @@ const PUBLISH: Duration = Duration::from_secs(1);
 /// How long others may hold the link when we want to say goodbye.
 const GOODBYE: Duration = Duration::from_secs(1);
 
+/// For how long input that comes in here after a switchover follows the container.
+const LATE: Duration = Duration::from_millis(50);
+
 /// What the next checkpoint builds on.
 #[derive(Clone, Copy, Debug, Default)]
 struct Base {
@@ -666,6 +669,17 @@ pub(super) async fn send_input(shell: Arc<Shell>, mut log: LogReader) {
 pub(super) async fn say_goodbye(shell: &Shell, bye: Bye) -> bool {
     shell.retired.store(true, Ordering::Release);
     let last = lock(&shell.core).committed();
+    if bye == Bye::Switchover
+        && let Some((_, link)) = shell.current_link()
+    {
+        // What came in here meanwhile, and what comes before everybody knows where the container
+        // is now, follows it.
+        let said = link.say_bye(bye, last).await;
+        tokio::time::sleep(LATE).await;
+        lock(&shell.link).take();
+        link.close_well();
+        return said.is_ok();
+    }
     let link = lock(&shell.link).take().map(|(_, link)| link);
     let Some(link) = link else {
         return shell.control || !shell.output_protected.load(Ordering::Acquire);

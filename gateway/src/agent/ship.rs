@@ -17,6 +17,9 @@ use std::sync::mpsc::{Receiver, SyncSender};
 /// Ahead of ordinary work, behind everything that is real-time.
 const NICE: i32 = -15;
 
+/// Real-time priority of the last checkpoint before a switchover: that of the runtime, which sends it.
+const PRIORITY: i32 = 5;
+
 /// Why a checkpoint did not leave.
 #[derive(Debug, thiserror::Error)]
 enum ShipError {
@@ -35,6 +38,11 @@ pub(super) fn run(shell: Arc<Shell>, taken: Receiver<Taken>, buffers: SyncSender
     }
     let mut builder: Option<(LinkId, CheckpointBuilder)> = None;
     for taken in taken {
+        // The container stands still until this one is with the backup.
+        let hurry = shell.hands_over();
+        if hurry && let Err(error) = sched::set_fifo(PRIORITY) {
+            tracing::debug!(%error, "a switchover competes with ordinary work");
+        }
         if let Err(error) = ship(&shell, &mut builder, &taken) {
             tracing::info!(epoch = %taken.epoch, %error, "a checkpoint was dropped");
             builder = None;
@@ -47,6 +55,9 @@ pub(super) fn run(shell: Arc<Shell>, taken: Receiver<Taken>, buffers: SyncSender
         // the buffers.
         let _ = buffers.send(taken);
         shell.shipped();
+        if hurry && let Err(error) = sched::set_ordinary() {
+            tracing::debug!(%error, "real-time for good");
+        }
     }
 }
 

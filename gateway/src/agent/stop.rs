@@ -32,7 +32,7 @@ use std::sync::mpsc::{Receiver, SyncSender, TryRecvError};
 use std::time::{Duration, Instant};
 
 /// Real-time priority in a stop; the gate's threads run below it.
-const PRIORITY: i32 = 20;
+pub(super) const PRIORITY: i32 = 20;
 /// Nice value between stops.
 const NICE: i32 = -20;
 /// How long a stop that was taken back waits before it is tried again.

@@ -402,7 +402,9 @@ impl Place {
             AckLedger::without_output_commit(generation)
         };
         let on_loss = self.protect.as_ref().map_or(OnLoss::Freeze, on_loss);
-        let config = Config { depth: DEPTH, times, on_loss, ..Config::default() };
+        // The full copy while it is applied, what waits in the queue, and one that waits for room.
+        let unapplied = super::backup::DEPTH as u32 + 2;
+        let config = Config { depth: DEPTH, times, on_loss, unapplied, ..Config::default() };
         let core = match from {
             Some(from) => Primary::alone(config, ledger, from, Duration::ZERO),
             None => Primary::new(config, generation, ledger, Duration::ZERO),

@@ -197,6 +197,8 @@ pub struct Backup {
     patience: Duration,
     /// The primary has stopped for good, or the operator insists: life takes nothing back.
     bound_to_promote: bool,
+    /// The primary hands over: its connection stays until it has sent what came in late.
+    handed_over: bool,
 }
 
 impl Backup {
@@ -213,6 +215,7 @@ impl Backup {
             patience: config.times.stall,
             detector: Detector::new(config.times, now),
             bound_to_promote: false,
+            handed_over: false,
         }
     }
 
@@ -397,7 +400,10 @@ impl Backup {
     fn bye(&mut self, bye: Bye, last: Epoch) -> Vec<Action> {
         match (bye, self.state) {
             (_, State::Promoting { .. } | State::Promoted { .. }) => Vec::new(),
-            (Bye::Switchover, State::Ready { last: held }) if held == last => self.insist(),
+            (Bye::Switchover, State::Ready { last: held }) if held == last => {
+                self.handed_over = true;
+                self.insist()
+            }
             // It does not match what is held here, which the primary rules out: treat it as a
             // death, by the detector.
             (Bye::Switchover, _) => Vec::new(),
@@ -456,8 +462,10 @@ impl Backup {
             (Verdict::Granted, Some((asked, last))) if asked == generation => {
                 self.newest = generation;
                 self.state = State::Promoting { generation, from: last };
+                let link = self.link.take();
+                let stays = std::mem::take(&mut self.handed_over);
                 let mut actions: Vec<Action> =
-                    self.link.take().map(Action::Close).into_iter().collect();
+                    link.filter(|_| !stays).map(Action::Close).into_iter().collect();
                 actions.push(Action::Promote { generation, from: last });
                 actions
             }
@@ -469,6 +477,7 @@ impl Backup {
                 }
                 self.state = State::Waiting;
                 self.bound_to_promote = false;
+                self.handed_over = false;
                 let closed = self.link.take().map(Action::Close);
                 closed.into_iter().chain([Action::Discard]).collect()
             }

@@ -48,6 +48,9 @@ pub struct Config {
     pub slowest: Duration,
     /// A backup that acknowledges a provisional checkpoint within this time has caught up.
     pub calm: Duration,
+    /// Checkpoints that a backup may acknowledge without having applied one: how fast it takes those
+    /// says nothing.
+    pub unapplied: u32,
 }
 
 /// What to do when the backup of a protected container is lost, or too slow.
@@ -62,7 +65,7 @@ pub enum OnLoss {
     Stop,
 }
 
-/// Provisional checkpoints after which a backup counts as caught up, however slow it is.
+/// Provisional checkpoints beyond those after which a backup counts as caught up, however slow it is.
 const MOST_ROUNDS: u32 = 8;
 
 impl Default for Config {
@@ -75,6 +78,7 @@ impl Default for Config {
             patience: Duration::from_millis(1000),
             slowest: Duration::from_millis(2000),
             calm: Duration::from_millis(50),
+            unapplied: 1,
         }
     }
 }
@@ -531,8 +535,9 @@ impl Primary {
         match &mut self.state {
             State::CatchingUp { rounds } => {
                 *rounds += 1;
-                // The first one was the full copy.
-                if *rounds > 1 && (took <= self.config.calm || *rounds >= MOST_ROUNDS) {
+                // The first one was the full copy, which takes long to apply.
+                let more = rounds.saturating_sub(self.config.unapplied);
+                if more > 0 && (took <= self.config.calm || more >= MOST_ROUNDS) {
                     self.state = State::Protected { synced: false };
                     actions.push(Action::Hold);
                 }

@@ -9,10 +9,16 @@ const RESET_ON_FORK: i32 = 0x4000_0000;
 /// Makes the calling thread real-time (SCHED_FIFO) with a priority from 1 to 99. Children are
 /// ordinary.
 pub fn set_fifo(priority: i32) -> SysResult<()> {
+    set_fifo_of(0, priority)
+}
+
+/// As [`set_fifo`], for another thread (0: the calling one).
+pub fn set_fifo_of(tid: i32, priority: i32) -> SysResult<()> {
     let param = libc::sched_param { sched_priority: priority };
     // SAFETY: the kernel reads one struct sched_param.
-    let r = unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO | RESET_ON_FORK, &param) };
-    check(r.into(), "sched_setscheduler(SCHED_FIFO)", || "this thread".into()).map(drop)
+    let r = unsafe { libc::sched_setscheduler(tid, libc::SCHED_FIFO | RESET_ON_FORK, &param) };
+    check(r.into(), "sched_setscheduler(SCHED_FIFO)", || format!("tid {tid}, 0 is this one"))
+        .map(drop)
 }
 
 /// Makes the calling thread an ordinary one again (SCHED_OTHER); its nice value counts.

@@ -281,17 +281,28 @@ impl PrimaryLink {
     /// Says goodbye behind everything sent so far, waits (at most one second) until it has
     /// arrived, and closes. That nobody confirmed it is an error: the backup may not know.
     pub async fn bye(self, bye: Bye, last: Epoch) -> Result<(), LinkError> {
+        let result = self.say_bye(bye, last).await;
+        self.close_well();
+        result
+    }
+
+    /// As [`PrimaryLink::bye`], but input records can still be sent afterwards, for whoever goes on
+    /// with the container; end it with [`PrimaryLink::close_well`]. Further checkpoints cannot.
+    pub async fn say_bye(&self, bye: Bye, last: Epoch) -> Result<(), LinkError> {
         let frame = encode(self.generation, last, &Message::Bye(bye))?;
         let (done, arrived) = oneshot::channel();
         let heard = self.frames.send(Out::Last(frame, done)).await.is_ok()
             && matches!(tokio::time::timeout(FAREWELL, arrived).await, Ok(Ok(())));
         let unheard = || broken(&self.connection, "the goodbye was not confirmed in time");
-        let result = if heard { Ok(()) } else { Err(unheard()) };
+        if heard { Ok(()) } else { Err(unheard()) }
+    }
+
+    /// Closes, and lets the peer know. Must be called on a tokio runtime.
+    pub fn close_well(&self) {
         self.connection.close(CLOSE_DONE, b"goodbye");
         // The peer need not be waited for: it has what it needs, or never will.
         let endpoint = self.endpoint.clone();
         tokio::spawn(async move { tokio::time::timeout(FAREWELL, endpoint.wait_idle()).await });
-        result
     }
 
     /// The pulses of this connection, whose peer expects them on `port`.

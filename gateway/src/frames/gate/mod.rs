@@ -388,6 +388,18 @@ impl Gate {
         Ok(())
     }
 
+    /// Takes a frame that came in elsewhere, as if it came in here now: it waits for the plug, or
+    /// for the end of a stop.
+    pub fn receive(&self, frame: &[u8]) {
+        let mut inbound = self.shared.inbound.lock();
+        let Inbound { plugged, backlog, log, .. } = &mut *inbound;
+        if *plugged {
+            self.shared.deliver(frame, log.as_mut());
+        } else {
+            backlog.push(Instant::now(), frame);
+        }
+    }
+
     /// Cuts the container off: nothing is written to it, input goes to an empty backlog, and its
     /// output is thrown away. Output held before stays held.
     pub fn unplug(&self) {

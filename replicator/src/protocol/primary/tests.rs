@@ -136,6 +136,23 @@ fn output_is_held_only_from_the_checkpoint_on_that_counts() {
     assert_eq!(p.state(), State::Protected { synced: true });
 }
 
+/// It acknowledges what it has not applied yet; output that waits for it then would wait for long.
+#[test]
+fn a_backup_that_only_fills_its_queue_has_not_caught_up() {
+    let config = Config { unapplied: 3, ..Config::default() };
+    let mut p = Primary::alone(config, AckLedger::new(G), Epoch(9), ms(0));
+    p.handle(ms(0), Input::Tick);
+    p.handle(ms(1), Input::Connected(LINK));
+    for e in 10..13 {
+        assert_eq!(p.handle(ms(2), provisional(e)), []);
+        assert_eq!(p.handle(ms(3), ack(e, e * 10)), [], "at once, but it only has it");
+    }
+    assert_eq!(p.handle(ms(4), provisional(13)), []);
+    assert_eq!(p.handle(ms(504), ack(13, 130)), [], "this one had to wait");
+    assert_eq!(p.handle(ms(505), provisional(14)), []);
+    assert_eq!(p.handle(ms(506), ack(14, 140)), [Action::Hold]);
+}
+
 #[test]
 fn a_new_backup_that_goes_again_leaves_the_primary_alone_until_it_could_promote() {
     let mut p = catching_up();
