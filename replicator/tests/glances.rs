@@ -289,3 +289,64 @@ fn queues_are_what_they_are_at_each_stop() {
         assert_eq!(stage.connection(1).send_queue, sent, "nothing has changed");
     }
 }
+
+#[test]
+fn whatever_a_thread_changes_before_a_stop_is_seen_in_it() {
+    if !warm_up() {
+        println!("skipped: this kernel shows threads one by one only");
+        return;
+    }
+    let dir = Scratch::new("settings");
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/subjects/settings.py");
+    let mut original = Original::start(&dir, &["python3", script]);
+    original.capturer.set_glances(Glances::Checked);
+    let console = original.console();
+    let says = |word: &str| std::fs::read_to_string(&console).is_ok_and(|s| s.contains(word));
+    original.pump_until("it is ready", || says("ready"));
+    let stop = |o: &mut Original| loop {
+        o.epoch += 1;
+        let tried = o.capturer.prepare().and_then(|()| o.capturer.precopy());
+        assert!(tried.is_ok(), "{tried:?}");
+        match o.capturer.stop(Epoch(o.epoch), &mut NoBoundary, &mut o.state, &mut o.pages) {
+            Err(CaptureError::Transient(_)) => {}
+            other => return other.expect("a glance shows what is there").unasked,
+        }
+    };
+    stop(&mut original);
+    let mut before = Vec::new();
+    let (mut changes, mut number) = (0, 0);
+    while !says("through") {
+        std::fs::write(dir.0.join(format!("go{number}")), "").expect("told");
+        let done = dir.0.join(format!("done{number}"));
+        original.pump_until("it is done", || done.exists());
+        stop(&mut original);
+        let p = &original.state.processes[0];
+        let now = format!(
+            "{:?} {:?} {:?} {:?} {:?} {:?} {:?} {:?}",
+            p.actions,
+            p.pending.len(),
+            p.mm.brk,
+            p.dumpable,
+            p.place,
+            p.settings,
+            p.creds,
+            p.threads
+                .iter()
+                .map(|t| (t.blocked, t.pending.len(), t.altstack, &t.comm, &t.settings))
+                .collect::<Vec<_>>(),
+        );
+        changes += usize::from(now.as_bytes() != before);
+        before = now.into_bytes();
+        let unasked = stop(&mut original);
+        let runs = p_has_timers(&original);
+        println!("change {number}: {unasked} not asked");
+        assert!(unasked >= 1 || runs, "change {number}: it is asked although nothing changes");
+        number += 1;
+        original.pump_until("it waits", || says("through") || number < 25);
+    }
+    assert!(changes >= 15, "{changes} of {number} changes show");
+}
+
+fn p_has_timers(original: &Original) -> bool {
+    original.state.processes[0].timers.interval.iter().any(|t| t.value != 0)
+}

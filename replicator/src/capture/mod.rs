@@ -165,6 +165,8 @@ pub struct StopTimes {
     pub pages: usize,
     /// Descriptors that one glance told all of.
     pub glanced: usize,
+    /// Threads that were not asked: a glance told that they would answer as before.
+    pub unasked: usize,
 }
 
 struct Tracked {
@@ -457,7 +459,7 @@ impl Capturer {
             space: AddressSpace::new(pid, attributes.pid, uffd?)?,
             advice: advice::Advices::default(),
             handle,
-            threads: threads::Threads::default(),
+            threads: threads::Threads::open(pid, self.glances),
             files: files::Files::open(pid, self.glances),
             attributes,
             timers: timers::Timers::open(pid)?,
@@ -589,6 +591,7 @@ impl Capturer {
                 continue;
             }
             let (mut threads, inner) = tracked.threads.capture(&tids, &self.interrupted)?;
+            times.unasked += tracked.threads.unasked();
             let a = &tracked.attributes;
             if tracked.threads.are_stale(*pid, &a.creds)
                 || (inner.group, inner.session) != (a.pgid, a.sid)
@@ -638,7 +641,10 @@ impl Capturer {
                 exe: a.exe.clone(),
                 threads,
                 actions: inner.actions,
-                pending: crate::sys::ptrace::pending(*pid, true)?,
+                pending: match tracked.threads.nothing_pends() {
+                    true => Vec::new(),
+                    false => crate::sys::ptrace::pending(*pid, true)?,
+                },
                 fds,
                 cwd: a.cwd.clone(),
                 umask: a.umask,

@@ -1,7 +1,11 @@
 //! Registers and signal state of stopped threads.
+//!
+//! Where the kernel can show them at one [`glance`](super::glance), threads and processes are asked
+//! only for what has changed.
 
+use super::glance::{Task, TaskGlance};
 use super::waits::Interrupted;
-use super::{CaptureError, process};
+use super::{CaptureError, Glances, process};
 use crate::image::task::{IntervalTimer, Scheduling, ThreadSettings};
 use crate::image::{Credentials, Regs, Rseq, SignalAction, Thread};
 use crate::sys::remote::{Batch, Call, DATA};
@@ -39,6 +43,16 @@ pub(super) struct ThreadCache {
     rights: ([u32; 3], [u64; 3]),
     outside: Option<Outside>,
     name: Option<fs::File>,
+    /// What a glance saw when the thread was asked last.
+    seen: Vec<u8>,
+}
+
+impl ThreadCache {
+    /// What the thread has said of itself.
+    fn answers(&self) -> impl PartialEq + std::fmt::Debug + use<> {
+        let settings = (self.timer_slack, self.securebits, self.death_signal, self.comm.clone());
+        (self.tid_address, self.altstack, settings, self.rights)
+    }
 }
 
 /// What is read of a thread without its help.
@@ -50,7 +64,7 @@ struct Outside {
 }
 
 /// What only the process itself can tell, asked by one batch of calls in its leader.
-#[derive(Debug, Default, Clone)]
+#[derive(Debug, Default, Clone, PartialEq)]
 pub(super) struct Inner {
     pub(super) actions: Vec<SignalAction>,
     pub(super) brk: u64,
@@ -69,30 +83,80 @@ pub(super) struct Inner {
 pub(super) struct Threads {
     caches: HashMap<i32, ThreadCache>,
     batch: Batch,
+    glance: Option<TaskGlance>,
+    /// What a glance tells is compared with what there is.
+    checked: bool,
+    /// What the process said last, and its group and session outside then.
+    inner: Inner,
+    group: Option<(i32, i32)>,
+    unasked: usize,
 }
 
 impl Threads {
+    /// Of the process with this host pid.
+    pub(super) fn open(pid: i32, glances: Glances) -> Self {
+        let glance = if glances == Glances::Off { None } else { TaskGlance::open(pid) };
+        Self { glance, checked: glances == Glances::Checked, ..Self::default() }
+    }
+
     /// Captures all threads of a process, leader first, and what the leader says of the process.
     pub(super) fn capture(
         &mut self,
         tids: &[i32],
         interrupted: &Interrupted,
     ) -> Result<(Vec<Thread>, Inner), CaptureError> {
+        if let Some(glance) = &mut self.glance {
+            glance.look()?;
+        }
+        self.unasked = 0;
+        let group = tids.first().and_then(|pid| group_and_session(*pid));
         let mut all = Vec::with_capacity(tids.len());
-        let mut inner = Inner::default();
         for (i, &tid) in tids.iter().enumerate() {
             let live = ptrace::regs(tid)?;
-            let rseq = ptrace::rseq(tid)?;
+            let seen = self.glance.as_ref().and_then(|g| g.task(tid));
+            let rseq = match seen.map(|s| s.rseq()) {
+                Some((0, ..)) => None,
+                Some((address, len, signature)) => Some(Rseq { address, len, signature }),
+                None => ptrace::rseq(tid)?,
+            };
             let cache = self.caches.entry(tid).or_default();
-            if i == 0 || cache.regs != Some(live) {
+            let knows = seen.is_some_and(|s| s.answers_as(&cache.seen));
+            let unchanged = i > 0
+                || group.is_some()
+                    && group == self.group
+                    && self.glance.as_ref().is_some_and(TaskGlance::is_unchanged);
+            let asks = match seen {
+                Some(_) => !(knows && unchanged),
+                None => i == 0 || cache.regs != Some(live),
+            };
+            self.unasked += usize::from(!asks);
+            if asks || self.checked {
                 let asked = ask_thread(&mut self.batch);
                 let of_process = (i == 0).then(|| ask_process(&mut self.batch));
                 // Version 3 of capget(2).
                 memory::write(tid, CAPS_HEADER_AT, &0x2008_0522u64.to_ne_bytes())?;
                 let results = run_unnoticed(&mut self.batch, tid, rseq)?;
+                let before = (!asks).then(|| (cache.answers(), self.inner.clone()));
                 read_thread(tid, &results[asked..], cache)?;
                 if let Some(at) = of_process {
-                    inner = read_process(tid, &results[at..])?;
+                    self.inner = read_process(tid, &results[at..])?;
+                }
+                if let Some(before) = before
+                    && before != (cache.answers(), self.inner.clone())
+                {
+                    let now = (cache.answers(), &self.inner);
+                    let why = format!("a glance shows {before:?}, and it is {now:?}");
+                    return Err(CaptureError::unsupported(format!("thread {tid}"), why));
+                }
+                cache.seen.clear();
+                if let Some(seen) = seen {
+                    cache.seen.extend_from_slice(seen.record);
+                }
+                if i == 0
+                    && let Some(glance) = &mut self.glance
+                {
+                    glance.remember();
+                    self.group = group;
                 }
             }
             cache.regs = Some(live);
@@ -102,10 +166,21 @@ impl Threads {
             if cache.outside.is_none() {
                 cache.outside = Some(Outside::read(tid)?);
             }
-            all.push(Self::thread(tid, live, interrupted, rseq, cache)?);
+            let seen = self.glance.as_ref().and_then(|g| g.task(tid));
+            all.push(Self::thread(tid, live, interrupted, rseq, cache, seen)?);
         }
         self.caches.retain(|tid, _| tids.contains(tid));
-        Ok((all, inner))
+        Ok((all, self.inner.clone()))
+    }
+
+    /// How many threads were not asked in the last capture.
+    pub(super) fn unasked(&self) -> usize {
+        self.unasked
+    }
+
+    /// Whether the last glance says that no signal waits for the process.
+    pub(super) fn nothing_pends(&self) -> bool {
+        self.glance.as_ref().is_some_and(TaskGlance::nothing_pends)
     }
 
     /// Before the stop: what others can change of a thread while it sleeps.
@@ -161,18 +236,27 @@ impl Threads {
         interrupted: &Interrupted,
         rseq: Option<Rseq>,
         cache: &ThreadCache,
+        seen: Option<Task<'_>>,
     ) -> SysResult<Thread> {
         let (regs, wait) = interrupted.image(tid, &live);
         let mut xstate = Vec::new();
         ptrace::xstate(tid, &mut xstate)?;
         let outside = cache.outside.clone().unwrap_or_default();
+        let robust_list = match seen {
+            Some(seen) => seen.robust_list(),
+            None => ptrace::robust_list(tid)?,
+        };
+        let pending = match seen {
+            Some(seen) if seen.nothing_pends() => Vec::new(),
+            _ => ptrace::pending(tid, false)?,
+        };
         Ok(Thread {
             tid: cache.tid,
             regs,
             xstate,
             blocked: ptrace::blocked(tid)?,
-            pending: ptrace::pending(tid, false)?,
-            robust_list: ptrace::robust_list(tid)?,
+            pending,
+            robust_list,
             tid_address: cache.tid_address,
             rseq,
             altstack: cache.altstack,
@@ -342,6 +426,13 @@ fn read_process(tid: i32, results: &[i64]) -> SysResult<Inner> {
         membarrier: membarrier.max(0) as u32,
         subreaper: subreaper != [0; 4],
     })
+}
+
+/// Process group and session by their numbers here.
+fn group_and_session(pid: i32) -> Option<(i32, i32)> {
+    let pid = nix::unistd::Pid::from_raw(pid);
+    let (group, session) = (nix::unistd::getpgid(Some(pid)), nix::unistd::getsid(Some(pid)));
+    Some((group.ok()?.as_raw(), session.ok()?.as_raw()))
 }
 
 /// The tid in the innermost pid namespace.

@@ -1,5 +1,5 @@
-//! What the kernel tells of a stopped process at one glance: a BPF iterator walks over its
-//! descriptors and copies, for each, what says whether anything about it has changed. Of TCP
+//! What the kernel tells of a stopped process at one glance: BPF iterators walk over its descriptors
+//! and its threads and copy, for each, what says whether anything about it has changed. Of TCP
 //! sockets these are the sequence numbers and windows too, which otherwise need repair mode.
 //!
 //! It is a short cut and no promise. A kernel without it (no BTF, no right to load programs,
@@ -8,26 +8,39 @@
 
 mod descriptors;
 mod layout;
+mod tasks;
 
 pub(super) use descriptors::{Descriptors, Glance, Row, Tcp};
+pub(super) use tasks::{Task, TaskGlance};
 
+use crate::sys::SysResult;
 use std::sync::OnceLock;
+use tasks::Tasks;
 
-/// The programs, loaded once in the life of this process. None: this kernel cannot do it.
+/// The programs, each loaded once in the life of this process. None: this kernel cannot do it.
 fn descriptors() -> Option<&'static Descriptors> {
     static LOADED: OnceLock<Option<Descriptors>> = OnceLock::new();
-    let load = || match Descriptors::load() {
+    LOADED.get_or_init(|| loaded(Descriptors::load(), "descriptors")).as_ref()
+}
+
+fn tasks() -> Option<&'static Tasks> {
+    static LOADED: OnceLock<Option<Tasks>> = OnceLock::new();
+    LOADED.get_or_init(|| loaded(Tasks::load(), "threads")).as_ref()
+}
+
+fn loaded<T>(result: SysResult<T>, what: &str) -> Option<T> {
+    match result {
         Ok(loaded) => Some(loaded),
         Err(error) => {
-            tracing::info!(%error, "stops look at descriptors one by one");
+            tracing::info!(%error, "stops look at {what} one by one");
             None
         }
-    };
-    LOADED.get_or_init(load).as_ref()
+    }
 }
 
 /// Loads what makes stops short, so that the first of them does not. Says whether this kernel can
 /// do it.
 pub fn warm_up() -> bool {
-    descriptors().is_some()
+    let loaded = (descriptors().is_some(), tasks().is_some());
+    loaded == (true, true)
 }

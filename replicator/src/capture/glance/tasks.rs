@@ -1,0 +1,292 @@
+//! The threads of a process: a program for the `task` iterator, and the rows that it writes.
+//!
+//! What only a thread itself can tell costs a batch of calls made in it, and a process is asked for
+//! its 64 signal actions so. All of that is kept in a few structures of the kernel, which are copied
+//! here as they are: as long as they are the same, so are the answers. (Blocked signals are not
+//! among them: in a call that changes them for its time, others count than those shown here.)
+//!
+//! ```text
+//! a row:   | tid, is it the leader | fields of the thread | of the leader: of the process, actions |
+//! ```
+
+use super::layout::{Layout, Use, Wanted};
+use crate::bpf::asm::{Assembler, FP, If, Size, helper};
+use crate::bpf::btf::Btf;
+use crate::sys::{SysError, SysResult, bpf};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+
+/// Bytes before the fields: the thread, and whether it leads its process.
+const HEAD: usize = 8;
+/// struct k_sigaction, 64 times.
+const ACTIONS: usize = 64 * 32;
+/// As many bytes as a program has of stack.
+const STACK: usize = 512;
+
+const TASK: usize = 0;
+const CRED: usize = 1;
+const MM: usize = 0;
+const SIGNAL: usize = 1;
+const OF_PROCESS: usize = 2;
+
+const THREAD: &[Wanted] = &[
+    (TASK, "pending.signal", Use::Data),
+    (TASK, "robust_list", Use::Data),
+    (TASK, "rseq", Use::Data),
+    (TASK, "rseq_len", Use::Data),
+    (TASK, "rseq_sig", Use::Data),
+    (TASK, "sas_ss_sp", Use::Setting),
+    (TASK, "sas_ss_size", Use::Setting),
+    (TASK, "sas_ss_flags", Use::Setting),
+    (TASK, "clear_child_tid", Use::Setting),
+    (TASK, "comm", Use::Setting),
+    (TASK, "pdeath_signal", Use::Setting),
+    (TASK, "timer_slack_ns", Use::Setting),
+    (CRED, "uid", Use::Setting),
+    (CRED, "suid", Use::Setting),
+    (CRED, "euid", Use::Setting),
+    (CRED, "securebits", Use::Setting),
+    (CRED, "cap_inheritable", Use::Setting),
+    (CRED, "cap_permitted", Use::Setting),
+    (CRED, "cap_effective", Use::Setting),
+];
+const PENDING: usize = 0;
+const ROBUST: usize = 1;
+const RSEQ: usize = 2;
+const RSEQ_LEN: usize = 3;
+const RSEQ_SIGNATURE: usize = 4;
+
+const PROCESS: &[Wanted] = &[
+    (SIGNAL, "shared_pending.signal", Use::Data),
+    (SIGNAL, "real_timer.state", Use::Data),
+    (SIGNAL, "it", Use::Data),
+    (SIGNAL, "it_real_incr", Use::Setting),
+    (SIGNAL, "is_child_subreaper", Use::Setting),
+    (MM, "brk", Use::Setting),
+    (MM, "flags", Use::Setting),
+    (MM, "membarrier_state", Use::Setting),
+    (OF_PROCESS, "personality", Use::Setting),
+];
+const SHARED_PENDING: usize = 0;
+const REAL_TIMER: usize = 1;
+const CPU_TIMERS: usize = 2;
+
+/// The program, loaded.
+#[derive(Debug)]
+pub(super) struct Tasks {
+    program: OwnedFd,
+    thread: Layout,
+    process: Layout,
+}
+
+impl Tasks {
+    pub(super) fn load() -> SysResult<Self> {
+        let failed = |source| SysError {
+            call: "look for fields of the kernel's structures",
+            object: "an iterator over threads".into(),
+            source,
+        };
+        let btf = Btf::of_kernel().map_err(failed)?;
+        let (code, thread, process) = assemble(&btf).map_err(failed)?;
+        let target = btf.function("bpf_iter_task").map_err(failed)?;
+        Ok(Self { program: bpf::load_iterator(&code, target)?, thread, process })
+    }
+}
+
+fn offset(btf: &Btf, of: &str, path: &str) -> io::Result<i16> {
+    let member = btf.member(btf.structure(of)?, path)?;
+    i16::try_from(member.offset).map_err(io::Error::other)
+}
+
+/// Register 6 is the context, 7 where to write to, 8 the task.
+fn assemble(btf: &Btf) -> io::Result<(Vec<u8>, Layout, Layout)> {
+    use Size::{Double, Word};
+    let task = |path| offset(btf, "task_struct", path);
+    let cred = btf.structure("cred")?;
+    let thread = Layout::new(btf, &[btf.structure("task_struct")?, cred], THREAD)?;
+    let of_process = [
+        btf.structure("mm_struct")?,
+        btf.structure("signal_struct")?,
+        btf.structure("task_struct")?,
+    ];
+    let process = Layout::new(btf, &of_process, PROCESS)?;
+    if HEAD + thread.len() > STACK || process.len() > STACK {
+        return Err(io::Error::new(io::ErrorKind::Unsupported, "the fields are too many"));
+    }
+    let mut a = Assembler::default();
+    let emit = |a: &mut Assembler, len: usize| {
+        a.mov(1, 7);
+        a.place(2, -(len as i16));
+        a.set(3, len as i32);
+        a.call(helper::SEQ_WRITE);
+    };
+    a.mov(6, 1);
+    a.load(Double, 7, 6, offset(btf, "bpf_iter__task", "meta")?);
+    a.load(Double, 7, 7, offset(btf, "bpf_iter_meta", "seq")?);
+    a.load(Double, 8, 6, offset(btf, "bpf_iter__task", "task")?);
+    a.jump(If::Equal, 8, 0, "out");
+    let row = -((HEAD + thread.len()) as i16);
+    let record = row + HEAD as i16;
+    thread.clear(&mut a, record);
+    a.load(Word, 1, 8, task("pid")?);
+    a.store(Word, FP, row, 1);
+    a.load(Word, 2, 8, task("tgid")?);
+    // Whether they are the same, 0 if so.
+    a.push(0x1f, 1, 2, 0, 0);
+    a.mov(9, 1);
+    a.store(Word, FP, row + 4, 1);
+    thread.copy(&mut a, TASK, 8, record);
+    a.load(Double, 2, 8, task("cred")?);
+    thread.copy(&mut a, CRED, 2, record);
+    emit(&mut a, HEAD + thread.len());
+    a.jump(If::NotEqual, 9, 0, "out");
+    let record = -(process.len() as i16);
+    process.clear(&mut a, record);
+    a.load(Double, 2, 8, task("mm")?);
+    process.copy(&mut a, MM, 2, record);
+    a.load(Double, 2, 8, task("signal")?);
+    process.copy(&mut a, SIGNAL, 2, record);
+    process.copy(&mut a, OF_PROCESS, 8, record);
+    emit(&mut a, process.len());
+    a.load(Double, 9, 8, task("sighand")?);
+    a.add(9, offset(btf, "sighand_struct", "action")?.into());
+    for _ in 0..ACTIONS / STACK {
+        a.place(1, -(STACK as i16));
+        a.set(2, STACK as i32);
+        a.mov(3, 9);
+        a.call(helper::PROBE_READ);
+        emit(&mut a, STACK);
+        a.add(9, STACK as i32);
+    }
+    a.label("out");
+    a.leave(0);
+    Ok((a.finish(), thread, process))
+}
+
+/// The threads of one process.
+#[derive(Debug)]
+pub(in crate::capture) struct TaskGlance {
+    link: OwnedFd,
+    known: &'static Tasks,
+    bytes: Vec<u8>,
+    /// Threads, and where their fields begin.
+    rows: Vec<(i32, usize)>,
+    /// Where the fields of the process begin.
+    process: usize,
+    /// Those that count for what was read last.
+    before: Vec<u8>,
+}
+
+/// What was seen of a thread.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::capture) struct Task<'a> {
+    layout: &'static Layout,
+    /// Its record, to be kept and compared.
+    pub(in crate::capture) record: &'a [u8],
+}
+
+impl TaskGlance {
+    /// For the process with this host pid. None if this kernel cannot do it.
+    pub(in crate::capture) fn open(pid: i32) -> Option<Self> {
+        let known = super::tasks()?;
+        match bpf::iterate_process(known.program.as_fd(), pid) {
+            Ok(link) => {
+                let (bytes, rows, process, before) = Default::default();
+                Some(Self { link, known, bytes, rows, process, before })
+            }
+            Err(error) => {
+                tracing::debug!(pid, %error, "its threads are asked one by one");
+                None
+            }
+        }
+    }
+
+    /// Looks at a stopped process.
+    pub(in crate::capture) fn look(&mut self) -> SysResult<()> {
+        self.rows.clear();
+        self.process = usize::MAX;
+        let len = bpf::iterate(self.link.as_fd(), &mut self.bytes)?;
+        let cut = || SysError::errno("read", "an iterator over threads", libc::EIO);
+        let word = |at: usize| {
+            let four = self.bytes[..len].get(at..at + 4)?;
+            Some(u32::from_ne_bytes(four.try_into().ok()?))
+        };
+        let mut at = 0;
+        while at < len {
+            let (tid, follows) = (word(at).ok_or_else(cut)?, word(at + 4).ok_or_else(cut)?);
+            self.rows.push((tid as i32, at + HEAD));
+            at += HEAD + self.known.thread.len();
+            if follows == 0 {
+                self.process = at;
+                at += self.known.process.len() + ACTIONS;
+            }
+        }
+        if at == len { Ok(()) } else { Err(cut()) }
+    }
+
+    /// What the last look saw of a thread.
+    pub(in crate::capture) fn task(&self, tid: i32) -> Option<Task<'_>> {
+        let layout = &self.known.thread;
+        let at = self.rows.iter().find(|(t, _)| *t == tid)?.1;
+        Some(Task { layout, record: &self.bytes[at..at + layout.len()] })
+    }
+
+    fn of_process(&self) -> Option<&[u8]> {
+        self.bytes.get(self.process..self.process.checked_add(self.known.process.len() + ACTIONS)?)
+    }
+
+    /// Whether a timer of setitimer(2) runs: then no answer counts for long.
+    fn has_timers(&self, now: &[u8]) -> bool {
+        let layout = &self.known.process;
+        layout.get(now, REAL_TIMER) != 0 || layout.bytes(now, CPU_TIMERS).iter().any(|b| *b != 0)
+    }
+
+    /// Whether the process would answer as it did at the last [`TaskGlance::remember`].
+    pub(in crate::capture) fn is_unchanged(&self) -> bool {
+        let Some(now) = self.of_process() else { return false };
+        let (layout, fields) = (&self.known.process, self.known.process.len());
+        self.before.len() == now.len()
+            && !self.has_timers(now)
+            && layout.set_alike(&now[..fields], &self.before[..fields])
+            && now[fields..] == self.before[fields..]
+    }
+
+    /// The process has just been asked.
+    pub(in crate::capture) fn remember(&mut self) {
+        let mut before = std::mem::take(&mut self.before);
+        before.clear();
+        if let Some(now) = self.of_process().filter(|now| !self.has_timers(now)) {
+            before.extend_from_slice(now);
+        }
+        self.before = before;
+    }
+
+    /// Whether no signal waits for the process.
+    pub(in crate::capture) fn nothing_pends(&self) -> bool {
+        self.of_process().is_some_and(|now| self.known.process.get(now, SHARED_PENDING) == 0)
+    }
+}
+
+impl Task<'_> {
+    /// Whether the thread would answer as it did when this record of it was seen.
+    pub(in crate::capture) fn answers_as(&self, before: &[u8]) -> bool {
+        self.layout.set_alike(self.record, before)
+    }
+
+    /// Whether no signal waits for it alone.
+    pub(in crate::capture) fn nothing_pends(&self) -> bool {
+        self.layout.get(self.record, PENDING) == 0
+    }
+
+    /// Head of the list of robust futexes, and the length of its structure.
+    pub(in crate::capture) fn robust_list(&self) -> (u64, u64) {
+        // struct robust_list_head; the kernel takes no other.
+        (self.layout.get(self.record, ROBUST), 24)
+    }
+
+    /// Area, length and signature of its restartable sequences.
+    pub(in crate::capture) fn rseq(&self) -> (u64, u32, u32) {
+        let get = |field| self.layout.get(self.record, field);
+        (get(RSEQ), get(RSEQ_LEN) as u32, get(RSEQ_SIGNATURE) as u32)
+    }
+}
