@@ -11,6 +11,7 @@ pub mod capture;
 pub mod container;
 pub mod image;
 pub mod protocol;
+mod pty;
 pub mod restore;
 pub mod sys;
 mod term;

@@ -104,3 +104,16 @@ fn internet_program() {
 fn datagram_raw_and_netlink_sockets_go_on() {
     fail_over("internet_program", kinds::internet::KINDS);
 }
+
+/// Not a test: the program of the next one.
+#[test]
+fn terminals_program() {
+    if is_program() {
+        kinds::run(kinds::terminals::KINDS);
+    }
+}
+
+#[test]
+fn terminals_go_on() {
+    fail_over("terminals_program", kinds::terminals::KINDS);
+}

@@ -15,7 +15,9 @@ use super::objects::{Class, Objects};
 use super::refusals::Refusals;
 use super::remembered::{self, Remembered};
 use super::unix::{self, Empties};
-use super::{CaptureError, Glances, farewell, inet, inotify, locks, options, pipes, tcp};
+use super::{
+    CaptureError, Glances, farewell, inet, inotify, locks, options, pipes, tcp, terminals,
+};
 use crate::image::net::RawOptions;
 use crate::image::{Description, EpollTarget, Fd, Kind, Process, State};
 use crate::sys::sockopt::get_i32;
@@ -79,6 +81,7 @@ pub(super) struct Builder {
     by_inode: HashMap<u64, Vec<u32>>,
     pub(super) pipes: HashMap<pipes::Key, u32>,
     unix: unix::Sockets,
+    pub(super) terminals: terminals::Terminals,
     /// Pids inside by pids outside.
     inner: HashMap<i32, i32>,
     /// Descriptors that were in flight.
@@ -542,6 +545,12 @@ impl Files {
                 pipes::pipe(handle, number, (false, info.inode), builder, state).map(Kind::Pipe)
             }
             link if link.starts_with('/') => {
+                if terminals::may_be(link) && info.flags & libc::O_PATH == 0 {
+                    let dup = pidfd::get_fd(handle, number)?;
+                    if let Some(kind) = builder.terminals.describe(dup, link, what)? {
+                        return Ok(kind);
+                    }
+                }
                 if let Some(name) = link.strip_suffix(" (deleted)") {
                     let dup = pidfd::get_fd(handle, number)?;
                     return deleted(name, dup, info, objects, what);
@@ -709,6 +718,7 @@ impl Builder {
             at += 1;
         }
         self.unix.join(state)?;
+        self.terminals.finish(init, &self.inner, state)?;
         self.check_watched(state)?;
         // A duplicate would keep the file in the interest list after the program has closed it,
         // and events would come for what the program knows no longer.

@@ -38,6 +38,7 @@ mod survey;
 mod sysv;
 mod tcp;
 mod tcp_options;
+mod terminals;
 mod threads;
 mod timers;
 mod tmpfs;
@@ -601,6 +602,20 @@ impl Capturer {
             let securebits = tracked.threads.securebits(*pid);
             let creds = Credentials { securebits, ..tracked.attributes.creds.clone() };
             tracked.threads.add_credentials(&tids, &creds, &mut threads)?;
+            match terminals::of_stat(tracked.attributes.terminal) {
+                // An image has no terminal of its launcher, and says so.
+                _ if self.tracer.is_gentle() => {}
+                Ok(None) => {}
+                Ok(Some(index)) => builder.terminals.add_controlled(*pid, index),
+                Err((major, minor)) => {
+                    let why = format!(
+                        "a terminal of the host ({major}:{minor}) controls it; run it in a session \
+                         of its own (setsid)"
+                    );
+                    let error = CaptureError::unsupported(format!("pid {pid}"), why);
+                    self.refusals.admit::<()>(Err(error))?;
+                }
+            }
             times.threads += lap.next();
             let posix = tracked.timers.capture(*pid, &tids, &threads, &mut self.batch)?;
             let mut timers = Timers { interval: inner.timers, posix };

@@ -92,7 +92,8 @@ impl Capturer {
         self.freeze()?;
         times.freeze = begin.elapsed();
         let state = self.capture(&mut times, &mut super::Lap(Instant::now()))?;
-        let notes = outside::check(&self.pids(), &mut self.refusals)?;
+        let mut notes = outside::check(&self.pids(), &mut self.refusals)?;
+        notes.extend(outside::terminals(&self.pids(), &state)?);
         check_connections(&state)?;
         times.pages = self.pages.pages();
         times.stop_pages = times.pages;

@@ -2,8 +2,9 @@
 //! end is outside comes back with that end closed: it is refused where the program counts on it
 //! (standard input, output, error), and told of elsewhere (what a launcher has leaked).
 
-use super::CaptureError;
 use super::refusals::Refusals;
+use super::{CaptureError, process};
+use crate::image::{Description, Kind, State};
 use std::collections::BTreeMap;
 use std::fs;
 
@@ -50,6 +51,25 @@ pub(super) fn check(tree: &[i32], refusals: &mut Refusals) -> Result<Vec<String>
             } else {
                 notes.push(format!("{object} is {what}: a restore finds that end closed"));
             }
+        }
+    }
+    Ok(notes)
+}
+
+/// Terminals that control processes of the tree and whose other end is outside, in words.
+pub(super) fn terminals(tree: &[i32], state: &State) -> Result<Vec<String>, CaptureError> {
+    let inside = |index: u32| {
+        let is_it = |d: &Description| matches!(&d.kind, Kind::Terminal(t) if t.index == index);
+        state.descriptions.iter().any(is_it)
+    };
+    let mut notes = Vec::new();
+    for &pid in tree {
+        match super::terminals::of_stat(process::read(pid, None)?.terminal) {
+            Ok(None) => {}
+            Ok(Some(index)) if inside(index) => {}
+            _ => notes.push(format!(
+                "the terminal that controls pid {pid} is outside of the tree: a restore finds none"
+            )),
         }
     }
     Ok(notes)

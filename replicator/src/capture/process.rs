@@ -22,6 +22,8 @@ pub(super) struct Attributes {
     pub(super) creds: Credentials,
     pub(super) born: u64,
     pub(super) exit_signal: i32,
+    /// Its controlling terminal as the kernel numbers it; 0 for none.
+    pub(super) terminal: i32,
     pub(super) root: Option<String>,
     pub(super) oom_score_adj: i32,
     /// Locked memory in KiB.
@@ -118,6 +120,7 @@ fn stat(text: &str, a: &mut Attributes) -> Option<()> {
     a.ppid = fields.get(1)?.parse().ok()?;
     a.born = field(22)?;
     a.exit_signal = fields.get(38 - 3)?.parse().ok()?;
+    a.terminal = fields.get(7 - 3)?.parse().ok()?;
     a.mm = MmFields {
         start_code: field(26)?,
         end_code: field(27)?,

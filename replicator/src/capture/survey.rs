@@ -69,6 +69,7 @@ impl Capturer {
         let mut notes = Vec::new();
         if host {
             notes = outside::check(&self.pids(), &mut self.refusals)?;
+            notes.extend(outside::terminals(&self.pids(), &state)?);
             let connected = super::one_shot::check_connections(&state);
             self.refusals.admit(connected)?;
         }

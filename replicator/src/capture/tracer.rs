@@ -72,6 +72,11 @@ impl Tracer {
         Self { options: GENTLE, ..Self::new() }
     }
 
+    /// Whether its threads outlive it.
+    pub(super) fn is_gentle(&self) -> bool {
+        self.options == GENTLE
+    }
+
     /// Seizes all threads of a process that runs. Repeats until no unseized thread is left.
     pub(super) fn seize(&mut self, pid: i32) -> SysResult<()> {
         loop {
@@ -303,7 +308,7 @@ impl Tracer {
     fn wait_stopped(&mut self, tid: i32) -> Result<(), CaptureError> {
         let begin = Instant::now();
         loop {
-            if self.options == GENTLE && ptrace::poll(tid)?.is_none() {
+            if self.is_gentle() && ptrace::poll(tid)?.is_none() {
                 // It may have called vfork before we came: then it waits for a child that we have
                 // stopped.
                 if begin.elapsed() > VFORK_PATIENCE {

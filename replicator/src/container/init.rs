@@ -14,6 +14,9 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
+/// Where its pseudo terminals are.
+const PTS: &str = "/dev/pts";
+
 /// The argument that makes our binary a container's init.
 pub const INIT_COMMAND: &str = "__container-init";
 
@@ -87,6 +90,19 @@ fn enter_namespaces(hostname: &str) -> Result<(), Failure> {
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
         mount(Some("tmpfs"), SHM, Some("tmpfs"), flags, Some("mode=1777"))
             .map_err(failed(format_args!("mount a tmpfs at {SHM}")))?;
+    }
+    if std::path::Path::new(PTS).is_dir() {
+        // Of its own, so that terminals have the same numbers wherever it runs.
+        let flags = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
+        let options = Some("newinstance,ptmxmode=0666,mode=0620,gid=5");
+        mount(Some("devpts"), PTS, Some("devpts"), flags, options)
+            .map_err(failed(format_args!("mount a devpts at {PTS}")))?;
+        let (from, to) = ("/dev/pts/ptmx", "/dev/ptmx");
+        let is_link = std::fs::symlink_metadata(to).is_ok_and(|m| m.is_symlink());
+        if std::path::Path::new(to).exists() && !is_link {
+            mount(Some(from), to, none, MsFlags::MS_BIND, none)
+                .map_err(failed(format_args!("bind {from} to {to}")))?;
+        }
     }
     sethostname(hostname).map_err(failed(format_args!("set the host name {hostname:?}")))?;
     let any = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)

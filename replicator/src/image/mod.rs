@@ -16,6 +16,7 @@ pub mod options;
 pub mod pages;
 pub mod sysv;
 pub mod task;
+pub mod terminal;
 pub mod tree;
 pub mod unix;
 
@@ -387,6 +388,10 @@ pub enum Kind {
     Datagram(Box<net::DatagramSocket>),
     /// A netlink socket.
     Netlink(Box<net::NetlinkSocket>),
+    /// The controlling end of a pseudo terminal, with all that is known of it.
+    Terminal(Box<terminal::Terminal>),
+    /// The other end of the one with this number.
+    TerminalEnd(u32),
 }
 
 /// A timerfd, see timerfd_create(2).

@@ -169,8 +169,9 @@ impl Spare {
         sysv::make_all(init, &self.state).doing(1, "make System V objects")?;
         let hosts = self.stubs.iter().map(|s| (s.pid, s.host)).collect();
         let elapsed = self.elapsed();
-        let Self { state, stubs, script, held, .. } = self;
-        let place = Place { held, init, elapsed, hosts };
+        let Self { state, stubs, script, held, terminals, .. } = self;
+        terminals.fill(state).doing(1, "fill a terminal")?;
+        let place = Place { held, init, elapsed, hosts, terminals };
         let made = objects::create_all(state, &place, script).map_err(|(index, source)| {
             let holds = |p: &&Process| p.fds.iter().any(|f| f.description as usize == index);
             let pid = state.processes.iter().find(holds).map_or(1, |p| p.pid);
@@ -184,6 +185,7 @@ impl Spare {
             process::actions(script, stub, p)?;
             advice::repeat(script, stub, p)?;
         }
+        terminals.settle(state, stubs, script, self.launched.control())?;
         let attributes = Instant::now();
         for p in &state.processes {
             let stub = find(stubs, p.pid)?;
@@ -194,6 +196,7 @@ impl Spare {
         locks::of_descriptions(state, &made).doing(1, "lock a file")?;
         locks::of_processes(state, script, &place)?;
         locks::owners(state, &made, &place).doing(1, "set who is told of events")?;
+        terminals.finish(state).doing(1, "lock a terminal")?;
         let descriptors = Instant::now();
         for p in &state.processes {
             let stub = find(stubs, p.pid)?;

@@ -68,9 +68,11 @@ impl Spare {
     pub(super) fn follow_tree(&mut self, state: &State) -> Result<(), RestoreError> {
         self.set_subreapers(state)?;
         self.remove_gone(state)?;
+        self.give_terminals(state)?;
         self.create_all(state)?;
         self.set_subreapers(state)?;
         self.set_groups(state)?;
+        self.give_terminals(state)?;
         for ended in &state.ended {
             self.die(ended)?;
         }
@@ -198,6 +200,7 @@ impl Spare {
                 self.stubs.iter().position(|s| s.pid == who.sid && s.sid != who.sid)
         {
             self.lead_session(leader)?;
+            self.give_terminals(state)?;
         }
         let (from, flags, passing) = if self.stubs[parent].sid == who.sid || who.sid == who.pid {
             (parent, 0, None)

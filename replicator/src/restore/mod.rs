@@ -39,6 +39,7 @@ mod space;
 mod spare;
 mod sysv;
 mod tcp;
+mod terminals;
 mod timers;
 mod tree;
 mod unix;

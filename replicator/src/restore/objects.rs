@@ -5,6 +5,7 @@
 use super::error::sys;
 use super::script::Script;
 use super::shared::Held;
+use super::terminals::Terminals;
 use super::{datagrams, files, sockets, unix, unix_queues};
 use crate::image::net::TcpState;
 use crate::image::{Description, Kind, Pipe, State, TimerFd};
@@ -35,6 +36,8 @@ pub(super) struct Place<'a> {
     pub(super) elapsed: Duration,
     /// Host pids of all processes by their pids inside.
     pub(super) hosts: BTreeMap<i32, i32>,
+    /// The terminals.
+    pub(super) terminals: &'a Terminals,
 }
 
 /// Makes all descriptions of a checkpoint, in order. TCP connections are sockets without
@@ -61,6 +64,8 @@ pub(super) fn create_all(
             Kind::Inotify(watches) => files::instance(watches, place),
             Kind::PidFd(pid) => files::handle(*pid, place),
             Kind::Namespace { pid, name } => files::namespace(*pid, name, d.flags, place),
+            Kind::Terminal(t) => place.terminals.master(t.index),
+            Kind::TerminalEnd(index) => place.terminals.end(*index, d.flags),
             Kind::Datagram(_) | Kind::Netlink(_) => continue,
             Kind::Unix(_) | Kind::TcpListener(_) | Kind::Tcp(_) | Kind::InetIdle(_) => continue,
         };
@@ -330,7 +335,9 @@ mod tests {
     fn make(state: &State, elapsed: Duration) -> Vec<OwnedFd> {
         let held = Held::default();
         let init = std::process::id() as i32;
-        let place = Place { held: &held, init, elapsed, hosts: BTreeMap::new() };
+        let terminals = Terminals::default();
+        let hosts = BTreeMap::new();
+        let place = Place { held: &held, init, elapsed, hosts, terminals: &terminals };
         create_all(state, &place, &mut Script::default()).expect("made")
     }
 

@@ -6,6 +6,7 @@ use super::lineage::Corpse;
 use super::script::Script;
 use super::shared::Held;
 use super::space::{self, ASIDE, Givers, Special, Target};
+use super::terminals::Terminals;
 use crate::container::Launched;
 use crate::image::pages::PageSet;
 use crate::image::{Process, State, VdsoPart};
@@ -62,6 +63,7 @@ pub struct Spare {
     pub(super) finishing: Finishing,
     pub(super) affinity: CpuSet,
     pub(super) held: Held,
+    pub(super) terminals: Terminals,
     vdso: u64,
     lost: bool,
     // Last, so that it is dropped last.
@@ -101,6 +103,7 @@ impl Spare {
             finishing: Finishing::default(),
             affinity,
             held: Held::default(),
+            terminals: Terminals::default(),
             vdso,
             lost: false,
             launched,
@@ -167,6 +170,7 @@ impl Spare {
     }
 
     fn fold(&mut self, state: &State, pages: &PageSet) -> Result<(), RestoreError> {
+        self.follow_terminals(state).doing(1, "make a terminal")?;
         self.follow_tree(state)?;
         self.held.follow(self.launched.pid, &state.objects).doing(1, "make the memory objects")?;
         let place = |p: &Process| self.stubs.iter().position(|s| s.pid == p.pid);

@@ -19,6 +19,7 @@ pub mod pidfd;
 pub mod probe;
 pub mod procmap;
 pub mod ptrace;
+pub mod pty;
 pub mod remote;
 pub mod sched;
 pub mod shmem;

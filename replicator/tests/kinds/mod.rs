@@ -9,6 +9,7 @@
 
 pub mod files;
 pub mod internet;
+pub mod terminals;
 pub mod unix;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
