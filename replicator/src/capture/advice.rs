@@ -87,7 +87,7 @@ fn parse(smaps: &str) -> (Vec<Advice>, Option<(u64, u64, &'static str)>) {
         if let Some(flags) = line.strip_prefix("VmFlags:") {
             let Some((start, end, is_stack)) = here else { continue };
             if flags.split_whitespace().any(|f| f == "gd") && !is_stack {
-                let why = "memory that grows down (MAP_GROWSDOWN) and is not the main stack";
+                let why = "memory that grows down (MAP_GROWSDOWN) and is not the main stack; map it whole";
                 refused = Some((start, end, why));
             }
             let bits = flags.split_whitespace().map(bit).fold(0, |a, b| a | b);
@@ -100,7 +100,11 @@ fn parse(smaps: &str) -> (Vec<Advice>, Option<(u64, u64, &'static str)>) {
             if let Some((start, end, _)) = here
                 && key.trim() != "0"
             {
-                refused = Some((start, end, "memory with a protection key (pkey_mprotect)"));
+                refused = Some((
+                    start,
+                    end,
+                    "memory with a protection key (pkey_mprotect); run it without",
+                ));
             }
         } else if line
             .as_bytes()

@@ -557,7 +557,7 @@ impl Files {
                 }
                 // The root of that file system is the only place for queues.
                 if !link[1..].contains('/') && is_queue(&pidfd::get_fd(handle, number)?) {
-                    return refuse(format!("the POSIX message queue {link}; not protected yet"));
+                    return refuse(format!("the POSIX message queue {link}; System V queues work"));
                 }
                 let is_fifo = seen.mode & libc::S_IFMT == libc::S_IFIFO;
                 if info.flags & libc::O_PATH == 0 && is_fifo {
@@ -572,7 +572,7 @@ impl Files {
                 Some((name, _)) if !name.starts_with("anon_inode") => {
                     namespace(name, info.inode, builder, what)
                 }
-                _ => refuse(format!("a descriptor of {link}")),
+                _ => refuse(format!("{}; close it, or run the program without", known_as(link))),
             },
         }
     }
@@ -823,6 +823,25 @@ fn numbers(pid: i32) -> Result<Vec<i32>, CaptureError> {
     Ok(all)
 }
 
+/// What an anonymous inode of this name is to people.
+fn known_as(link: &str) -> String {
+    let name = link.trim_start_matches("anon_inode:").trim_matches(['[', ']']);
+    let what = match name {
+        "userfaultfd" => "memory that it pages in by itself (userfaultfd)",
+        "perf_event" => "a performance counter (perf)",
+        "fanotify" => "a watch over file systems (fanotify)",
+        name if name.starts_with("bpf") => return format!("an object of BPF ({name})"),
+        _ => return format!("a descriptor of {link}"),
+    };
+    what.into()
+}
+
+/// Whether it is a file of huge pages.
+fn is_huge(fd: &OwnedFd) -> bool {
+    const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
+    nix::sys::statfs::fstatfs(fd).is_ok_and(|s| s.filesystem_type().0 == HUGETLBFS_MAGIC)
+}
+
 /// Whether it is a POSIX message queue.
 fn is_queue(fd: &OwnedFd) -> bool {
     const MQUEUE_MAGIC: i64 = 0x1980_0202;
@@ -840,16 +859,22 @@ fn deleted(
     let stat = nix::sys::stat::fstat(&dup)
         .map_err(|e| SysError::errno("fstat", what.to_owned(), e as i32))?;
     if stat.st_mode & libc::S_IFMT != libc::S_IFREG {
-        let why = format!("{name}, which was deleted and is no regular file");
+        let why = format!("{name}, which was deleted and is no regular file; close it");
         return Err(CaptureError::unsupported(what.into(), why));
     }
     let own = objects.own_devices().contains(&(major(stat.st_dev) << 32 | minor(stat.st_dev)));
     if stat.st_nlink > 0 && !own && !name.starts_with("/memfd:") {
-        let why = format!("the file {name}, which was deleted but has other names");
+        let why = format!(
+            "the file {name}, which was deleted but has other names; delete those too, or open one"
+        );
         return Err(CaptureError::unsupported(what.into(), why));
     }
     if info.flags & libc::O_PATH != 0 {
-        let why = format!("the file {name}, which was deleted, by O_PATH");
+        let why = format!("the file {name}, which was deleted, by O_PATH; close it");
+        return Err(CaptureError::unsupported(what.into(), why));
+    }
+    if is_huge(&dup) {
+        let why = format!("{name}, which has huge pages (MFD_HUGETLB); plain pages work");
         return Err(CaptureError::unsupported(what.into(), why));
     }
     let class = if name.starts_with("/memfd:") { Class::Memfd } else { Class::Deleted };
@@ -909,7 +934,10 @@ fn socket(
         }
         (domain, kind, protocol) => Err(CaptureError::unsupported(
             what.into(),
-            format!("a socket of family {domain}, type {kind}, protocol {protocol}"),
+            format!(
+                "a socket of family {domain}, type {kind}, protocol {protocol}; UDP, TCP, raw, \
+                 netlink and unix sockets work"
+            ),
         )),
     }
 }

@@ -168,12 +168,24 @@ fn object(name: &str, device: u64, inode: u64, shared: bool, own: &[u64]) -> Opt
 /// Why a mapping of a file cannot be part of a checkpoint, if so.
 fn why_refused(name: &str, written: bool) -> Option<&'static str> {
     match name.strip_suffix(DELETED) {
-        Some("/[aio]") => Some("an asynchronous I/O context (io_setup)"),
-        Some("/anon_hugepage") => Some("huge pages that it reserved (MAP_HUGETLB)"),
-        Some(n) if n.starts_with("/SYSV") => Some("a System V segment of huge pages (SHM_HUGETLB)"),
-        Some(n) if n.starts_with("/memfd:") => Some("a memfd of huge pages (MFD_HUGETLB)"),
-        _ if !name.starts_with('/') => Some("memory of a kernel object (io_uring, perf, a socket)"),
-        _ if written => Some("a file mapped shared and writable"),
+        Some("/[aio]") => Some(
+            "an asynchronous I/O context (io_setup); let the program use threads or plain calls",
+        ),
+        Some("/anon_hugepage") => {
+            Some("huge pages that it reserved (MAP_HUGETLB); transparent ones work")
+        }
+        Some(n) if n.starts_with("/SYSV") => {
+            Some("a System V segment of huge pages (SHM_HUGETLB); plain pages work")
+        }
+        Some(n) if n.starts_with("/memfd:") => {
+            Some("a memfd of huge pages (MFD_HUGETLB); plain pages work")
+        }
+        _ if !name.starts_with('/') => {
+            Some("memory of a kernel object (io_uring, perf, a socket); run it without")
+        }
+        _ if written => Some(
+            "a file mapped shared and writable; let it write by descriptor, or map it privately",
+        ),
         _ => None,
     }
 }

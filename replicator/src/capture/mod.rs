@@ -430,6 +430,7 @@ impl Capturer {
 
     fn attach(&mut self, pid: i32) -> Result<Tracked, CaptureError> {
         namespaces::check_same(self.root, pid)?;
+        self.namespaces.check(pid)?;
         let attributes = process::read(pid, None)?;
         let vmas = maps::read(pid, self.objects.own_devices())?;
         let (start, end) = AddressSpace::vdso(&vmas).ok_or_else(|| {
@@ -586,8 +587,7 @@ impl Capturer {
             let tracked = self.processes.get_mut(pid).ok_or(CaptureError::Ended)?;
             let tids = self.tracer.threads_of(*pid);
             if tids.first() != Some(pid) {
-                let why = "its main thread has ended while others run".into();
-                let error = CaptureError::unsupported(format!("pid {pid}"), why);
+                let error = tracer::leader_has_ended(*pid);
                 self.refusals.admit::<()>(Err(error))?;
                 continue;
             }
@@ -823,7 +823,7 @@ fn refuse_mappings(
         if let Some(why) = v.refused {
             let object =
                 format!("mapping {:#x}-{:#x} of pid {pid}", v.mapping.start, v.mapping.end);
-            let error = CaptureError::unsupported(object, format!("{why}; not protected yet"));
+            let error = CaptureError::unsupported(object, why.into());
             refusals.admit::<()>(Err(error))?;
         }
     }

@@ -31,8 +31,8 @@ pub(super) fn check_same(root: i32, pid: i32) -> Result<(), CaptureError> {
             return Err(CaptureError::unsupported(
                 format!("pid {pid}"),
                 format!(
-                    "its {} namespace is not that of the tree's root {root}; nested namespaces \
-                     are not protected yet",
+                    "its {} namespace is not that of the tree's root {root}; run it without one of \
+                     its own (no unshare, no sandbox of its own)",
                     kind.name()
                 ),
             ));

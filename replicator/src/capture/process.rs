@@ -67,7 +67,7 @@ pub(super) fn read(pid: i32, before: Option<&Attributes>) -> Result<Attributes, 
     a.oom_score_adj = adjusted.trim().parse().map_err(|_| invalid(&base, "oom_score_adj"))?;
     status(&text("status")?, &mut a).ok_or_else(|| invalid(&base, "status"))?;
     if a.seccomp {
-        return Err(refuse("it runs under a seccomp filter; these are not protected yet"));
+        return Err(refuse("it runs under a seccomp filter; run it without"));
     }
     stat(&text("stat")?, &mut a).ok_or_else(|| invalid(&base, "stat"))?;
     a.limits = limits(&text("limits")?).ok_or_else(|| invalid(&base, "limits"))?;

@@ -8,12 +8,14 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, setns};
 use std::collections::BTreeMap;
 use std::fs::{self, File};
+use std::io::ErrorKind::NotFound;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
-/// Namespaces that all processes of a container must share.
-const SHARED: [&str; 6] = ["cgroup", "ipc", "mnt", "net", "user", "uts"];
+/// Namespaces that all processes of a container must share, those of children to come included.
+const SHARED: [&str; 8] =
+    ["cgroup", "ipc", "mnt", "net", "user", "uts", "pid_for_children", "time_for_children"];
 
 /// Looks at a process between two readings of its namespaces.
 const LOOKS: u32 = 16;
@@ -50,7 +52,15 @@ impl Namespaces {
                 Some((file, at_first))
             }
         };
-        Ok(Self { of_init: links(root)?, uts, mounts, differ: false, looks: BTreeMap::new() })
+        let mut of_init = links(root)?;
+        for (link, name) in of_init.iter_mut().zip(SHARED) {
+            // It may have said already that its children are to have others than its own.
+            if let Some(own) = name.strip_suffix("_for_children") {
+                let path = format!("/proc/{root}/ns/{own}");
+                *link = fs::read_link(&path).map_err(|e| CaptureError::proc(&path, e))?;
+            }
+        }
+        Ok(Self { of_init, uts, mounts, differ: false, looks: BTreeMap::new() })
     }
 
     /// Refuses a process that has left a namespace of its container. Read at the first look and
@@ -63,7 +73,11 @@ impl Namespaces {
         }
         for (index, link) in links(pid)?.iter().enumerate() {
             if *link != self.of_init[index] {
-                let why = format!("it has a namespace of its own ({})", SHARED[index]);
+                let why = format!(
+                    "it has a namespace of its own ({}), and only those of the container are \
+                     carried over; run it without (no unshare, no sandbox of its own)",
+                    SHARED[index]
+                );
                 return Err(CaptureError::unsupported(format!("pid {pid}"), why));
             }
         }
@@ -109,7 +123,8 @@ impl Namespaces {
             (*at_first, self.differ) = (now, false);
             return Ok(());
         };
-        let why = "it was mounted, unmounted or changed by the container; mounts are not protected";
+        let why = "it was mounted, unmounted or changed by the container, and mounts are not protected; \
+                   mount it before the container starts";
         Err(CaptureError::unsupported(format!("the mount at {point}"), why.into()))
     }
 }
@@ -136,7 +151,11 @@ fn changed_inside(before: &str, after: &str, ours: &str) -> Option<String> {
 fn links(pid: i32) -> Result<Vec<PathBuf>, CaptureError> {
     let link = |name: &&str| {
         let path = format!("/proc/{pid}/ns/{name}");
-        fs::read_link(&path).map_err(|e| CaptureError::proc(&path, e))
+        match fs::read_link(&path) {
+            // A namespace that has no process yet cannot be named.
+            Err(e) if e.kind() == NotFound && name.ends_with("_for_children") => Ok(PathBuf::new()),
+            other => other.map_err(|e| CaptureError::proc(&path, e)),
+        }
     };
     SHARED.iter().map(link).collect()
 }

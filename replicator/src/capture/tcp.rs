@@ -137,14 +137,14 @@ fn refuse(
     }
     // A kernel without TCP-AO does not know the option; a socket without keys says ENOENT.
     if get(fd, libc::IPPROTO_TCP, TCP_AO_INFO, &mut [0u8; 64]).is_ok() {
-        return no("a TCP socket with TCP-AO; its keys cannot be read");
+        return no("a TCP socket with TCP-AO, whose keys cannot be read; plain TCP works");
     }
     if get(fd, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &mut []).is_ok_and(|n| n > 0) {
         return no("a socket with a packet filter (SO_ATTACH_FILTER)");
     }
     let remote = if listens { None } else { peer(fd).ok() };
     if inet_diag::find(diag, local(fd)?, remote)?.is_some_and(|row| row.md5) {
-        return no("a TCP socket with TCP-MD5; its keys cannot be carried over");
+        return no("a TCP socket with TCP-MD5, whose keys cannot be carried over; plain TCP works");
     }
     Ok(())
 }
@@ -190,7 +190,7 @@ fn connecting(fd: BorrowedFd<'_>, what: &str, diag: &UnixDiag) -> Result<Kind, C
     let row = rows.into_iter().find(|row| row.cookie == cookie);
     let row = row.ok_or(CaptureError::Transient("a TCP connection is opening"))?;
     if row.md5 {
-        let why = "a TCP socket with TCP-MD5; its keys cannot be carried over";
+        let why = "a TCP socket with TCP-MD5, whose keys cannot be carried over; plain TCP works";
         return Err(CaptureError::unsupported(what.into(), why.into()));
     }
     let options = options::all(fd, true)?;

@@ -1,0 +1,194 @@
+//! What cannot be protected is refused before protection starts, by name, with what to do about
+//! it (CP-3). Each is a Python program that makes one such thing; needs root and Python 3.
+
+use replicator::Epoch;
+use replicator::capture::{CaptureError, Capturer, NoBoundary, Refusal};
+use replicator::image::State;
+use replicator::image::pages::PageSet;
+use replicator::sys::pty;
+use replicator::sys::unix_diag::UnixDiag;
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
+use std::os::fd::AsFd;
+use std::process::{Child, Command, Stdio};
+
+const COMMON: &str = "
+import ctypes, os, socket, struct, sys
+libc = ctypes.CDLL(None, use_errno=True)
+def give_up(what):
+    print('skipped:', what, flush=True)
+    sys.exit(0)
+def call(number, *args):
+    args = [ctypes.c_long(a) if isinstance(a, int) else a for a in args]
+    result = libc.syscall(ctypes.c_long(number), *args)
+    if result < 0:
+        give_up(f'call {number}: {os.strerror(ctypes.get_errno())}')
+    return result
+def mapped(flags, fd=-1, length=2 << 20):
+    libc.mmap.restype = ctypes.c_void_p
+    at = libc.mmap(None, ctypes.c_size_t(length), 3, flags, fd, ctypes.c_long(0))
+    if at in (None, ctypes.c_void_p(-1).value):
+        give_up(f'mmap: {os.strerror(ctypes.get_errno())}')
+    return at
+def option(s, level, name, value):
+    try:
+        s.setsockopt(level, name, value)
+    except OSError as e:
+        give_up(e)
+def family(*args):
+    try:
+        return socket.socket(*args)
+    except OSError as e:
+        give_up(e)
+def nested(flags, deeper=False):
+    told, tells = os.pipe()
+    if os.fork() == 0:
+        os.close(told)
+        call(272, flags)
+        if not deeper or os.fork() == 0:
+            os.write(tells, b'x')
+        # The end of the test is the end of its standard input.
+        os.read(0, 1)
+        os._exit(0)
+    os.close(tells)
+    if os.read(told, 1) != b'x':
+        sys.exit(0)
+def filter():
+    global code
+    code = ctypes.create_string_buffer(struct.pack('HBBI', 6, 0, 0, 0xffff))
+    return struct.pack('HxxxxxxQ', 1, ctypes.addressof(code))
+";
+
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Starts the program; none if the kernel does not have what it wants.
+fn start(name: &str, script: &str) -> Option<Killed> {
+    let script = format!("{COMMON}\n{script}\nprint('ready', flush=True)\nos.read(0, 1)");
+    let child = Command::new("python3")
+        .args(["-c", &script])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn();
+    let Ok(child) = child else {
+        println!("kind {name} skipped: python3 is not installed");
+        return None;
+    };
+    let mut child = Killed(child);
+    let mut line = String::new();
+    let mut output = BufReader::new(child.0.stdout.take().expect("piped"));
+    output.read_line(&mut line).expect("a line");
+    if line != "ready\n" {
+        output.read_to_string(&mut line).expect("the rest");
+        assert!(line.starts_with("skipped"), "{name}: {line}");
+        println!("kind {name} {}", line.trim());
+        return None;
+    }
+    Some(child)
+}
+
+/// Its first checkpoint must be refused with words of the object and of the reason, and with a way
+/// out; a survey must say the same.
+fn refused(name: &str, script: &str, object: &str, reason: &str) {
+    let Some(child) = start(name, script) else { return };
+    let pid = child.0.id() as i32;
+    let diag = || UnixDiag::open().expect("diag");
+    let surveyed = Capturer::adopt_gently(pid, diag()).and_then(|mut capturer| {
+        let found = capturer.survey(false)?.refusals;
+        capturer.detach()?;
+        Ok(found)
+    });
+    let taken = Capturer::adopt(pid, diag()).and_then(|mut capturer| {
+        let (mut state, mut pages) = (State::default(), PageSet::default());
+        capturer.prepare()?;
+        capturer.precopy()?;
+        capturer.stop(Epoch(1), &mut NoBoundary, &mut state, &mut pages).map(drop)
+    });
+    let named =
+        |refusal: &Refusal| refusal.object.contains(object) && refusal.reason.contains(reason);
+    let found = match taken.expect_err("it cannot be protected") {
+        CaptureError::Unsupported { object, reason } => Refusal { object, reason },
+        other => panic!("{name}: not a refusal: {other}"),
+    };
+    assert!(named(&found), "{name}: {}: {}", found.object, found.reason);
+    assert!(found.remedy().is_some(), "{name} has no way out: {}", found.reason);
+    let surveyed = surveyed.expect("a survey");
+    assert!(surveyed.iter().any(named), "{name}: a survey says {surveyed:?}");
+    println!("kind {name} ok");
+}
+
+#[test]
+fn terminal_whose_other_end_is_outside() {
+    // Ours, and the program has what is made of it.
+    let path = File::options().read(true).write(true).open("/dev/ptmx");
+    let master = path.expect("a terminal");
+    pty::set_locked(master.as_fd(), false).expect("unlocked");
+    let index = pty::index(master.as_fd()).expect("a number");
+    let script = format!("fd = os.open('/dev/pts/{index}', os.O_RDWR | os.O_NOCTTY)");
+    refused("terminal_whose_other_end_is_outside", &script, "descriptor", "other end is outside");
+}
+
+macro_rules! refusals {
+    ($($name:ident: $script:expr => $object:expr, $reason:expr;)*) => {
+        $(#[test] fn $name() { refused(stringify!($name), $script, $object, $reason); })*
+    };
+}
+
+refusals! {
+    io_uring: "call(425, 4, ctypes.create_string_buffer(120))" => "descriptor", "io_uring";
+    native_aio: "call(206, 8, ctypes.byref(ctypes.c_ulong()))" => "mapping", "io_setup";
+    packet_socket: "s = family(socket.AF_PACKET, socket.SOCK_RAW, 0)" => "descriptor", "packet socket";
+    filter_of_a_datagram_socket: "
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+option(s, 1, 26, filter())" => "descriptor", "filter";
+    filter_of_a_tcp_socket: "
+s = socket.socket()
+option(s, 1, 26, filter())
+s.bind(('127.0.0.1', 0))
+s.listen()" => "descriptor", "filter";
+    filter_of_a_unix_socket: "
+s = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+option(s, 1, 26, filter())" => "descriptor", "filter";
+    mptcp: "s = family(socket.AF_INET, socket.SOCK_STREAM, 262)" => "descriptor", "MPTCP";
+    tcp_md5: "
+s = socket.socket()
+option(s, 6, 14, struct.pack('HH4s120xxxHI80s', 2, 0, bytes([127, 0, 0, 1]), 3, 0, b'key')[:216].ljust(216, b'\\0'))
+s.bind(('127.0.0.1', 0))
+s.listen()" => "descriptor", "MD5";
+    protection_key: "
+key = call(330, 0, 0)
+at = mapped(0x22)
+call(329, at, 4096, 3, key)" => "mapping", "protection key";
+    perf: "
+attr = ctypes.create_string_buffer(struct.pack('IIQ', 1, 112, 0), 112)
+call(298, attr, 0, -1, -1, 0)" => "descriptor", "perf";
+    bpf_map: "
+attr = ctypes.create_string_buffer(struct.pack('IIII', 2, 4, 8, 1), 72)
+call(321, 0, attr, 72)" => "descriptor", "BPF";
+    userfaultfd: "call(323, 0)" => "descriptor", "userfaultfd";
+    fanotify: "call(300, 0, 0)" => "descriptor", "fanotify";
+    huge_pages: "mapped(0x44022)" => "mapping", "MAP_HUGETLB";
+    huge_memfd: "
+fd = call(319, b'huge', 4)
+os.ftruncate(fd, 2 << 20)
+mapped(0x4001, fd)" => "mapping", "MFD_HUGETLB";
+    huge_memfd_by_descriptor: "
+fd = call(319, b'huge', 4)
+os.ftruncate(fd, 2 << 20)" => "descriptor", "MFD_HUGETLB";
+    seccomp_filter: "
+call(157, 38, 1, 0, 0, 0)
+code = ctypes.create_string_buffer(struct.pack('HBBI', 6, 0, 0, 0x7fff0000))
+call(317, 1, 0, ctypes.create_string_buffer(struct.pack('HxxxxxxQ', 1, ctypes.addressof(code))))
+" => "pid", "seccomp";
+    nested_user_namespace: "nested(0x10000000)" => "pid", "user namespace";
+    nested_pid_namespace: "nested(0x20000000, deeper=True)" => "pid", "pid namespace";
+    nested_network_namespace: "nested(0x40000000)" => "pid", "net namespace";
+    nested_mount_namespace: "nested(0x20000)" => "pid", "mnt namespace";
+    pid_namespace_of_children_to_come: "nested(0x20000000)" => "pid", "pid_for_children";
+}
