@@ -187,7 +187,7 @@ code = ctypes.create_string_buffer(struct.pack('HBBI', 6, 0, 0, 0x7fff0000))
 call(317, 1, 0, ctypes.create_string_buffer(struct.pack('HxxxxxxQ', 1, ctypes.addressof(code))))
 " => "pid", "seccomp";
     nested_user_namespace: "nested(0x10000000)" => "pid", "user namespace";
-    nested_pid_namespace: "nested(0x20000000, deeper=True)" => "pid", "pid namespace";
+    nested_pid_namespace: "nested(0x20000000, deeper=True)" => "pid", "pid_for_children";
     nested_network_namespace: "nested(0x40000000)" => "pid", "net namespace";
     nested_mount_namespace: "nested(0x20000)" => "pid", "mnt namespace";
     pid_namespace_of_children_to_come: "nested(0x20000000)" => "pid", "pid_for_children";

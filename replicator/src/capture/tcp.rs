@@ -140,7 +140,7 @@ fn refuse(
         return no("a TCP socket with TCP-AO, whose keys cannot be read; plain TCP works");
     }
     if get(fd, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &mut []).is_ok_and(|n| n > 0) {
-        return no("a socket with a packet filter (SO_ATTACH_FILTER)");
+        return no("a socket with a packet filter (SO_ATTACH_FILTER); run it without");
     }
     let remote = if listens { None } else { peer(fd).ok() };
     if inet_diag::find(diag, local(fd)?, remote)?.is_some_and(|row| row.md5) {

@@ -132,12 +132,14 @@ pub fn find(
 }
 
 fn request(family: i32, states: u32, flags: u16) -> Vec<u8> {
+    // The kernel tells of keys only beside struct tcp_info (inet_sk_diag_fill): INET_DIAG_INFO.
+    const INFO: u8 = 1 << 1;
     let mut m = Vec::with_capacity(HEADER + REQUEST);
     m.extend(((HEADER + REQUEST) as u32).to_ne_bytes());
     m.extend(SOCK_DIAG_BY_FAMILY.to_ne_bytes());
     m.extend(flags.to_ne_bytes());
     m.extend([0; 8]);
-    m.extend([family as u8, libc::IPPROTO_TCP as u8, 0, 0]);
+    m.extend([family as u8, libc::IPPROTO_TCP as u8, INFO, 0]);
     m.extend(states.to_ne_bytes());
     m.resize(HEADER + REQUEST, 0);
     m
