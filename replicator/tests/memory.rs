@@ -28,6 +28,18 @@ fn bring_to_life(spare: &mut Spare) {
     spare.detach_all().expect("let go");
 }
 
+/// Another host does not have what `gone` is, and has something else that is called `stale`.
+fn be_another_host(dir: &Path) {
+    let gone = dir.join("gone");
+    if gone.exists() {
+        std::fs::remove_dir_all(gone).expect("removed");
+    }
+    let stale = dir.join("stale");
+    if stale.exists() {
+        std::fs::write(stale, vec![b'X'; 1 << 20]).expect("written");
+    }
+}
+
 /// Runs one kind through checkpoints, an end and a restore.
 fn survives(kind: &str) {
     if !Path::new(PYTHON).exists() {
@@ -67,6 +79,7 @@ fn program_survives(kind: &str, dir: &Scratch, command: &[&str]) {
         let go = dir.0.join(format!("go-{step}"));
         if text.contains(&last) {
             original.kill();
+            be_another_host(&dir.0);
             bring_to_life(spare.as_mut().expect("a spare"));
             std::fs::write(go, "").expect("written");
             break;
@@ -110,6 +123,7 @@ kinds! {
     shared_anonymous_moves
     memfd
     deleted_files
+    mapped_files
     posix_shm
     multiprocessing
     system_v_memory

@@ -8,10 +8,14 @@ use crate::sys::{SysError, SysResult};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::{fstat, major, minor};
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::sync::OnceLock;
 
 /// What the kernel puts behind the path of a file that was deleted.
 const DELETED: &str = " (deleted)";
+/// Length of a file that is copied as memory. It is read whole when the kernel says that anything
+/// of it has changed.
+const LARGEST_FILE: u64 = 256 << 20;
 
 /// The device (major above minor) of the kernel's own tmpfs, where memfds, shared anonymous memory
 /// and System V segments are.
@@ -32,6 +36,8 @@ pub(super) struct Vma {
     vsyscall: bool,
     /// The object that it maps, whose number in `mapping` is not known by reading alone.
     pub(super) object: Option<Object>,
+    /// The file that is mapped shared, as the object that it is if it may be written.
+    file: Option<Object>,
 }
 
 /// An object by what its mapping tells of it.
@@ -63,6 +69,37 @@ impl Vma {
         }
     }
 
+    /// Makes a shared mapping through which a file may be written, now or after mprotect(2), one
+    /// of an object, unless the file is none whose contents can be copied.
+    fn look_at_file(&mut self, pid: i32) {
+        let Some(object) = self.file.take() else { return };
+        let Mapping { start, end, .. } = self.mapping;
+        let path = format!("/proc/{pid}/map_files/{start:x}-{end:x}");
+        // The link's own mode says how the file was opened.
+        let writable = fs::symlink_metadata(&path).is_ok_and(|m| m.mode() & libc::S_IWUSR != 0);
+        if !writable && self.mapping.prot & 2 == 0 {
+            return;
+        }
+        match fs::metadata(&path) {
+            Ok(meta) if !meta.is_file() => {
+                self.refused = Some("a device mapped shared and writable");
+            }
+            Ok(meta) if meta.len() > LARGEST_FILE => {
+                self.refused = Some(
+                    "a file of more than 256 MiB mapped shared and writable; keep it in the \
+                     container's /dev/shm",
+                );
+            }
+            // If it is gone already, taking its pages says so.
+            _ => {
+                if let Source::File { offset, .. } = self.mapping.source {
+                    self.mapping.source = Source::Object { id: u32::MAX, offset, shared: true };
+                    self.object = Some(object);
+                }
+            }
+        }
+    }
+
     pub(super) fn is_shared_file(&self) -> bool {
         use Source::{File, Object};
         matches!(self.mapping.source, File { shared: true, .. } | Object { shared: true, .. })
@@ -80,9 +117,14 @@ pub(super) fn read(pid: i32, own: &[u64]) -> SysResult<Vec<Vma>> {
         source,
     })?;
     let text = String::from_utf8_lossy(&text);
-    text.lines()
-        .map(|l| parse(l, own).ok_or_else(|| SysError::errno("parse", path.clone(), libc::EINVAL)))
-        .collect()
+    let mut all = Vec::new();
+    for line in text.lines() {
+        let vma = parse(line, own);
+        let mut vma = vma.ok_or_else(|| SysError::errno("parse", path.clone(), libc::EINVAL))?;
+        vma.look_at_file(pid);
+        all.push(vma);
+    }
+    Ok(all)
 }
 
 /// Whether two ways of asking for the mappings gave the same answer.
@@ -116,7 +158,7 @@ fn parse(line: &str, own: &[u64]) -> Option<Vma> {
         | u8::from(rights[1] == b'w') << 1
         | u8::from(rights[2] == b'x') << 2;
     let shared = rights[3] == b's';
-    let mut refused = None;
+    let (mut refused, mut file) = (None, None);
     let number = |hex| u64::from_str_radix(hex, 16).ok();
     let device = number(major)? << 32 | number(minor)?;
     let object = object(name, device, inode, shared, own);
@@ -126,7 +168,11 @@ fn parse(line: &str, own: &[u64]) -> Option<Vma> {
         "[vvar_vclock]" => Source::Vdso(VdsoPart::VvarVclock),
         _ if object.is_some() => Source::Object { id: u32::MAX, offset, shared },
         _ if inode != 0 || name.starts_with('/') => {
-            refused = why_refused(name, shared && prot & 2 != 0);
+            refused = why_refused(name);
+            if shared && refused.is_none() {
+                let key = Key { class: Class::File, device, inode };
+                file = Some(Object { key, name: unescape(name) });
+            }
             Source::File { path: unescape(name), offset, shared }
         }
         _ => Source::Anonymous,
@@ -143,6 +189,7 @@ fn parse(line: &str, own: &[u64]) -> Option<Vma> {
         refused,
         vsyscall: name == "[vsyscall]",
         object,
+        file,
     })
 }
 
@@ -166,7 +213,7 @@ fn object(name: &str, device: u64, inode: u64, shared: bool, own: &[u64]) -> Opt
 }
 
 /// Why a mapping of a file cannot be part of a checkpoint, if so.
-fn why_refused(name: &str, written: bool) -> Option<&'static str> {
+fn why_refused(name: &str) -> Option<&'static str> {
     match name.strip_suffix(DELETED) {
         Some("/[aio]") => Some(
             "an asynchronous I/O context (io_setup); let the program use threads or plain calls",
@@ -183,9 +230,6 @@ fn why_refused(name: &str, written: bool) -> Option<&'static str> {
         _ if !name.starts_with('/') => {
             Some("memory of a kernel object (io_uring, perf, a socket); run it without")
         }
-        _ if written => Some(
-            "a file mapped shared and writable; let it write by descriptor, or map it privately",
-        ),
         _ => None,
     }
 }

@@ -464,6 +464,11 @@ impl AddressSpace {
         out
     }
 
+    /// The mappings are read anew in the next round, whatever they look like.
+    pub(super) fn read_anew(&mut self) {
+        self.extents.clear();
+    }
+
     /// Whether the mappings changed since the last checkpoint.
     pub(super) fn is_changed(&self) -> bool {
         self.changed

@@ -522,8 +522,18 @@ impl Capturer {
             Err(e) if e.is_gone() => {}
             Err(e) => return Err(e),
         }
-        self.objects.copy(&mut self.pages)?;
+        self.copy_objects()?;
         Ok(self.pages.pages() - before)
+    }
+
+    /// Copies what was written to objects. Says whether the mappings must be read anew first.
+    fn copy_objects(&mut self) -> Result<bool, CaptureError> {
+        self.objects.copy(&mut self.pages)?;
+        let renamed = self.objects.take_renamed();
+        if renamed {
+            self.processes.values_mut().for_each(|t| t.space.read_anew());
+        }
+        Ok(renamed)
     }
 
     /// Stops the container, captures what changed and lets it go on (CP-1). The result replaces
@@ -730,10 +740,10 @@ impl Capturer {
         if let Some(sysv) = &mut self.sysv {
             (state.semaphores, state.message_queues) = sysv.take()?;
         }
-        for process in &state.processes {
-            sysv::check_attached(process, &self.objects)?;
+        sysv::check_attached(&state.processes, &self.objects)?;
+        if self.copy_objects()? {
+            return Err(CaptureError::Transient("a mapped file has just got another name"));
         }
-        self.objects.copy(&mut self.pages)?;
         let mappings = state.processes.iter().flat_map(|p| &p.mappings);
         let mapped = mappings.filter_map(|m| match m.source {
             Source::Object { id, .. } => Some(id),

@@ -1,4 +1,5 @@
-//! Memory objects: shared anonymous memory, memfds, deleted files; and their pages.
+//! Memory objects: shared anonymous memory, memfds, deleted files, files that are written through
+//! a mapping; and their pages.
 //!
 //! Stores through a mapping that is watched are seen by the scan of each process that has it.
 //! Other ways to write an object are not: a mapping that came or went since the last look (its
@@ -34,6 +35,8 @@ pub(super) enum Class {
     Tmpfs,
     /// The inode is the segment's id.
     SystemV,
+    /// By its path on a file system of the host, and mapped shared.
+    File,
 }
 
 /// What identifies an object while it lives.
@@ -59,6 +62,8 @@ struct Known {
     fresh: bool,
     used: bool,
     segment: Option<Segment>,
+    /// For a file by path: one of its mappings, as a link in /proc.
+    link: Option<String>,
 }
 
 /// All objects of a container.
@@ -68,6 +73,8 @@ pub(super) struct Objects {
     known: BTreeMap<u32, Known>,
     next: u32,
     own: Vec<u64>,
+    /// A file has got another name since its mappings were read, or has none any more.
+    renamed: bool,
 }
 
 impl Objects {
@@ -93,9 +100,9 @@ impl Objects {
         vma: &maps::Vma,
         object: &maps::Object,
     ) -> Result<u32, CaptureError> {
-        self.number(object.key, &object.name, || {
-            let (start, end) = (vma.mapping.start, vma.mapping.end);
-            let path = format!("/proc/{pid}/map_files/{start:x}-{end:x}");
+        let (start, end) = (vma.mapping.start, vma.mapping.end);
+        let path = format!("/proc/{pid}/map_files/{start:x}-{end:x}");
+        let id = self.number(object.key, &object.name, || {
             let file = File::open(&path).map_err(|e| CaptureError::proc(&path, e))?;
             let stat = stat(&file)?;
             // Another mapping may have taken its place.
@@ -106,7 +113,19 @@ impl Objects {
                 ));
             }
             Ok(file)
-        })
+        })?;
+        if object.key.class == Class::File
+            && let Some(known) = self.known.get_mut(&id)
+        {
+            known.name.clone_from(&object.name);
+            known.link = Some(path);
+        }
+        Ok(id)
+    }
+
+    /// Whether mappings must be read anew because a file has another name, and forgets it.
+    pub(super) fn take_renamed(&mut self) -> bool {
+        std::mem::take(&mut self.renamed)
     }
 
     /// The number of the object that a descriptor is of, given a duplicate of it.
@@ -153,10 +172,16 @@ impl Objects {
             fresh: true,
             used: false,
             segment: None,
+            link: None,
         };
         self.known.insert(id, known);
         self.by_key.insert(key, id);
         Ok(id)
+    }
+
+    /// Whether an object has a number.
+    pub(super) fn knows(&self, key: Key) -> bool {
+        self.by_key.contains_key(&key)
     }
 
     /// What the list of segments says of an object.
@@ -200,7 +225,7 @@ impl Objects {
     /// Copies what was written since the last look.
     pub(super) fn copy(&mut self, pages: &mut PageSet) -> Result<(), CaptureError> {
         for (id, known) in &mut self.known {
-            known.copy(*id, pages)?;
+            self.renamed |= known.copy(*id, pages)?;
         }
         Ok(())
     }
@@ -235,15 +260,31 @@ impl Objects {
 }
 
 impl Known {
-    fn copy(&mut self, id: u32, pages: &mut PageSet) -> Result<(), CaptureError> {
+    /// Says whether it is a file that has another name now.
+    fn copy(&mut self, id: u32, pages: &mut PageSet) -> Result<bool, CaptureError> {
+        let mut renamed = false;
         // Shared anonymous memory has no name by which it could be written but its mappings.
         if self.key.class != Class::Anonymous || self.suspect {
             let stat = stat(&self.file)?;
             let changed = (stat.st_ctime, stat.st_ctime_nsec);
-            self.suspect |= changed != self.changed;
+            if changed != self.changed {
+                self.suspect = true;
+                renamed = self.is_renamed();
+            }
             self.changed = changed;
             self.size = stat.st_size as u64;
         }
+        self.copy_pages(id, pages)?;
+        Ok(renamed)
+    }
+
+    /// Whether the link to its mapping, if that is there still, leads to another path.
+    fn is_renamed(&self) -> bool {
+        let link = self.link.as_ref().and_then(|link| std::fs::read_link(link).ok());
+        link.is_some_and(|now| now.as_os_str() != self.name.as_str())
+    }
+
+    fn copy_pages(&mut self, id: u32, pages: &mut PageSet) -> Result<(), CaptureError> {
         let count = self.size.div_ceil(PAGE as u64) as usize;
         if count < self.versions.len() {
             let gone = self.versions.len() - count;
@@ -356,6 +397,7 @@ impl Known {
             },
             Class::Deleted => ObjectKind::Deleted { path: name, attributes },
             Class::Tmpfs => ObjectKind::Tmpfs { path: name, attributes },
+            Class::File => ObjectKind::File { path: name, attributes },
             Class::SystemV => {
                 let missing = || SysError::errno("search in /proc/sysvipc/shm", name, libc::ENOENT);
                 let Segment { identity, deleted, .. } = self.segment.ok_or_else(missing)?;

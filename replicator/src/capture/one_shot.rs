@@ -8,7 +8,7 @@
 //! it is not traced with PTRACE_O_EXITKILL.
 
 use super::tracer::Tracer;
-use super::{CaptureError, Capturer, StopTimes, outside};
+use super::{CaptureError, Capturer, StopTimes, outside, sysv};
 use crate::image::info::Info;
 use crate::image::net::{TcpConnection, TcpState};
 use crate::image::pages::PageSet;
@@ -47,6 +47,9 @@ impl Capturer {
     pub fn adopt_gently(root: i32, diag: UnixDiag) -> Result<Self, CaptureError> {
         let mut me = Self::empty(root, diag)?;
         me.tracer = Tracer::gentle();
+        if me.sysv.is_none() {
+            me.sysv = Some(sysv::SystemV::open_shared(root)?);
+        }
         match me.seize_tree() {
             Ok(()) => {
                 for tid in me.tracer.all() {

@@ -7,7 +7,7 @@
 use super::CaptureError;
 use super::objects::{Class, Key, Objects};
 use crate::image::sysv::{Identity, MessageQueue, Semaphores};
-use crate::image::{Process, Source};
+use crate::image::{Mapping, Process, Source};
 use crate::sys::namespace::{in_ipc_of, is_ours};
 use crate::sys::sysv;
 use std::collections::BTreeMap;
@@ -21,6 +21,8 @@ const MOST_BYTES: u64 = 64 << 20;
 #[derive(Debug)]
 pub(super) struct SystemV {
     root: i32,
+    /// It is that of the host: only the segments that the tree has attached are looked at.
+    of_host: bool,
     segments: List,
     semaphores: List,
     queues: List,
@@ -39,14 +41,22 @@ pub(super) struct Segment {
     pub(super) size: u64,
     /// Deleted, and there as long as a process has it attached.
     pub(super) deleted: bool,
+    /// How often it is attached, if also by processes that are not looked at.
+    attached: Option<i64>,
 }
 
 impl SystemV {
     /// Those of the container whose init this is; none if it has no ipc namespace of its own.
     pub(super) fn open(root: i32) -> Result<Option<Self>, CaptureError> {
-        if is_ours(root, "ipc")? {
-            return Ok(None);
-        }
+        if is_ours(root, "ipc")? { Ok(None) } else { Self::lists(root, false).map(Some) }
+    }
+
+    /// Those of the namespace of this process, which others use too.
+    pub(super) fn open_shared(root: i32) -> Result<Self, CaptureError> {
+        Self::lists(root, true)
+    }
+
+    fn lists(root: i32, of_host: bool) -> Result<Self, CaptureError> {
         // A list belongs to the namespace of the thread that opens it.
         in_ipc_of(root, || {
             let list = |name: &str| {
@@ -55,7 +65,7 @@ impl SystemV {
                 Ok::<_, CaptureError>(List { file, text: vec![0; 4096] })
             };
             let (segments, semaphores, queues) = (list("shm")?, list("sem")?, list("msg")?);
-            Ok(Some(Self { root, segments, semaphores, queues }))
+            Ok(Self { root, of_host, segments, semaphores, queues })
         })?
     }
 
@@ -68,14 +78,19 @@ impl SystemV {
         let mut all = BTreeMap::new();
         for fields in self.segments.lines()? {
             // key, id, perms, size, cpid, lpid, nattch, uid, gid, ...
-            let [key, id, mode, size, _, _, _, uid, gid, ..] = fields[..] else { continue };
+            let [key, id, mode, size, _, _, count, uid, gid, ..] = fields[..] else { continue };
             let identity = identity(key, id, mode, uid, gid);
-            let segment = Segment { identity, size: size as u64, deleted: mode & 0o1000 != 0 };
+            let (size, deleted) = (size as u64, mode & 0o1000 != 0);
+            let attached = self.of_host.then_some(count);
+            let segment = Segment { identity, size, deleted, attached };
             let name = format!("/SYSV{:08x}", key as u32);
             let key =
                 Key { class: Class::SystemV, device: objects.kernel_tmpfs(), inode: id as u64 };
+            if self.of_host && !objects.knows(key) {
+                continue;
+            }
             let open = || {
-                in_ipc_of(root, || sysv::open_segment(id as i32, size as u64, false))?
+                in_ipc_of(root, || sysv::open_segment(id as i32, size, false))?
                     .map_err(CaptureError::from)
             };
             all.insert(objects.number(key, &name, open)?, segment);
@@ -86,6 +101,9 @@ impl SystemV {
     /// All semaphores and message queues.
     pub(super) fn take(&mut self) -> Result<(Vec<Semaphores>, Vec<MessageQueue>), CaptureError> {
         let (mut semaphores, mut queues) = (Vec::new(), Vec::new());
+        if self.of_host {
+            return Ok((semaphores, queues));
+        }
         let (sets, lists) = (self.semaphores.lines()?, self.queues.lines()?);
         if sets.is_empty() && lists.is_empty() {
             return Ok((semaphores, queues));
@@ -151,19 +169,37 @@ impl List {
 }
 
 /// Refuses segments that cannot be attached again as they are.
-pub(super) fn check_attached(process: &Process, objects: &Objects) -> Result<(), CaptureError> {
-    for m in &process.mappings {
+pub(super) fn check_attached(processes: &[Process], objects: &Objects) -> Result<(), CaptureError> {
+    let mut counts: BTreeMap<u32, i64> = BTreeMap::new();
+    let all = || processes.iter().flat_map(|p| p.mappings.iter().map(move |m| (p, m)));
+    for (process, m) in all() {
         let Source::Object { id, offset, .. } = m.source else { continue };
         let why = match objects.segment(id) {
             None => continue,
             Some(None) => "a System V segment of the host's ipc namespace; make a namespace for it",
             Some(Some(s)) if offset == 0 && m.end - m.start == s.size.next_multiple_of(4096) => {
+                *counts.entry(id).or_default() += 1;
                 continue;
             }
             Some(Some(_)) => "a part of a System V segment; attach it whole, with the same rights",
         };
-        let object = format!("mapping {:#x}-{:#x} of pid {}", m.start, m.end, process.pid);
-        return Err(CaptureError::unsupported(object, why.into()));
+        return refuse(process, m, why);
+    }
+    for (process, m) in all() {
+        let Source::Object { id, .. } = m.source else { continue };
+        let Some(Some(segment)) = objects.segment(id) else { continue };
+        if segment.attached.is_some_and(|n| n != counts.get(&id).copied().unwrap_or(0)) {
+            return refuse(
+                process,
+                m,
+                "a System V segment that a process outside has attached too",
+            );
+        }
     }
     Ok(())
+}
+
+fn refuse(process: &Process, m: &Mapping, why: &str) -> Result<(), CaptureError> {
+    let object = format!("mapping {:#x}-{:#x} of pid {}", m.start, m.end, process.pid);
+    Err(CaptureError::unsupported(object, why.into()))
 }

@@ -56,6 +56,14 @@ pub enum ObjectKind {
         /// It was deleted, and goes when the last process that has it attached detaches.
         deleted: bool,
     },
+    /// A regular file on a file system of the host that is mapped shared and may be written
+    /// through the mapping.
+    File {
+        /// Path in the container's mount namespace.
+        path: String,
+        /// Mode, user and group.
+        attributes: Attributes,
+    },
 }
 
 /// What stat(2) tells of an object's inode.

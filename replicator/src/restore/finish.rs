@@ -159,6 +159,7 @@ impl Spare {
 
     fn prepare_all(&mut self) -> Result<(), RestoreError> {
         let start = Instant::now();
+        self.land()?;
         self.held.seal().doing(1, "seal the memory objects")?;
         let init = self.pid();
         tree::rename_all(init, &self.held, &self.state.tmpfs)

@@ -23,6 +23,7 @@ mod error;
 mod files;
 mod finish;
 mod install;
+mod landing;
 mod lineage;
 mod locks;
 mod objects;

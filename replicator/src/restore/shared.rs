@@ -25,7 +25,7 @@ use std::path::Path;
 /// Objects by number.
 #[derive(Debug, Default)]
 pub(super) struct Held {
-    all: BTreeMap<u32, (Object, File)>,
+    pub(super) all: BTreeMap<u32, (Object, File)>,
 }
 
 impl Held {
@@ -184,7 +184,10 @@ impl Held {
     pub(super) fn seal(&self) -> SysResult<()> {
         for (object, file) in self.all.values() {
             let done = match &object.kind {
-                ObjectKind::Anonymous | ObjectKind::SystemV { .. } => Ok(()),
+                // A file has its own since it was put at its path.
+                ObjectKind::Anonymous | ObjectKind::SystemV { .. } | ObjectKind::File { .. } => {
+                    Ok(())
+                }
                 ObjectKind::Deleted { attributes, .. } | ObjectKind::Tmpfs { attributes, .. } => {
                     give(file, attributes)
                 }
@@ -206,7 +209,7 @@ impl Held {
 
 const SEAL_WRITE: u32 = libc::F_SEAL_WRITE as u32;
 
-fn give(file: &File, a: &Attributes) -> nix::Result<()> {
+pub(super) fn give(file: &File, a: &Attributes) -> nix::Result<()> {
     fchown(file, Some(Uid::from_raw(a.uid)), Some(Gid::from_raw(a.gid)))?;
     fchmod(file, Mode::from_bits_retain(a.mode))
 }
@@ -216,12 +219,12 @@ fn named(object: &Object) -> String {
         ObjectKind::Anonymous => format!("shared memory of {} bytes", object.size),
         ObjectKind::Memfd { name, .. } => format!("memfd {name:?}"),
         ObjectKind::Deleted { path, .. } => format!("the deleted file {path}"),
-        ObjectKind::Tmpfs { path, .. } => path.clone(),
+        ObjectKind::Tmpfs { path, .. } | ObjectKind::File { path, .. } => path.clone(),
         ObjectKind::SystemV { identity, .. } => format!("System V segment {}", identity.id),
     }
 }
 
-fn failed(call: &'static str, object: &Object, source: std::io::Error) -> SysError {
+pub(super) fn failed(call: &'static str, object: &Object, source: std::io::Error) -> SysError {
     SysError { call, object: named(object), source }
 }
 
@@ -229,6 +232,8 @@ fn make(init: i32, object: &Object) -> SysResult<File> {
     match &object.kind {
         ObjectKind::Anonymous => shmem::anonymous(object.size),
         ObjectKind::Memfd { name, .. } => memfd(name, object),
+        // What has that path here is not to be touched before the takeover.
+        ObjectKind::File { .. } => memfd("file", object),
         ObjectKind::SystemV { identity, .. } => sysv::segment(init, identity, object.size),
         ObjectKind::Tmpfs { path, .. } => {
             tmpfs_file(init, path).map_err(|source| failed("open", object, source))

@@ -136,6 +136,24 @@ pub(super) fn remap(
     script.run_ok(target.host).doing(target.pid, DOING).map(drop)
 }
 
+/// Maps parts of these objects again, which are other files now.
+pub(super) fn map_again(
+    target: &Target<'_>,
+    script: &mut Script,
+    givers: &Givers<'_>,
+    mappings: &[Mapping],
+    objects: &[u32],
+) -> Result<(), RestoreError> {
+    const DOING: &str = "map its files";
+    let is_one =
+        |m: &&Mapping| matches!(m.source, Source::Object { id, .. } if objects.contains(&id));
+    for m in mappings.iter().filter(is_one) {
+        push_map(script, givers, m).doing(target.pid, DOING)?;
+        script.run_ok(target.host).doing(target.pid, DOING)?;
+    }
+    Ok(())
+}
+
 fn push_step(script: &mut Script, givers: &Givers<'_>, step: &Step) -> SysResult<()> {
     match step {
         Step::Unmap { start, end } => {

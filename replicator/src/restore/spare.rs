@@ -2,6 +2,7 @@
 
 use super::error::{Doing, RestoreError};
 use super::finish::Finishing;
+use super::landing::OnOther;
 use super::lineage::Corpse;
 use super::script::Script;
 use super::shared::Held;
@@ -64,6 +65,7 @@ pub struct Spare {
     pub(super) affinity: CpuSet,
     pub(super) held: Held,
     pub(super) terminals: Terminals,
+    pub(super) on_other: OnOther,
     vdso: u64,
     lost: bool,
     // Last, so that it is dropped last.
@@ -104,6 +106,7 @@ impl Spare {
             affinity,
             held: Held::default(),
             terminals: Terminals::default(),
+            on_other: OnOther::default(),
             vdso,
             lost: false,
             launched,

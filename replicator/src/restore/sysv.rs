@@ -3,7 +3,7 @@
 use super::error::sys;
 use crate::image::State;
 use crate::image::sysv::Identity;
-use crate::sys::namespace::in_ipc_of;
+use crate::sys::namespace::{in_ipc_of, is_ours};
 use crate::sys::{SysError, SysResult, sysv};
 use std::fs::File;
 
@@ -32,9 +32,14 @@ pub(super) fn make_all(init: i32, state: &State) -> SysResult<()> {
     })?
 }
 
-/// Makes a segment in the ipc namespace of the spare, and opens its memory.
+/// Makes a segment in the ipc namespace of the spare, and opens its memory. In the host's
+/// namespace it may be there still: segments outlive the processes that have them attached.
 pub(super) fn segment(init: i32, identity: &Identity, size: u64) -> SysResult<File> {
+    let outlives = is_ours(init, "ipc")?;
     in_ipc_of(init, || {
+        if outlives && sysv::has_segment(identity.id, identity.key, size) {
+            return sysv::open_segment(identity.id, size, true);
+        }
         ask("shm", identity)?;
         let id = sysv::make_segment(identity.key, size, identity.mode)?;
         own(sysv::Kind::Segment, id, identity)?;

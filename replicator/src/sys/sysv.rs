@@ -139,6 +139,15 @@ pub fn make_segment(key: i32, size: u64, mode: u32) -> SysResult<i32> {
     Ok(check(id.into(), "shmget", || format!("key {key:#x}, {size} bytes"))? as i32)
 }
 
+/// Whether there is a segment with this id, key and size.
+pub fn has_segment(id: i32, key: i32, size: u64) -> bool {
+    // SAFETY: a structure of integers, for which zero is a value.
+    let mut status: libc::shmid_ds = unsafe { std::mem::zeroed() };
+    // SAFETY: IPC_STAT writes one struct shmid_ds.
+    let r = unsafe { libc::shmctl(id, libc::IPC_STAT, &mut status) };
+    r == 0 && status.shm_perm.__key == key && status.shm_segsz as u64 == size
+}
+
 /// Marks a segment to be deleted: it goes when the last process that has it detaches.
 pub fn delete_segment(id: i32) -> SysResult<()> {
     // SAFETY: IPC_RMID takes no structure.

@@ -229,6 +229,86 @@ def memfd():
     same("one object still", (memory[0], child.ask("get", 0)), (ord("x"), str(ord("x"))))
 
 
+class Plain:
+    """A mapping that keeps no descriptor, unlike that of the mmap module."""
+
+    def __init__(self, fd, size, rights=mmap.PROT_READ | mmap.PROT_WRITE):
+        self.address = call("mmap", None, size, rights, mmap.MAP_SHARED, fd, 0)
+        self.bytes = (ctypes.c_ubyte * size).from_address(self.address)
+
+    def __setitem__(self, at, value):
+        self.bytes[at] = value
+
+    def __getitem__(self, at):
+        return self.bytes[at]
+
+    def rights(self):
+        return map_line(self.address)[1]
+
+    def path(self):
+        return os.path.basename(map_line(self.address)[5].rstrip("\n"))
+
+
+def mapped_files():
+    """Files by path. Before the restore the test takes `gone` away and spoils `stale`."""
+    os.mkdir("gone")
+    rights = os.O_RDWR | os.O_CREAT
+
+    def make(path, size):
+        fd = os.open(path, rights, 0o640)
+        os.ftruncate(fd, size)
+        return fd
+
+    fd = make("gone/only mapped", 8 * PAGE)
+    memory = Plain(fd, 8 * PAGE)
+    os.close(fd)
+    open_too = make("stale.new", 100 * PAGE)
+    stale = Plain(open_too, 100 * PAGE)
+    late_rights = Plain(open_too, 100 * PAGE, mmap.PROT_READ)
+    fd = make("unlinked", 2 * PAGE)
+    unlinked = Plain(fd, 2 * PAGE)
+    os.close(fd)
+    memory[0] = 1
+    stale[PAGE] = 1
+    unlinked[0] = 1
+    child = Child(at(memory))
+    pause()
+    memory[PAGE] = 2
+    child.ask("set", 2 * PAGE, 3)
+    os.pwrite(open_too, b"by descriptor", 50 * PAGE)
+    os.rename("stale.new", "stale")
+    pause()
+    stale[60 * PAGE] = 6
+    unlinked[PAGE] = 5
+    os.unlink("unlinked")
+    os.ftruncate(open_too, 70 * PAGE + 10)
+    os.lseek(open_too, 50 * PAGE + 3, os.SEEK_SET)
+    pause()
+    child.ask("set", 3 * PAGE, 4)
+    last()
+    same("stores", [memory[i * PAGE] for i in range(4)], [1, 2, 3, 4])
+    same("mode", os.stat("gone/only mapped").st_mode & 0o7777, 0o640)
+    with open("gone/only mapped", "rb") as file:
+        contents = file.read()
+    same("on the disk", [contents[i * PAGE] for i in range(4)], [1, 2, 3, 4])
+    same("size", len(contents), 8 * PAGE)
+    same("stores in what was there", (stale[PAGE], stale[60 * PAGE]), (1, 6))
+    same("nothing else", bytes(stale.bytes[2 * PAGE : 40 * PAGE]), bytes(38 * PAGE))
+    same("its size", os.stat("stale").st_size, 70 * PAGE + 10)
+    same("by descriptor", os.read(open_too, 10), b"descriptor")
+    same("another mapping", late_rights[60 * PAGE], 6)
+    same("paths", (memory.path(), stale.path()), ("only mapped", "stale"))
+    same("without a path", (unlinked[0], unlinked[PAGE]), (1, 5))
+    same("no path", os.path.exists("unlinked"), False)
+    same("rights", (memory.rights(), late_rights.rights()), ("rw-s", "r--s"))
+    both = mmap.PROT_READ | mmap.PROT_WRITE
+    call("mprotect", ctypes.c_void_p(late_rights.address), PAGE, both)
+    late_rights[0] = 9
+    same("one file still", (stale[0], os.pread(open_too, 1, 0)), (9, b"\t"))
+    child.ask("set", 4 * PAGE, 44)
+    same("shared still", memory[4 * PAGE], 44)
+
+
 def deleted_files():
     with open("shared", "wb") as file:
         file.write(b"s" * 3 * PAGE)
@@ -685,6 +765,7 @@ KINDS = {
         shared_anonymous_moves,
         memfd,
         deleted_files,
+        mapped_files,
         posix_shm,
         multiprocessing,
         system_v_memory,
