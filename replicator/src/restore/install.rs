@@ -59,7 +59,7 @@ pub(super) fn install(
     let channel_number = above.max(CHANNEL + 1);
     let numbers: Vec<i32> = fds.iter().map(|f| f.number).collect();
     let layout = lay_out(&numbers);
-    raise_limit(script, channel_number);
+    raise_limit(script, stub.host, channel_number).doing(stub.pid, DOING)?;
     let cloexec = libc::O_CLOEXEC as u64;
     script.call("dup3", libc::SYS_dup3, &[CHANNEL as u64, channel_number as u64, cloexec]);
     script.call("close", libc::SYS_close, &[CHANNEL as u64]);
@@ -108,13 +108,23 @@ fn room(script: &mut Script, stub: &Stub) -> Result<(), RestoreError> {
 }
 
 /// Lets the process have descriptors up to this number; its own limit comes later.
-fn raise_limit(script: &mut Script, number: i32) {
+fn raise_limit(script: &mut Script, host: i32, number: i32) -> SysResult<()> {
+    let limit = u64::from(libc::RLIMIT_NOFILE);
     // 1024 is what most processes start with.
-    if number >= 1024 {
-        let wanted = script.words(&[number as u64 + 1, (number as u64 + 1).max(1 << 20)]);
-        let args = [0, u64::from(libc::RLIMIT_NOFILE), wanted, 0];
-        script.call("prlimit(RLIMIT_NOFILE)", libc::SYS_prlimit64, &args);
+    if number < 1024 {
+        return Ok(());
     }
+    let place = script.words(&[0, 0]);
+    script.call("prlimit(RLIMIT_NOFILE)", libc::SYS_prlimit64, &[0, limit, 0, place]);
+    script.run_ok(host)?;
+    let mut now = [0; 16];
+    memory::read(host, place, &mut now)?;
+    let hard = u64::from_ne_bytes(now[8..].try_into().expect("eight bytes"));
+    // To raise the hard limit takes CAP_SYS_RESOURCE.
+    let wanted = hard.max(number as u64 + 1);
+    let wanted = script.words(&[wanted, wanted]);
+    script.call("prlimit(RLIMIT_NOFILE)", libc::SYS_prlimit64, &[0, limit, wanted, 0]);
+    script.run_ok(host).map(drop)
 }
 
 struct Pass<'a> {

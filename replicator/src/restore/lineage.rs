@@ -365,10 +365,14 @@ fn end_as(script: &mut Script, host: i32, ended: &Ended) -> SysResult<()> {
     }
     script.run_ok(host)?;
     let failed = |e: nix::errno::Errno| SysError::errno("kill", format!("pid {host}"), e as i32);
-    kill(Pid::from_raw(host), Signal::try_from(signal).map_err(failed)?).map_err(failed)?;
     // It was born with all signals blocked.
     ptrace::set_blocked(host, 0)?;
-    ptrace::cont(host, 0)?;
+    kill(Pid::from_raw(host), Signal::try_from(signal).map_err(failed)?).map_err(failed)?;
+    match ptrace::cont(host, 0) {
+        // SIGKILL waits for nobody.
+        Err(e) if e.is_gone() => {}
+        other => other?,
+    }
     loop {
         match ptrace::wait(host)? {
             ptrace::Status::Stopped { signal, event: 0 } => ptrace::cont(host, signal)?,

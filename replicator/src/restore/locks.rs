@@ -46,6 +46,29 @@ pub(super) fn of_processes(
     Ok(())
 }
 
+/// Lets a process ask for the signals of a description: they tell the number that it is asked by.
+pub(super) fn signals(
+    state: &State,
+    script: &mut Script,
+    place: &Place,
+) -> Result<(), RestoreError> {
+    for (at, d) in state.descriptions.iter().enumerate() {
+        if d.flags & libc::O_ASYNC == 0 {
+            continue;
+        }
+        let holder = state.processes.iter().find_map(|p| {
+            let fd = p.fds.iter().find(|f| f.description as usize == at)?;
+            Some((p.pid, fd.number, place.hosts.get(&p.pid)?))
+        });
+        let Some((pid, number, host)) = holder else { continue };
+        let flags = d.flags & (libc::O_APPEND | libc::O_ASYNC | libc::O_DIRECT | libc::O_NONBLOCK);
+        let args = [number as u64, libc::F_SETFL as u64, flags as u64];
+        script.call("fcntl(F_SETFL)", libc::SYS_fcntl, &args);
+        script.run_ok(*host).doing(pid, "ask for the signals of a descriptor")?;
+    }
+    Ok(())
+}
+
 fn call(script: &mut Script, number: u64, lock: &FileLock) {
     if let LockKind::Lease(_) = lock.kind {
         let kind = if lock.exclusive { libc::F_WRLCK } else { libc::F_RDLCK };

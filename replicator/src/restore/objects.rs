@@ -132,7 +132,8 @@ fn in_network_of<T>(pid: i32, f: impl FnOnce() -> T) -> SysResult<T> {
 
 /// Sets the status flags that a description was not made with.
 fn with_flags(fd: OwnedFd, d: &Description) -> SysResult<OwnedFd> {
-    const CAN_CHANGE: i32 = libc::O_APPEND | libc::O_ASYNC | libc::O_DIRECT | libc::O_NONBLOCK;
+    // O_ASYNC is for the process: the signal tells the number of its descriptor.
+    const CAN_CHANGE: i32 = libc::O_APPEND | libc::O_DIRECT | libc::O_NONBLOCK;
     let wanted = d.flags & CAN_CHANGE;
     let is_plain = wanted == 0 && !matches!(d.kind, Kind::Unix(_));
     if matches!(d.kind, Kind::File { .. } | Kind::Object { .. }) || is_plain {
