@@ -2,7 +2,8 @@
  *
  * Contract: `program PIDFILE OUTFILE [ARGUMENT ...]` becomes a daemon, sets its state up, writes
  * PIDFILE (under another name first), and waits for SIGTERM. Then it checks everything and writes
- * PASS, or FAIL and why, into OUTFILE. */
+ * PASS, or FAIL and why, into OUTFILE. With ONE_SHOT_CHILD in its environment it stays a child of
+ * who started it. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -62,7 +63,7 @@ static void begin(int argc, char **argv) {
     if (argc < 3) exit(2);
     pidfile = argv[1];
     outfile = argv[2];
-    if (fork()) _exit(0);
+    if (!getenv("ONE_SHOT_CHILD") && fork()) _exit(0);
     setsid();
     closefrom(3);
     redirect();
