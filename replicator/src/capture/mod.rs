@@ -280,6 +280,8 @@ impl Capturer {
                     self.remains.add(pid);
                     continue;
                 }
+                // Its parent has just waited for it.
+                Err(e) if e.code() == libc::EPERM && tracer::has_ended(pid, pid) => continue,
                 other => other?,
             }
             for tid in tracer::tids(pid)? {

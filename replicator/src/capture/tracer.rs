@@ -88,6 +88,9 @@ impl Tracer {
                 match ptrace::seize(tid, self.options) {
                     Ok(()) => found = true,
                     Err(e) if e.is_gone() => continue,
+                    Err(e) if e.code() == libc::EPERM && tid != pid && has_ended(pid, tid) => {
+                        continue;
+                    }
                     Err(e) => return Err(e),
                 }
                 self.insert(tid, pid);
@@ -448,6 +451,12 @@ pub(super) fn tids(pid: i32) -> SysResult<Vec<i32>> {
         all.extend(name.to_str().and_then(|n| n.parse::<i32>().ok()));
     }
     Ok(all)
+}
+
+/// Whether a thread has ended, or is ending so that it cannot be seized any more.
+pub(super) fn has_ended(pid: i32, tid: i32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/task/{tid}/stat"));
+    stat.ok().is_none_or(|s| s.rsplit_once(") ").is_none_or(|(_, s)| s.starts_with(['Z', 'X'])))
 }
 
 /// The process (thread group) of a thread.

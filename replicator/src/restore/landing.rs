@@ -175,7 +175,11 @@ mod tests {
         assert!(!differ(&held, &same, size).expect("read"));
         assert!(differ(&held, &other, size).expect("read"));
         let mut blocks = Vec::new();
-        compare(&held, &other, size, |at, _| Ok(blocks.push(at))).expect("read");
+        let mut note = |at, _: &[u8]| {
+            blocks.push(at);
+            Ok(())
+        };
+        compare(&held, &other, size, &mut note).expect("read");
         assert_eq!(blocks, [BLOCK as u64]);
         write(&held, &other, size).expect("written");
         assert!(!differ(&held, &other, size).expect("read"));
