@@ -49,6 +49,60 @@ fn a_counter_goes_on_where_the_last_checkpoint_was_taken() {
     assert!(after.windows(2).all(|w| w[1] == w[0] + 1), "{after:?}");
 }
 
+/// Redis writes a dump under one name and gives it another when it is whole. If its host is lost just
+/// then, the checkpoint knows the first name only.
+#[test]
+fn a_file_that_is_only_written_may_be_gone() {
+    let dir = Scratch::new("restore-gone");
+    let script = "exec 3>dump; i=0; while :; do i=$((i+1)); echo $i >&3; echo $i; done";
+    let mut original = Original::start(&dir, &["sh", "-c", script]);
+    let console = original.console();
+    original.pump_until("it counts", || numbers(&console).len() > 100);
+    original.checkpoint();
+    let mut spare = original.spare();
+    spare.apply(&original.state, &original.pages).expect("full checkpoint");
+    original.kill();
+    let (first, second) = (dir.0.join("dump"), dir.0.join("dump.whole"));
+    std::fs::rename(&first, &second).expect("renamed");
+    let whole = std::fs::read(&second).expect("a dump");
+    std::fs::write(&console, "").expect("empty console");
+
+    spare.prepare().expect("prepare");
+    spare.connect(|_| Peer::Silent).expect("connect");
+    spare.push_unsent().expect("nothing to send");
+    spare.complete().expect("complete");
+    spare.resume_all().expect("resume");
+    wait_until("it counts again", || numbers(&console).len() > 100);
+    assert!(!first.exists(), "nobody takes it for a dump");
+    assert_eq!(std::fs::read(&second).expect("a dump"), whole, "this one stays as it is");
+    let link = std::fs::read_link(format!("/proc/{}/fd/3", spare.pid())).expect("a link");
+    assert_eq!(link.to_string_lossy(), format!("{} (deleted)", first.display()));
+}
+
+/// What a program would read from another file could be wrong.
+#[test]
+fn a_file_that_is_read_must_be_there() {
+    for (how, strict) in [("3<dump", false), ("3<>dump", false), ("3>dump", true)] {
+        let dir = Scratch::new("restore-read");
+        let file = dir.0.join("dump");
+        std::fs::write(&file, "some").expect("written");
+        let script = format!("exec {how}; echo 1; exec sleep 1000");
+        let mut original = Original::start(&dir, &["sh", "-c", &script]);
+        let console = original.console();
+        original.pump_until("it sleeps", || !numbers(&console).is_empty());
+        original.checkpoint();
+        let mut spare = original.spare();
+        spare.apply(&original.state, &original.pages).expect("full checkpoint");
+        original.kill();
+        std::fs::remove_file(&file).expect("removed");
+        if strict {
+            spare.insist_on_files();
+        }
+        let error = spare.prepare().expect_err("the file is gone").to_string();
+        assert!(error.contains("make an open file"), "{how}: {error}");
+    }
+}
+
 /// Sends a line to redis and gives the first line of the answer.
 fn ask(stream: &mut TcpStream, line: &str) -> String {
     stream.write_all(format!("{line}\r\n").as_bytes()).expect("sent");

@@ -170,9 +170,9 @@ impl Spare {
         sysv::make_all(init, &self.state).doing(1, "make System V objects")?;
         let hosts = self.stubs.iter().map(|s| (s.pid, s.host)).collect();
         let elapsed = self.elapsed();
-        let Self { state, stubs, script, held, terminals, .. } = self;
+        let Self { state, stubs, script, held, terminals, strict, .. } = self;
         terminals.fill(state).doing(1, "fill a terminal")?;
-        let place = Place { held, init, elapsed, hosts, terminals };
+        let place = Place { held, init, elapsed, hosts, terminals, strict: *strict };
         let made = objects::create_all(state, &place, script).map_err(|(index, source)| {
             let holds = |p: &&Process| p.fds.iter().any(|f| f.description as usize == index);
             let pid = state.processes.iter().find(holds).map_or(1, |p| p.pid);

@@ -6,7 +6,7 @@ use super::error::sys;
 use super::script::Script;
 use super::shared::Held;
 use super::terminals::Terminals;
-use super::{datagrams, files, sockets, unix, unix_queues};
+use super::{datagrams, files, shared, sockets, unix, unix_queues};
 use crate::image::net::TcpState;
 use crate::image::{Description, Kind, Pipe, State, TimerFd};
 use crate::sys::{SysError, SysResult, descriptors};
@@ -38,6 +38,8 @@ pub(super) struct Place<'a> {
     pub(super) hosts: BTreeMap<i32, i32>,
     /// The terminals.
     pub(super) terminals: &'a Terminals,
+    /// Every file must be there.
+    pub(super) strict: bool,
 }
 
 /// Makes all descriptions of a checkpoint, in order. TCP connections are sockets without
@@ -51,7 +53,7 @@ pub(super) fn create_all(
     let mut made: Vec<Option<OwnedFd>> = state.descriptions.iter().map(|_| None).collect();
     for (i, d) in state.descriptions.iter().enumerate() {
         let fd = match &d.kind {
-            Kind::File { path, offset } => file(place.init, d.flags, path, *offset),
+            Kind::File { path, offset } => file(place, d.flags, path, *offset),
             Kind::Pipe(index) => pipes.end(*index, d.flags),
             Kind::EventFd { count, semaphore } => event_fd(*count, *semaphore),
             Kind::TimerFd(timer) => timer_fd(timer, place.elapsed),
@@ -145,12 +147,24 @@ fn with_flags(fd: OwnedFd, d: &Description) -> SysResult<OwnedFd> {
 }
 
 /// A file by its path in the container: through the root directory of its init, so that the
-/// container's mounts count.
-fn file(init: i32, flags: i32, path: &str, offset: u64) -> SysResult<OwnedFd> {
+/// container's mounts count. One that is open for writing only and is not there (it was given another
+/// name since the checkpoint, or is on a disk that this host has not) goes on without a name: what is
+/// written to it is nobody's, but no reader can take it for what the file held.
+fn file(place: &Place<'_>, flags: i32, path: &str, offset: u64) -> SysResult<OwnedFd> {
     let past = libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC;
+    let only_written = flags & (libc::O_ACCMODE | libc::O_PATH) == libc::O_WRONLY;
     let flags = OFlag::from_bits_retain((flags & !past) | libc::O_CLOEXEC | libc::O_NOCTTY);
-    let outside = format!("/proc/{init}/root{path}");
-    let fd = sys(open(outside.as_str(), flags, Mode::empty()), "open", || path.to_string())?;
+    let outside = format!("/proc/{}/root{path}", place.init);
+    let opened = match open(outside.as_str(), flags, Mode::empty()) {
+        Err(nix::Error::ENOENT) if only_written && !place.strict => {
+            tracing::warn!(path, "a file that is written is not here; it goes on without a name");
+            let nameless = shared::nameless(place.init, path)?;
+            let path = format!("/proc/self/fd/{}", nameless.as_raw_fd());
+            open(path.as_str(), flags, Mode::empty())
+        }
+        other => other,
+    };
+    let fd = sys(opened, "open", || path.to_string())?;
     if offset != 0 {
         sys(lseek(&fd, offset as i64, Whence::SeekSet), "lseek", || path.to_string())?;
     }
@@ -338,7 +352,8 @@ mod tests {
         let init = std::process::id() as i32;
         let terminals = Terminals::default();
         let hosts = BTreeMap::new();
-        let place = Place { held: &held, init, elapsed, hosts, terminals: &terminals };
+        let strict = false;
+        let place = Place { held: &held, init, elapsed, hosts, terminals: &terminals, strict };
         create_all(state, &place, &mut Script::default()).expect("made")
     }
 

@@ -102,6 +102,7 @@ pub fn rebirth<R: Read>(reader: &mut Reader<R>, place: Place) -> Result<Reborn, 
     }
     let mut spare = Spare::new(conceive(&plan)?)?;
     spare.keep_other_files();
+    spare.insist_on_files();
     spare.apply(&state, &PageSet::default())?;
     let mut pages = PageSet::default();
     while reader.next_pages(&mut pages)? {

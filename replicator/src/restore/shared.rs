@@ -231,29 +231,31 @@ pub(super) fn failed(call: &'static str, object: &Object, source: std::io::Error
 fn make(init: i32, object: &Object) -> SysResult<File> {
     match &object.kind {
         ObjectKind::Anonymous => shmem::anonymous(object.size),
-        ObjectKind::Memfd { name, .. } => memfd(name, object),
+        ObjectKind::Memfd { name, .. } => memfd(name),
         // What has that path here is not to be touched before the takeover.
-        ObjectKind::File { .. } => memfd("file", object),
+        ObjectKind::File { .. } => memfd("file"),
         ObjectKind::SystemV { identity, .. } => sysv::segment(init, identity, object.size),
         ObjectKind::Tmpfs { path, .. } => {
             tmpfs_file(init, path).map_err(|source| failed("open", object, source))
         }
-        ObjectKind::Deleted { path, .. } => match deleted(init, path) {
-            Ok(file) => Ok(file),
-            Err(error) => {
-                // Its contents are what counts; the name can only be read back.
-                tracing::warn!(path, %error, "a deleted file is brought back as a memfd");
-                memfd(path.rsplit('/').next().unwrap_or("deleted"), object)
-            }
-        },
+        ObjectKind::Deleted { path, .. } => nameless(init, path),
     }
 }
 
-fn memfd(name: &str, object: &Object) -> SysResult<File> {
+/// An empty file without a name, which had the name `path` in the container.
+pub(super) fn nameless(init: i32, path: &str) -> SysResult<File> {
+    deleted(init, path).or_else(|error| {
+        // Its contents are what counts; the name can only be read back.
+        tracing::warn!(path, %error, "a deleted file is brought back as a memfd");
+        memfd(path.rsplit('/').next().unwrap_or("deleted"))
+    })
+}
+
+fn memfd(name: &str) -> SysResult<File> {
     // The kernel takes at most 249 bytes.
     let name = name.get(..name.len().min(249)).unwrap_or("memfd");
     let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
-    memfd_create(name, flags).map(File::from).map_err(|e| failed("memfd_create", object, e.into()))
+    sys(memfd_create(name, flags), "memfd_create", || format!("memfd {name:?}")).map(File::from)
 }
 
 /// Mode and owner of a path.

@@ -66,6 +66,8 @@ pub struct Spare {
     pub(super) held: Held,
     pub(super) terminals: Terminals,
     pub(super) on_other: OnOther,
+    /// An open file that is not here is an error, whatever it was open for.
+    pub(super) strict: bool,
     vdso: u64,
     lost: bool,
     // Last, so that it is dropped last.
@@ -107,6 +109,7 @@ impl Spare {
             held: Held::default(),
             terminals: Terminals::default(),
             on_other: OnOther::default(),
+            strict: false,
             vdso,
             lost: false,
             launched,
@@ -122,6 +125,12 @@ impl Spare {
     /// [`Spare::detach_all`] was called.
     pub fn into_launched(self) -> Launched {
         self.launched
+    }
+
+    /// From now on every open file must be here. Whoever brings an image back can put the file there
+    /// and try again; a container that has lost its host cannot wait for that.
+    pub fn insist_on_files(&mut self) {
+        self.strict = true;
     }
 
     /// Folds one complete checkpoint in. `pages` are those that changed since the checkpoint that
