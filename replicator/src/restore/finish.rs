@@ -197,8 +197,8 @@ impl Spare {
         locks::of_descriptions(state, &made).doing(1, "lock a file")?;
         locks::of_processes(state, script, &place)?;
         locks::owners(state, &made, &place).doing(1, "set who is told of events")?;
-        terminals.finish(state).doing(1, "lock a terminal")?;
         locks::signals(state, script, &place)?;
+        terminals.finish(state).doing(1, "lock a terminal")?;
         let descriptors = Instant::now();
         for p in &state.processes {
             let stub = find(stubs, p.pid)?;
