@@ -215,7 +215,7 @@ pub(super) struct DrillArgs {
     /// Seed of the first run; the next run has the next seed. By default a random one.
     #[arg(long)]
     pub(super) seed: Option<u64>,
-    /// The fault, at the primary, instead of those of the file.
+    /// The fault instead of those of the file; without any in the file, `any`.
     #[arg(long, value_enum)]
     pub(super) fault: Option<DrillFault>,
     /// How long the load of one run lasts.

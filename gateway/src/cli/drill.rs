@@ -3,14 +3,15 @@
 //! Invariant: a run is repeated exactly by its seed alone: run i of a drill with seed s is the
 //! only run of a drill with seed s + i.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use netns_tools::topology::Topology;
 use serde::Serialize;
 
 use super::args::{DrillArgs, Output};
-use super::faults;
+use super::faults::{self, DrillFault};
 use super::numbers::{Spread, micros, millis};
 use super::progress::Progress;
 use super::report::RunReport;
@@ -29,6 +30,8 @@ pub(super) struct DrillReport {
     pub(super) broken_connections: u64,
     /// The longest wait of a client in each run.
     pub(super) gap_ms: Spread<f64>,
+    /// The same by fault.
+    pub(super) by_fault: BTreeMap<String, FaultFigures>,
     /// Every stop of every run.
     pub(super) stop_us: Spread<u64>,
     /// From suspicion until the container ran again.
@@ -38,6 +41,15 @@ pub(super) struct DrillReport {
     /// it is there to show.
     pub(super) output_commit: bool,
     pub(super) failed: Vec<FailedRun>,
+}
+
+/// What the runs with one fault found.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub(super) struct FaultFigures {
+    pub(super) runs: u32,
+    /// Runs that recovered, and in which no client found anything wrong.
+    pub(super) clean: u32,
+    pub(super) gap_ms: Spread<f64>,
 }
 
 /// The middle and the worst.
@@ -60,8 +72,31 @@ pub(super) struct FailedRun {
 /// One run: a report, or why there is none.
 type Outcome = (u64, Result<RunReport, String>);
 
+/// The figures of the runs with each fault; `faults` are those of the runs, in order.
+fn by_fault(faults: &[String], outcomes: &[Outcome]) -> BTreeMap<String, FaultFigures> {
+    let mut runs: BTreeMap<String, Vec<&Outcome>> = BTreeMap::new();
+    for (fault, outcome) in faults.iter().zip(outcomes) {
+        runs.entry(fault.clone()).or_default().push(outcome);
+    }
+    let figures = |all: Vec<&Outcome>| {
+        let reports = || all.iter().filter_map(|(_, outcome)| outcome.as_ref().ok());
+        FaultFigures {
+            runs: all.len() as u32,
+            clean: reports().filter(|report| report.complaint().is_none()).count() as u32,
+            gap_ms: Spread::of(reports().map(RunReport::gap_ms)),
+        }
+    };
+    runs.into_iter().map(|(fault, all)| (fault, figures(all))).collect()
+}
+
 impl DrillReport {
-    fn of(topology: &str, seed: u64, output_commit: bool, outcomes: &[Outcome]) -> Self {
+    fn of(
+        topology: &str,
+        seed: u64,
+        output_commit: bool,
+        faults: &[String],
+        outcomes: &[Outcome],
+    ) -> Self {
         let reports = || outcomes.iter().filter_map(|(_, outcome)| outcome.as_ref().ok());
         let sum = |figure| reports().map(|report| report.sum(figure)).sum();
         let failovers = || reports().flat_map(|report| &report.failovers).map(|f| f.total_ms);
@@ -81,6 +116,7 @@ impl DrillReport {
             wrong_replies: sum(|c| c.wrong_replies),
             broken_connections: sum(|c| c.broken_connections),
             gap_ms: Spread::of(reports().map(RunReport::gap_ms)),
+            by_fault: by_fault(faults, outcomes),
             stop_us: Spread::of(
                 reports().flat_map(|report| report.records.iter().map(|epoch| epoch.stop_us)),
             ),
@@ -129,6 +165,17 @@ impl DrillReport {
             ),
             format!("  seed      {}", self.seed),
         ];
+        if self.by_fault.len() > 1 {
+            lines.extend(self.by_fault.iter().map(|(fault, found)| {
+                format!(
+                    "  {fault:<16} {} of {} clean, gap median {}, max {}",
+                    found.clean,
+                    found.runs,
+                    millis(found.gap_ms.p50),
+                    millis(found.gap_ms.max)
+                )
+            }));
+        }
         if !self.output_commit {
             let found =
                 if self.is_success() { "it is lost, as it must be" } else { "NOTHING IS LOST" };
@@ -143,21 +190,15 @@ impl DrillReport {
 /// `nilicon drill`. Returns whether it was a success.
 pub(super) fn drill(args: &DrillArgs) -> Result<bool> {
     signals::catch()?;
-    let mut topology = args.topology.load()?;
-    if let Some(fault) = args.fault {
-        topology.events = vec![fault.at_primary(&topology)?];
-    }
-    ensure!(
-        !topology.events.is_empty(),
-        "{} has no events; say which fault to inject with --fault",
-        args.topology.path.display()
-    );
+    let topology = args.topology.load()?;
     let seed = args.seed.unwrap_or_else(|| fastrand::u64(..1_000_000));
     let mut progress = Progress::new();
     let mut outcomes: Vec<Outcome> = Vec::new();
+    let mut injected = Vec::new();
     for run in 0..args.runs {
         let seed = seed.wrapping_add(run.into());
-        let plan = plan_of(&topology, args, seed);
+        let (plan, fault) = plan_of(&topology, args, seed)?;
+        injected.push(fault);
         let faults: Vec<String> = plan
             .topology
             .events
@@ -179,7 +220,8 @@ pub(super) fn drill(args: &DrillArgs) -> Result<bool> {
         }
         outcomes.push((seed, outcome));
     }
-    let report = DrillReport::of(&topology.name, seed, args.output_commit.is_on(), &outcomes);
+    let report =
+        DrillReport::of(&topology.name, seed, args.output_commit.is_on(), &injected, &outcomes);
     match args.output.output {
         Output::Json => println!("{}", serde_json::to_string_pretty(&report)?),
         Output::Text => println!("{}", report.text()),
@@ -187,18 +229,28 @@ pub(super) fn drill(args: &DrillArgs) -> Result<bool> {
     Ok(report.is_success())
 }
 
-fn plan_of(topology: &Topology, args: &DrillArgs, seed: u64) -> Plan {
+/// The run with this seed, and the name of its fault.
+fn plan_of(topology: &Topology, args: &DrillArgs, seed: u64) -> Result<(Plan, String)> {
     let mut topology = topology.clone();
     let duration: Duration = *args.duration;
+    let asked = args.fault.or(topology.events.is_empty().then_some(DrillFault::Any));
+    let name = match asked.map(|fault| fault.of_seed(seed)) {
+        Some(fault) => {
+            topology.events = fault.events(&topology)?;
+            fault.name()
+        }
+        None => faults::word(topology.events[0].fault).to_owned(),
+    };
     topology.events = faults::at_random(&topology.events, duration, seed);
-    Plan {
+    let plan = Plan {
         topology,
         duration: Some(duration),
         seed,
         output_commit: args.output_commit.is_on(),
         reply_timeout: REPLY_TIMEOUT,
         keep: false,
-    }
+    };
+    Ok((plan, name))
 }
 
 /// One line of progress: part of the text, beside JSON only on a terminal.
@@ -234,9 +286,7 @@ fn line_of(outcome: &Result<RunReport, String>) -> String {
 
 /// The command that repeats one run.
 fn repeat(args: &DrillArgs, seed: u64) -> String {
-    use clap::ValueEnum;
-    let fault = args.fault.and_then(|fault| fault.to_possible_value());
-    let fault = fault.map_or_else(String::new, |fault| format!(" --fault {}", fault.get_name()));
+    let fault = args.fault.map_or_else(String::new, |fault| format!(" --fault {}", fault.name()));
     format!(
         "nilicon drill {} --runs 1 --seed {seed}{fault} --duration {}",
         args.topology.path.display(),
@@ -277,21 +327,24 @@ mod tests {
     fn one_bad_run_fails_the_drill_and_tells_its_seed() {
         let outcomes =
             vec![(7, Ok(report(50.0, 0))), (8, Ok(report(90.0, 3))), (9, Err("no".to_owned()))];
-        let drill = DrillReport::of("redis", 7, true, &outcomes);
+        let faults = ["kill-host", "cut-out", "kill-host"].map(str::to_owned);
+        let drill = DrillReport::of("redis", 7, true, &faults, &outcomes);
+        let found = |fault: &str| (drill.by_fault[fault].runs, drill.by_fault[fault].clean);
+        assert_eq!((found("kill-host"), found("cut-out")), ((2, 1), (1, 0)));
         assert!(!drill.is_success());
         assert_eq!((drill.runs, drill.recovered, drill.lost_writes), (3, 2, 3));
         assert_eq!((drill.gap_ms.p50, drill.gap_ms.max, drill.stop_us.p50), (50.0, 90.0, 100));
         let failed: Vec<_> = drill.failed.iter().map(|f| (f.run, f.seed, &f.why[..])).collect();
         assert_eq!(failed, [(2, 8, "3 acknowledged writes lost"), (3, 9, "no")]);
-        assert!(DrillReport::of("redis", 7, true, &outcomes[..1]).is_success());
+        assert!(DrillReport::of("redis", 7, true, &faults, &outcomes[..1]).is_success());
     }
 
     #[test]
     fn the_control_must_lose_something() {
-        let calm = DrillReport::of("redis", 1, false, &[(1, Ok(report(50.0, 0)))]);
+        let calm = DrillReport::of("redis", 1, false, &[], &[(1, Ok(report(50.0, 0)))]);
         assert!(!calm.is_success());
         assert!(calm.text().contains("NOTHING IS LOST"));
-        let lossy = DrillReport::of("redis", 1, false, &[(1, Ok(report(50.0, 1)))]);
+        let lossy = DrillReport::of("redis", 1, false, &[], &[(1, Ok(report(50.0, 1)))]);
         assert!(lossy.is_success());
         assert!(lossy.text().contains("UNSAFE"));
     }
@@ -303,9 +356,10 @@ mod tests {
         let again = repeat(&args, 103);
         let Verb::Drill(once) = Arguments::parse_from(again.split(' ')).command else { panic!() };
         let mut topology = Topology::parse("demo", super::super::demo::TOPOLOGY).unwrap();
-        topology.events = vec![args.fault.unwrap().at_primary(&topology).unwrap()];
-        let fourth = plan_of(&topology, &args, 103);
-        let only = plan_of(&topology, &once, once.seed.unwrap());
+        topology.events.clear();
+        let fourth = plan_of(&topology, &args, 103).unwrap().0;
+        let (only, fault) = plan_of(&topology, &once, once.seed.unwrap()).unwrap();
+        assert_eq!(fault, "cut-link");
         assert_eq!(fourth.topology, only.topology);
         assert_eq!((fourth.seed, fourth.duration), (only.seed, only.duration));
     }

@@ -11,6 +11,7 @@ use netns_tools::lab::Lab;
 use netns_tools::lab::fault::Victims;
 use netns_tools::process;
 use netns_tools::topology::{Endpoint, Event, Fault, NodeKind, Period, Topology};
+use nix::sys::signal::Signal;
 
 use super::view::LabView;
 
@@ -27,19 +28,91 @@ pub(crate) enum DrillFault {
     KillAgent,
     /// All links of the primary are cut; it does not know that it is alone.
     CutLink,
+    /// The agent of the primary stands still, and goes on later.
+    PauseAgent,
+    /// The link for checkpoints is cut for a while.
+    CutReplication,
+    /// What the primary sends over the link for checkpoints is lost for a while.
+    CutOut,
+    /// The primary's link to its clients is cut for a while.
+    CutClients,
+    /// The agent of the backup is killed, and started again later.
+    KillBackup,
+    /// One of these, chosen by the seed of the run.
+    Any,
 }
 
+/// How long a fault of a drill lasts that goes by.
+const FOR_A_WHILE: Duration = Duration::from_millis(1500);
+
 impl DrillFault {
-    /// The fault at the host that a topology's first protected container starts on.
-    pub(super) fn at_primary(self, topology: &Topology) -> Result<Event> {
+    /// All but [`DrillFault::Any`].
+    const EACH: [Self; 8] = [
+        Self::KillHost,
+        Self::KillAgent,
+        Self::CutLink,
+        Self::PauseAgent,
+        Self::CutReplication,
+        Self::CutOut,
+        Self::CutClients,
+        Self::KillBackup,
+    ];
+
+    /// The fault of a run with this seed.
+    pub(super) fn of_seed(self, seed: u64) -> Self {
+        match self {
+            // Another stream than that of the fault's moment.
+            Self::Any => Self::EACH[fastrand::Rng::with_seed(!seed).usize(..Self::EACH.len())],
+            other => other,
+        }
+    }
+
+    /// Its name on the command line.
+    pub(super) fn name(self) -> String {
+        self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
+    }
+
+    /// What happens at the hosts of a topology's first protected container, where it starts; the
+    /// second event, if there is one, ends what the first began.
+    pub(super) fn events(self, topology: &Topology) -> Result<Vec<Event>> {
         let protect = topology.protect.first().context("the topology protects no container")?;
-        let fault = match self {
-            Self::KillHost => Fault::KillHost,
-            Self::KillAgent => Fault::KillAgent,
-            Self::CutLink => Fault::CutLink,
+        let (primary, backup) = (&protect.primary, &protect.backup);
+        let over = || {
+            let interface = topology.replication_interface(protect, primary);
+            let interface = interface.context("the hosts have no link for checkpoints")?.to_owned();
+            anyhow::Ok(Endpoint { node: primary.clone(), interface })
         };
-        let node = Some(protect.primary.clone());
-        Ok(Event { at: Period::default(), fault, node, link: None })
+        let uplink = || {
+            let container = topology.containers.get(&protect.container);
+            let interface = container.context("there is no such container")?.uplink.clone();
+            anyhow::Ok(Endpoint { node: primary.clone(), interface })
+        };
+        let of_host = |fault, node: &String| (fault, Some(node.clone()), None);
+        let of_link = |fault, end| (fault, None, Some(end));
+        let parts = match self {
+            Self::KillHost => vec![of_host(Fault::KillHost, primary)],
+            Self::KillAgent => vec![of_host(Fault::KillAgent, primary)],
+            Self::CutLink => vec![of_host(Fault::CutLink, primary)],
+            Self::PauseAgent => {
+                vec![of_host(Fault::PauseAgent, primary), of_host(Fault::WakeAgent, primary)]
+            }
+            Self::CutReplication => {
+                vec![of_link(Fault::CutLink, over()?), of_link(Fault::HealLink, over()?)]
+            }
+            Self::CutOut => {
+                vec![of_link(Fault::CutOut, over()?), of_link(Fault::HealLink, over()?)]
+            }
+            Self::CutClients => {
+                vec![of_link(Fault::CutLink, uplink()?), of_link(Fault::HealLink, uplink()?)]
+            }
+            Self::KillBackup => {
+                vec![of_host(Fault::KillAgent, backup), of_host(Fault::RestartAgent, backup)]
+            }
+            Self::Any => bail!("which fault it is depends on the seed"),
+        };
+        let at = (0..).map(|part| Period(FOR_A_WHILE * part));
+        let event = |((fault, node, link), at)| Event { at, fault, node, link };
+        Ok(parts.into_iter().zip(at).map(event).collect())
     }
 }
 
@@ -53,12 +126,15 @@ pub(super) fn parse(text: &str) -> Result<Event, String> {
         "kill-agent" => Fault::KillAgent,
         "restart-agent" => Fault::RestartAgent,
         "revive-host" => Fault::ReviveHost,
+        "pause-agent" => Fault::PauseAgent,
+        "wake-agent" => Fault::WakeAgent,
         "cut-link" => Fault::CutLink,
+        "cut-out" => Fault::CutOut,
         "heal-link" => Fault::HealLink,
         _ => {
             return Err(format!(
                 "`{what}` is not known; known are kill-host, kill-agent, restart-agent, revive-host, \
-                 cut-link and heal-link"
+                 pause-agent, wake-agent, cut-link, cut-out and heal-link"
             ));
         }
     };
@@ -125,7 +201,10 @@ pub(super) fn word(fault: Fault) -> &'static str {
         Fault::KillAgent => "kill-agent",
         Fault::RestartAgent => "restart-agent",
         Fault::ReviveHost => "revive-host",
+        Fault::PauseAgent => "pause-agent",
+        Fault::WakeAgent => "wake-agent",
         Fault::CutLink => "cut-link",
+        Fault::CutOut => "cut-out",
         Fault::HealLink => "heal-link",
     }
 }
@@ -134,8 +213,10 @@ pub(super) fn word(fault: Fault) -> &'static str {
 pub(super) fn host_lost_by(event: &Event) -> Option<&str> {
     match event.fault {
         // Without a link named, all links of the node are cut.
-        Fault::KillHost | Fault::KillAgent | Fault::CutLink => event.node.as_deref(),
-        Fault::HealLink | Fault::RestartAgent | Fault::ReviveHost => None,
+        Fault::KillHost | Fault::KillAgent | Fault::PauseAgent | Fault::CutLink | Fault::CutOut => {
+            event.node.as_deref()
+        }
+        Fault::HealLink | Fault::RestartAgent | Fault::ReviveHost | Fault::WakeAgent => None,
     }
 }
 
@@ -169,6 +250,14 @@ pub(super) fn inject(lab: &Lab, event: &Event, before: &LabView) -> Result<usize
             ensure!(killed, "{}: the agent of {node} does not run", what());
             Ok(1)
         }
+        (Fault::PauseAgent | Fault::WakeAgent, Some(node), _) => {
+            let pause = event.fault == Fault::PauseAgent;
+            let signal = if pause { Signal::SIGSTOP } else { Signal::SIGCONT };
+            let name = super::deploy::agent_name(node);
+            let runs = lab.signal_process(&name, signal).with_context(what)?;
+            ensure!(runs, "{}: the agent of {node} does not run", what());
+            Ok(0)
+        }
         (Fault::RestartAgent, Some(node), _) => {
             super::deploy::restart_agent(lab, node).with_context(what).map(|()| 0)
         }
@@ -178,6 +267,8 @@ pub(super) fn inject(lab: &Lab, event: &Event, before: &LabView) -> Result<usize
         }
         (Fault::CutLink, _, Some(end)) => lab.cut_link(end).with_context(what).map(|()| 0),
         (Fault::CutLink, Some(node), _) => lab.cut_node(node).with_context(what).map(|()| 0),
+        (Fault::CutOut, _, Some(end)) => lab.cut_out(end).with_context(what).map(|()| 0),
+        (Fault::CutOut, Some(node), _) => lab.cut_out_of(node).with_context(what).map(|()| 0),
         (Fault::HealLink, _, Some(end)) => lab.heal_link(end).with_context(what).map(|()| 0),
         (Fault::HealLink, Some(node), _) => lab.heal_node(node).with_context(what).map(|()| 0),
         (_, None, None) => bail!("{}: it names no place", what()),
@@ -207,7 +298,10 @@ mod tests {
             "kill-agent:b",
             "restart-agent:b",
             "revive-host:b",
+            "pause-agent:alpha",
+            "wake-agent:alpha",
             "cut-link:alpha",
+            "cut-out:alpha:repl",
             "heal-link:alpha:repl",
         ] {
             assert_eq!(describe(&parse(text).unwrap()), text);
@@ -239,6 +333,31 @@ mod tests {
         assert!(check("kill-host:gamma").unwrap_err().contains("known are alpha, beta"));
         assert!(check("kill-agent:client").unwrap_err().contains("is not a host"));
         assert!(check("cut-link:beta:eth7").unwrap_err().contains("no link ends at beta:eth7"));
+    }
+
+    #[test]
+    fn any_fault_is_each_of_them_some_day_and_the_same_for_a_seed() {
+        let of = |seed| DrillFault::Any.of_seed(seed);
+        for fault in DrillFault::EACH {
+            assert!((0..200).any(|seed| of(seed) == fault), "{fault:?} never happens");
+        }
+        assert!((0..200).all(|seed| of(seed) == of(seed) && of(seed) != DrillFault::Any));
+        assert_eq!(DrillFault::PauseAgent.of_seed(7), DrillFault::PauseAgent);
+    }
+
+    #[test]
+    fn each_fault_of_a_drill_fits_its_topology_and_what_goes_by_ends() {
+        let topology = Topology::parse("demo", super::super::demo::TOPOLOGY).unwrap();
+        let said = |fault: DrillFault| -> Vec<String> {
+            let events = fault.events(&topology).unwrap();
+            events.iter().for_each(|event| check(event, &topology).unwrap());
+            events.iter().map(|e| format!("{}@{}", describe(e), e.at.as_millis())).collect()
+        };
+        let all: Vec<Vec<String>> = DrillFault::EACH.into_iter().map(said).collect();
+        assert_eq!(all[3], ["pause-agent:alpha@0", "wake-agent:alpha@1500"]);
+        assert_eq!(all[4], ["cut-link:alpha:repl@0", "heal-link:alpha:repl@1500"]);
+        assert_eq!(all[6], ["cut-link:alpha:lan@0", "heal-link:alpha:lan@1500"]);
+        assert_eq!(all[7], ["kill-agent:beta@0", "restart-agent:beta@1500"]);
     }
 
     proptest! {

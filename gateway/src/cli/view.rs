@@ -71,6 +71,11 @@ impl LabView {
         Self::of(topology, answers.collect())
     }
 
+    /// What is known without asking anybody: a host that stands still would be waited for.
+    pub(super) fn unasked(lab: &Lab) -> Self {
+        Self::of(lab.topology(), Vec::new())
+    }
+
     /// Puts together what the agents say.
     pub(super) fn of(topology: &Topology, agents: Vec<AgentStatus>) -> Self {
         let containers: Vec<ContainerView> = topology

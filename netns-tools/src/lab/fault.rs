@@ -7,6 +7,8 @@
 
 use std::collections::HashSet;
 
+use nix::sys::signal::Signal;
+
 use super::{Lab, LabError};
 use crate::cgroup::Cgroup;
 use crate::process::{self, ProcessId};
@@ -31,6 +33,23 @@ impl Lab {
             self.network(&end.node)?.cut(&end.interface)?;
         }
         Ok(())
+    }
+
+    /// Cuts one direction of a link: what `endpoint` sends is lost, what it receives is not.
+    ///
+    /// # Errors
+    /// There is no such link, or the lab is not deployed whole.
+    pub fn cut_out(&self, endpoint: &Endpoint) -> Result<(), LabError> {
+        self.link_ends(endpoint)?;
+        Ok(self.network(&endpoint.node)?.cut(&endpoint.interface)?)
+    }
+
+    /// Cuts what a node sends on all its links.
+    ///
+    /// # Errors
+    /// There is no such node, or the lab is not deployed whole.
+    pub fn cut_out_of(&self, node: &str) -> Result<(), LabError> {
+        self.ends_of(node)?.iter().try_for_each(|end| self.cut_out(end))
     }
 
     /// Makes the link that ends at `endpoint` work again, also after its host was without power, and
@@ -109,6 +128,18 @@ impl Lab {
     pub fn kill_process(&self, name: &str) -> Result<bool, LabError> {
         let found: Vec<_> = self.process(name)?.into_iter().collect();
         Ok(process::kill_all(|| found.clone())? > 0)
+    }
+
+    /// Sends a signal to the process of that name. Returns whether it runs.
+    ///
+    /// # Errors
+    /// The lab's list of processes cannot be read.
+    pub fn signal_process(&self, name: &str, signal: Signal) -> Result<bool, LabError> {
+        let found = self.process(name)?;
+        if let Some(process) = found {
+            process.signal(signal);
+        }
+        Ok(found.is_some())
     }
 
     fn link_ends(&self, endpoint: &Endpoint) -> Result<&[Endpoint], LabError> {

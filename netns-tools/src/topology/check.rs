@@ -463,10 +463,10 @@ impl Check<'_> {
             (fault, _, _) if fault.is_of_host() => {
                 self.at_value(&at_fault, "this fault needs a `node` and no `link`", None);
             }
-            (Fault::CutLink | Fault::HealLink, Some(node), None) => {
+            (Fault::CutLink | Fault::CutOut | Fault::HealLink, Some(node), None) => {
                 self.node(&format!("{path}/node"), node);
             }
-            (Fault::CutLink | Fault::HealLink, None, Some(end)) => {
+            (Fault::CutLink | Fault::CutOut | Fault::HealLink, None, Some(end)) => {
                 if self.topology.link_at(end).is_none() {
                     let ends = self.topology.links.iter().flat_map(|link| &link.endpoints);
                     let ends: Vec<String> = ends.map(Endpoint::to_string).collect();

@@ -119,7 +119,7 @@ impl Topology {
 impl Fault {
     /// Whether it happens to a host, and not to a link.
     pub fn is_of_host(self) -> bool {
-        !matches!(self, Fault::CutLink | Fault::HealLink)
+        !matches!(self, Fault::CutLink | Fault::CutOut | Fault::HealLink)
     }
 }
 

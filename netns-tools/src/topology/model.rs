@@ -433,7 +433,7 @@ pub struct Event {
     /// The node it happens to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub node: Option<String>,
-    /// For `cut-link` and `heal-link`: one end of the link. Without it, all links of `node`.
+    /// For `cut-link`, `cut-out` and `heal-link`: one end of the link. Without it, all links of `node`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub link: Option<Endpoint>,
 }
@@ -450,8 +450,14 @@ pub enum Fault {
     RestartAgent,
     /// The host has power again: its links go up, its agent is started.
     ReviveHost,
+    /// The agent of a host stands still (SIGSTOP).
+    PauseAgent,
+    /// It goes on (SIGCONT).
+    WakeAgent,
     /// A link carries nothing any more.
     CutLink,
+    /// A link carries nothing any more that its `link` end sends; the other direction works.
+    CutOut,
     /// A cut link works again.
     HealLink,
 }
