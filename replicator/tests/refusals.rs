@@ -181,11 +181,25 @@ mapped(0x4001, fd)" => "mapping", "MFD_HUGETLB";
     huge_memfd_by_descriptor: "
 fd = call(319, b'huge', 4)
 os.ftruncate(fd, 2 << 20)" => "descriptor", "MFD_HUGETLB";
-    seccomp_filter: "
+    seccomp_filter_with_a_listener: "
 call(157, 38, 1, 0, 0, 0)
-code = ctypes.create_string_buffer(struct.pack('HBBI', 6, 0, 0, 0x7fff0000))
-call(317, 1, 0, ctypes.create_string_buffer(struct.pack('HxxxxxxQ', 1, ctypes.addressof(code))))
-" => "pid", "seccomp";
+program = [(0x20, 0, 0, 0), (0x15, 0, 1, 110), (6, 0, 0, 0x7fc00000), (6, 0, 0, 0x7fff0000)]
+code = ctypes.create_string_buffer(b''.join(struct.pack('HBBI', *i) for i in program))
+argument = struct.pack('HxxxxxxQ', len(program), ctypes.addressof(code))
+call(317, 1, 0, ctypes.create_string_buffer(argument))" => "tid", "listener";
+    seccomp_listener: "
+program = [(0x20, 0, 0, 0), (0x15, 0, 1, 110), (6, 0, 0, 0x7fc00000), (6, 0, 0, 0x7fff0000)]
+code = ctypes.create_string_buffer(b''.join(struct.pack('HBBI', *i) for i in program))
+argument = struct.pack('HxxxxxxQ', len(program), ctypes.addressof(code))
+told, tells = os.pipe()
+holder, mine = socket.socketpair()
+if os.fork() == 0:
+    fd = call(317, 1, 8, ctypes.create_string_buffer(argument))
+    socket.send_fds(mine, [b'x'], [fd])
+    os._exit(0)
+holder.recv(1, socket.MSG_PEEK)
+fd = socket.recv_fds(holder, 1, 1)[1]
+os.wait()" => "descriptor", "seccomp";
     nested_user_namespace: "nested(0x10000000)" => "pid", "user namespace";
     nested_pid_namespace: "nested(0x20000000, deeper=True)" => "pid", "pid_for_children";
     nested_network_namespace: "nested(0x40000000)" => "pid", "net namespace";

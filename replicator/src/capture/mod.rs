@@ -603,8 +603,16 @@ impl Capturer {
                 self.refusals.admit::<()>(Err(error))?;
                 continue;
             }
-            let (mut threads, inner) = tracked.threads.capture(&tids, &self.interrupted)?;
+            let is_filtered = |tid| self.tracer.is_filtered(tid);
+            let captured = tracked.threads.capture(&tids, &self.interrupted, is_filtered);
+            let Some((mut threads, inner)) = self.refusals.admit(captured)? else { continue };
             times.unasked += tracked.threads.unasked();
+            if tracked.attributes.seccomp != 0 && !is_filtered(*pid) {
+                let why = "it runs under a seccomp filter that we may not read; give nilicon \
+                           CAP_SYS_ADMIN and no filter of its own";
+                let error = CaptureError::unsupported(format!("pid {pid}"), why.into());
+                self.refusals.admit::<()>(Err(error))?;
+            }
             let a = &tracked.attributes;
             if tracked.threads.are_stale(*pid, &a.creds)
                 || (inner.group, inner.session) != (a.pgid, a.sid)

@@ -28,7 +28,8 @@ pub(super) struct Attributes {
     pub(super) oom_score_adj: i32,
     /// Locked memory in KiB.
     pub(super) locked: u64,
-    seccomp: bool,
+    /// /proc/PID/status: 0, 1 (strict) or 2 (filters).
+    pub(super) seccomp: u8,
 }
 
 /// Reads them. `before` gives what cannot change without an exec (auxv, exe).
@@ -66,8 +67,8 @@ pub(super) fn read(pid: i32, before: Option<&Attributes>) -> Result<Attributes, 
     let adjusted = text("oom_score_adj")?;
     a.oom_score_adj = adjusted.trim().parse().map_err(|_| invalid(&base, "oom_score_adj"))?;
     status(&text("status")?, &mut a).ok_or_else(|| invalid(&base, "status"))?;
-    if a.seccomp {
-        return Err(refuse("it runs under a seccomp filter; run it without"));
+    if a.seccomp == 1 {
+        return Err(refuse("it runs in the strict mode of seccomp; filters work"));
     }
     stat(&text("stat")?, &mut a).ok_or_else(|| invalid(&base, "stat"))?;
     a.limits = limits(&text("limits")?).ok_or_else(|| invalid(&base, "limits"))?;
@@ -104,7 +105,7 @@ fn status(text: &str, a: &mut Attributes) -> Option<()> {
             "CapAmb" => a.creds.caps[4] = hex(value)?,
             "NoNewPrivs" => a.creds.no_new_privs = value.trim() == "1",
             "VmLck" => a.locked = value.split_whitespace().next()?.parse().ok()?,
-            "Seccomp" => a.seccomp = value.trim() != "0",
+            "Seccomp" => a.seccomp = value.trim().parse().ok()?,
             _ => {}
         }
     }

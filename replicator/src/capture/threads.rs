@@ -6,7 +6,7 @@
 use super::glance::{Task, TaskGlance};
 use super::waits::Interrupted;
 use super::{CaptureError, Glances, process};
-use crate::image::task::{IntervalTimer, Scheduling, ThreadSettings};
+use crate::image::task::{Filter, IntervalTimer, Scheduling, ThreadSettings};
 use crate::image::{Credentials, Regs, Rseq, SignalAction, Thread};
 use crate::sys::remote::{Batch, Call, DATA};
 use crate::sys::{SysError, SysResult, memory, ptrace, sched};
@@ -41,6 +41,7 @@ pub(super) struct ThreadCache {
     securebits: u32,
     /// Real, effective and saved user id, and the effective, permitted and inheritable set.
     rights: ([u32; 3], [u64; 3]),
+    filters: Vec<Filter>,
     outside: Option<Outside>,
     name: Option<fs::File>,
     /// What a glance saw when the thread was asked last.
@@ -100,10 +101,12 @@ impl Threads {
     }
 
     /// Captures all threads of a process, leader first, and what the leader says of the process.
+    /// `is_filtered` says of which seccomp filters are to be read.
     pub(super) fn capture(
         &mut self,
         tids: &[i32],
         interrupted: &Interrupted,
+        is_filtered: impl Fn(i32) -> bool,
     ) -> Result<(Vec<Thread>, Inner), CaptureError> {
         if let Some(glance) = &mut self.glance {
             glance.look()?;
@@ -160,6 +163,9 @@ impl Threads {
                 }
             }
             cache.regs = Some(live);
+            if is_filtered(tid) {
+                read_filters(tid, &mut cache.filters)?;
+            }
             if cache.tid == 0 {
                 cache.tid = inner_tid(tid)?;
             }
@@ -269,6 +275,7 @@ impl Threads {
                 timer_slack: cache.timer_slack,
                 death_signal: cache.death_signal,
                 creds: None,
+                filters: cache.filters.clone(),
             },
         })
     }
@@ -293,6 +300,29 @@ pub(super) fn run_unnoticed(
         memory::write(tid, r.address + 8, &section)?;
     }
     Ok(results)
+}
+
+/// Reads the seccomp filters of a thread that are not known yet. They come and never go, but that
+/// those of another thread can take their place with more behind them (TSYNC).
+fn read_filters(tid: i32, known: &mut Vec<Filter>) -> Result<(), CaptureError> {
+    let unread = |e: SysError| match e.code() {
+        libc::EMEDIUMTYPE => {
+            let why = "it has a seccomp filter that is no classic BPF program; run it without";
+            CaptureError::unsupported(format!("tid {tid}"), why.into())
+        }
+        _ => e.into(),
+    };
+    while ptrace::has_filter(tid, known.len())? {
+        let (program, log) = ptrace::filter(tid, known.len()).map_err(unread)?;
+        let filter = Filter { program, log };
+        if filter.asks() {
+            let why = "it has a seccomp filter that asks a listener (SECCOMP_RET_USER_NOTIF); run it \
+                       without";
+            return Err(CaptureError::unsupported(format!("tid {tid}"), why.into()));
+        }
+        known.push(filter);
+    }
+    Ok(())
 }
 
 impl Outside {

@@ -40,6 +40,8 @@ struct Traced {
     in_vfork: bool,
     /// It stands still by job control and must go on doing so.
     halted: bool,
+    /// It has seccomp filters, which do not count while it is stopped.
+    filtered: bool,
 }
 
 /// What [`Tracer::pump`] and [`Tracer::freeze`] found out about the tree of processes.
@@ -109,8 +111,10 @@ impl Tracer {
     }
 
     fn insert(&mut self, tid: i32, process: i32) {
-        self.threads
-            .insert(tid, Traced { process, stopped: false, in_vfork: false, halted: false });
+        self.threads.insert(
+            tid,
+            Traced { process, stopped: false, in_vfork: false, halted: false, filtered: false },
+        );
         if tid == process {
             self.changes.push(Change::Started(process));
         }
@@ -282,7 +286,24 @@ impl Tracer {
         if self.threads.values().any(|t| t.in_vfork) {
             return Err(CaptureError::Transient("a thread has just called vfork"));
         }
+        self.suspend_filters()?;
         Ok(())
+    }
+
+    /// What we call in a thread is not what its filters are about: they do not count in a stop.
+    fn suspend_filters(&mut self) -> SysResult<()> {
+        for (&tid, thread) in &mut self.threads {
+            if ptrace::has_filter(tid, 0)? {
+                ptrace::set_options(tid, self.options | ptrace::SUSPEND_SECCOMP)?;
+                thread.filtered = true;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a stopped thread has seccomp filters.
+    pub(super) fn is_filtered(&self, tid: i32) -> bool {
+        self.threads.get(&tid).is_some_and(|t| t.filtered)
     }
 
     /// Host tids of the threads that are stopped.
@@ -364,6 +385,9 @@ impl Tracer {
     pub(super) fn thaw(&mut self) -> SysResult<()> {
         for (&tid, thread) in &mut self.threads {
             if std::mem::take(&mut thread.stopped) {
+                if std::mem::take(&mut thread.filtered) {
+                    ignore_gone(ptrace::set_options(tid, self.options))?;
+                }
                 let go_on = if thread.halted { halt } else { |tid| ptrace::cont(tid, 0) };
                 ignore_gone(go_on(tid))?;
             }

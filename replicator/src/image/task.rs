@@ -195,6 +195,32 @@ pub struct ThreadSettings {
     pub death_signal: i32,
     /// Its credentials, if they are not those of its process.
     pub creds: Option<super::Credentials>,
+    /// Its seccomp filters, the oldest first.
+    pub filters: Vec<Filter>,
+}
+
+/// A filter of seccomp(2).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Filter {
+    /// Instructions: struct sock_filter, eight bytes each.
+    pub program: Vec<u8>,
+    /// SECCOMP_FILTER_FLAG_LOG
+    pub log: bool,
+}
+
+impl Filter {
+    /// Whether it may ask a listener (SECCOMP_RET_USER_NOTIF) what is to happen.
+    pub fn asks(&self) -> bool {
+        const RETURN_CONSTANT: u16 = 0x06;
+        const RETURN_REGISTER: u16 = 0x16;
+        const ACTION: u32 = 0xffff_0000;
+        const USER_NOTIF: u32 = 0x7fc0_0000;
+        self.program.as_chunks::<8>().0.iter().any(|i| {
+            let code = u16::from_ne_bytes([i[0], i[1]]);
+            let k = u32::from_ne_bytes([i[4], i[5], i[6], i[7]]);
+            code == RETURN_REGISTER || (code == RETURN_CONSTANT && k & ACTION == USER_NOTIF)
+        })
+    }
 }
 
 /// struct sched_attr of sched_setattr(2).
@@ -213,6 +239,17 @@ pub struct Scheduling {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn filters_that_ask_are_known() {
+        let filter = |code: u16, k: u32| {
+            let program = [&code.to_ne_bytes()[..], &[0, 0], &k.to_ne_bytes()].concat();
+            Filter { program, log: false }
+        };
+        assert!(filter(6, 0x7fc0_0000).asks() && filter(6, 0x7fc0_0001).asks());
+        assert!(!filter(6, 0x7fff_0000).asks() && !filter(0x20, 0x7fc0_0000).asks());
+        assert!(filter(0x16, 0).asks(), "it may be anything");
+    }
 
     #[test]
     fn times_come_back_rounded_up() {

@@ -6,7 +6,9 @@ use super::script::Script;
 use super::space::Special;
 use super::spare::{Spare, Stub};
 use super::tcp::{self, Connected, Peer, Segment};
-use super::{advice, install, locks, process, settings, sockets, space, sysv, timers, tree};
+use super::{
+    advice, filters, install, locks, process, settings, sockets, space, sysv, timers, tree,
+};
 use crate::container::SHM;
 use crate::image::net::{TcpConnection, TcpState};
 use crate::image::task::{TimeUnit, Wait};
@@ -356,6 +358,7 @@ impl Spare {
         {
             timers::set(script, restored.host, p, elapsed)?;
             for (thread, &tid) in p.threads.iter().zip(&restored.tids).rev() {
+                filters::set(script, p, thread, tid)?;
                 signals(script, p, thread);
                 let creds = thread.settings.creds.as_ref().unwrap_or(&p.creds);
                 if *creds != now {
@@ -384,6 +387,7 @@ impl Spare {
             }
             for ((thread, &tid), &rip) in p.threads.iter().zip(&restored.tids).zip(addresses) {
                 registers(tid, thread, rip, elapsed).doing(p.pid, "set the registers")?;
+                filters::enforce(thread, tid)?;
             }
         }
         Ok(())

@@ -21,6 +21,7 @@ mod advice;
 mod datagrams;
 mod error;
 mod files;
+mod filters;
 mod finish;
 mod install;
 mod landing;

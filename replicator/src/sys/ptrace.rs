@@ -11,6 +11,10 @@ const PTRACE_GETSIGMASK: c_uint = 0x420a;
 const PTRACE_SETSIGMASK: c_uint = 0x420b;
 const PTRACE_PEEKSIGINFO: c_uint = 0x4209;
 const PTRACE_GET_RSEQ_CONFIGURATION: c_uint = 0x420f;
+const PTRACE_SECCOMP_GET_FILTER: c_uint = 0x420c;
+const PTRACE_SECCOMP_GET_METADATA: c_uint = 0x420d;
+/// An option: filters of seccomp do not count as long as it is set. Takes CAP_SYS_ADMIN.
+pub const SUSPEND_SECCOMP: i32 = 1 << 21;
 /// More than any processor's extended state (AVX-512 with AMX is 11 KiB).
 const XSTATE_MAX: usize = 16 << 10;
 
@@ -92,6 +96,43 @@ fn request(req: c_uint, name: &'static str, tid: i32, addr: usize, data: usize) 
 /// Attaches without stopping. `options` are PTRACE_O_ bits.
 pub fn seize(tid: i32, options: i32) -> SysResult<()> {
     request(libc::PTRACE_SEIZE, "PTRACE_SEIZE", tid, 0, options as usize).map(drop)
+}
+
+/// Sets the options (PTRACE_O_ bits) of a stopped tracee.
+pub fn set_options(tid: i32, options: i32) -> SysResult<()> {
+    let options = options as usize;
+    request(libc::PTRACE_SETOPTIONS, "PTRACE_SETOPTIONS", tid, 0, options).map(drop)
+}
+
+/// Whether a stopped tracee has so many seccomp filters and one more. Without the right to know
+/// (CAP_SYS_ADMIN, and no filter of our own) it says no.
+pub fn has_filter(tid: i32, index: usize) -> SysResult<bool> {
+    let name = "PTRACE_SECCOMP_GET_FILTER";
+    match request(PTRACE_SECCOMP_GET_FILTER, name, tid, index, 0) {
+        Ok(_) => Ok(true),
+        Err(e) => match e.code() {
+            libc::EINVAL | libc::ENOENT | libc::EACCES => Ok(false),
+            // One that is no classic program.
+            libc::EMEDIUMTYPE => Ok(true),
+            _ => Err(e),
+        },
+    }
+}
+
+/// A seccomp filter of a stopped tracee, the oldest first: its instructions (struct sock_filter),
+/// and whether what it does is logged.
+pub fn filter(tid: i32, index: usize) -> SysResult<(Vec<u8>, bool)> {
+    const FLAG_LOG: u64 = 1 << 1;
+    let name = "PTRACE_SECCOMP_GET_FILTER";
+    let count = request(PTRACE_SECCOMP_GET_FILTER, name, tid, index, 0)? as usize;
+    let mut program = vec![0u8; 8 * count];
+    let data = program.as_mut_ptr() as usize;
+    request(PTRACE_SECCOMP_GET_FILTER, name, tid, index, data)?;
+    // struct seccomp_metadata: which filter, its flags.
+    let mut metadata = [index as u64, 0];
+    let (name, data) = ("PTRACE_SECCOMP_GET_METADATA", metadata.as_mut_ptr() as usize);
+    request(PTRACE_SECCOMP_GET_METADATA, name, tid, size_of_val(&metadata), data)?;
+    Ok((program, metadata[1] & FLAG_LOG != 0))
 }
 
 /// Asks a seized tracee to stop; wait for it with [`wait`].

@@ -719,6 +719,99 @@ keeps("securebits", lambda: prctl(28, 0x1 | 0x2 | 0x20), lambda: prctl(27))
 keeps("keep_capabilities", lambda: prctl(8, 1), lambda: (prctl(7), prctl(27)))
 keeps("no_new_privileges", lambda: prctl(38, 1), lambda: prctl(39))
 
+
+
+def seccomp(answers, flags=0):
+    """Adds a filter that answers some calls in its way, and lets all others pass."""
+    code = [(0x20, 0, 0, 0)]
+    for number, answer in answers.items():
+        code += [(0x15, 0, 1, number), (0x06, 0, 0, answer)]
+    code += [(0x06, 0, 0, 0x7FFF0000)]
+    program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *c) for c in code))
+    argument = struct.pack("HxxxxxxQ", len(code), ctypes.addressof(program))
+    return syscall(317, 1, flags, ctypes.create_string_buffer(argument))
+
+
+def errno_of(number, *args):
+    try:
+        return syscall(number, *args)
+    except OSError as e:
+        return -e.errno
+
+
+ERRNO, KILL = 0x50000, 0x80000000
+
+
+@kind
+def seccomp_filters():
+    # What a capture asks for (interval timers, alternate stacks) would be the end of it.
+    seccomp({36: KILL, 131: KILL, 110: ERRNO | 77})
+    yield
+    equal(errno_of(110), -77, "getppid")
+    equal(status("Seccomp", "Seccomp_filters")[1].split()[1], "1")
+    pid = os.fork()
+    if pid == 0:
+        syscall(36, 0, ctypes.create_string_buffer(32))
+        os._exit(0)
+    equal(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), -signal.SIGSYS, "what is forbidden")
+
+
+@kind
+def seccomp_filters_of_an_ordinary_user():
+    prctl(38, 1)
+    os.setresgid(301, 301, 301)
+    os.setresuid(301, 301, 301)
+    seccomp({110: ERRNO | 77}, flags=2)
+    seccomp({110: ERRNO | 78, 157: ERRNO | 79, 13: KILL})
+    yield
+    # The newest of those that are equally strict wins.
+    equal(errno_of(110), -78, "getppid")
+    equal(errno_of(157, 39, 0, 0, 0, 0), -79, "prctl")
+    equal(status("Seccomp_filters")[0].split()[1], "2")
+    equal(status("NoNewPrivs")[0].split()[1], "1")
+
+
+@kind
+def seccomp_filters_of_threads():
+    results, end, alone = [], threading.Event(), threading.Event()
+
+    def other():
+        alone.wait()
+        end.wait()
+        results.append((errno_of(110), errno_of(111)))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    seccomp({110: ERRNO | 77}, flags=1)
+    yield
+    # What they have in common is one filter still, so that the next can be for both.
+    equal(seccomp({111: ERRNO | 78}, flags=1), 0, "for all threads")
+    alone.set()
+    end.set()
+    thread.join()
+    equal(results, [(-77, -78)])
+
+
+@kind
+def seccomp_filters_of_one_thread():
+    results, ready, end = [], threading.Event(), threading.Event()
+
+    def other():
+        seccomp({110: ERRNO | 77})
+        ready.set()
+        end.wait()
+        results.append(errno_of(110))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    ready.wait()
+    yield
+    end.set()
+    thread.join()
+    equal(results, [-77])
+    equal(errno_of(110), os.getppid(), "another thread")
+
+
 IDS = ("Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
 
 
