@@ -282,3 +282,36 @@ pub(super) fn credentials_now(host: i32) -> SysResult<Credentials> {
         securebits: 0,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::Rseq;
+
+    #[test]
+    fn a_thread_inside_a_restartable_sequence_goes_on_where_it_is_aborted() {
+        const START: u64 = 0x5000_1000;
+        const ABORT: u64 = 0x5000_9000;
+        // struct rseq_cs: version and flags, start, length, abort handler.
+        let section = [0u64, START, 0x20, ABORT];
+        // struct rseq: processor numbers, then the section.
+        let area = [0u64, section.as_ptr() as u64, 0, 0];
+        let empty = [0u64; 4];
+        let me = std::process::id() as i32;
+        let resumes_at = |area: &[u64; 4], rip| {
+            let address = area.as_ptr() as u64;
+            let rseq = Some(Rseq { address, len: 32, signature: 0x5305_3053 });
+            let mut thread = Thread { rseq, ..Thread::default() };
+            thread.regs[ptrace::reg::RIP] = rip;
+            resume_address(me, &thread).expect("an address")
+        };
+        assert_eq!(resumes_at(&area, START), ABORT);
+        assert_eq!(resumes_at(&area, START + 0x1f), ABORT);
+        for outside in [START - 1, START + 0x20, ABORT] {
+            assert_eq!(resumes_at(&area, outside), outside);
+        }
+        assert_eq!(resumes_at(&empty, START), START, "in no section");
+        let thread = Thread::default();
+        assert_eq!(resume_address(me, &thread).expect("an address"), 0, "not registered");
+    }
+}

@@ -341,6 +341,15 @@ def rt_sigtimedwait():
     return syscall(128, signal_set(signal.SIGUSR1), 0, timespec(WAIT), 8)
 
 
+@waits(-EAGAIN)
+def semtimedop():
+    semaphores = syscall(64, 0, 1, 0o600)
+    try:
+        return syscall(220, semaphores, struct.pack("Hhh", 0, -1, 0), 1, timespec(WAIT))
+    finally:
+        syscall(66, semaphores, 0, 0)
+
+
 @kind
 def wait_for_a_signal_without_end():
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
@@ -664,6 +673,87 @@ def names_of_threads():
     yield
     equal(names(), before)
     end.set()
+
+
+@kind
+def robust_mutex_of_a_thread_that_ends():
+    mutex, kind_of = ctypes.create_string_buffer(64), ctypes.create_string_buffer(16)
+    libc.pthread_mutexattr_init(kind_of)
+    libc.pthread_mutexattr_setrobust(kind_of, 1)
+    libc.pthread_mutex_init(mutex, kind_of)
+    locked, end = threading.Event(), threading.Event()
+
+    def owner():
+        equal(libc.pthread_mutex_lock(mutex), 0)
+        locked.set()
+        end.wait()
+
+    thread = threading.Thread(target=owner)
+    thread.start()
+    locked.wait()
+    yield
+    end.set()
+    # Without its list the kernel would not find the mutex, and this would wait for ever.
+    equal(libc.pthread_mutex_lock(mutex), 130, "EOWNERDEAD")
+    thread.join()
+
+
+@kind
+def thread_whose_end_is_waited_for_by_its_number():
+    # pthread_join(3) waits until the kernel clears the number (set_tid_address).
+    end, told = threading.Event(), []
+    routine = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(lambda _: end.wait() and None)
+    ident = ctypes.c_ulong()
+    equal(libc.pthread_create(ctypes.byref(ident), None, routine, None), 0)
+    yield
+    joiner = threading.Thread(target=lambda: told.append(libc.pthread_join(ident, None)))
+    joiner.start()
+    time.sleep(0.05)
+    equal(told, [], "it runs still")
+    end.set()
+    joiner.join()
+    equal(told, [0])
+
+
+@kind
+def restartable_sequence_is_left_when_its_thread_is_stopped():
+    try:
+        if ctypes.c_uint.in_dll(libc, "__rseq_size").value == 0:
+            raise ValueError
+        offset = ctypes.c_ssize_t.in_dll(libc, "__rseq_offset").value
+    except ValueError:
+        # This C library registers none.
+        yield
+        return
+    code = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    base = ctypes.addressof(ctypes.c_char.from_buffer(code))
+    # A sequence that spins until it is told to end, and begins anew whenever it is aborted:
+    # rdi points to whether to end, how often it was aborted, the area, the description.
+    begin = bytes.fromhex("488b4710 488b4f18 48894808")
+    spin = bytes.fromhex("f390 48833f00 74f8")
+    leave = bytes.fromhex("48c7400800000000 c3")
+    aborted = len(begin + spin + leave) + 4
+    abort = bytes.fromhex("48ff4708 48833f00 0f84") + struct.pack("<i", -(aborted + 14)) + b"\xc3"
+    code[: aborted + len(abort)] = begin + spin + leave + struct.pack("<I", 0x53053053) + abort
+    # struct rseq_cs: version and flags, start, length, where to go when aborted.
+    start = base + len(begin)
+    code[2048:2080] = struct.pack("<QQQQ", 0, start, len(spin), base + aborted)
+    words = (ctypes.c_ulong * 4)()
+    libc.pthread_self.restype = ctypes.c_ulong
+
+    def run():
+        words[2] = libc.pthread_self() + offset
+        words[3] = base + 2048
+        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(base)(ctypes.addressof(words))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    wait_for(lambda: words[1] > 0, "it is aborted by the first stop, or by another thread")
+    yield
+    before = words[1]
+    wait_for(lambda: words[1] > before, "it is aborted here as well")
+    words[0] = 1
+    thread.join()
 
 
 # Settings
