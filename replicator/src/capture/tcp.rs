@@ -168,6 +168,8 @@ pub(super) fn tcp(
     match info[0] {
         state::LISTEN => {
             let backlog = u32::from_ne_bytes(info[28..32].try_into().expect("four bytes"));
+            // Nobody has looked at it before: a survey, an image, a listener that is new.
+            refuse(fd, what, diag, true)?;
             Ok(Kind::TcpListener(listener(fd, backlog)?))
         }
         state::SYN_SENT => connecting(fd, what, diag),
