@@ -11,7 +11,7 @@
 
 use super::backup::Standby;
 use super::journal::{Journal, monotonic_us};
-use super::status::{ContainerStatus, EpochRecord, Phase, Role, StopStages};
+use super::status::{CaptureKinds, ContainerStatus, EpochRecord, Phase, Role, StopStages};
 use super::stop::Taken;
 use crate::frames::commit::Unprotected;
 use crate::frames::gate::Gate;
@@ -510,6 +510,14 @@ impl Shell {
                 threads: us(t.threads),
                 files: us(t.files),
                 thaw: us(t.thaw),
+            },
+            capture_us_by_kind: CaptureKinds {
+                memory: us(t.kinds.memory),
+                objects: us(t.kinds.objects),
+                threads: us(t.kinds.threads),
+                timers: us(t.kinds.timers),
+                descriptors: us(t.kinds.descriptors),
+                in_flight: us(t.kinds.in_flight),
             },
             stop_pages: t.stop_pages as u64,
             dirty_pages: t.pages as u64,

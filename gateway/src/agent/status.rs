@@ -157,6 +157,9 @@ pub struct EpochRecord {
     pub stop_us: u64,
     /// Its stages.
     pub stop_us_by_stage: StopStages,
+    /// What of it capturing took, by kind of state.
+    #[serde(default)]
+    pub capture_us_by_kind: CaptureKinds,
     /// Pages copied in the stop.
     pub stop_pages: u64,
     /// Pages copied in all, pre-copy included.
@@ -180,6 +183,18 @@ pub struct StopStages {
     pub threads: u64,
     pub files: u64,
     pub thaw: u64,
+}
+
+/// Capturing in a stop by kind of state, in microseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "named after replicator::capture::KindTimes")]
+pub struct CaptureKinds {
+    pub memory: u64,
+    pub objects: u64,
+    pub threads: u64,
+    pub timers: u64,
+    pub descriptors: u64,
+    pub in_flight: u64,
 }
 
 /// One failover, by phase.

@@ -18,7 +18,7 @@ use super::faults;
 use super::journal::Failover;
 use super::numbers::{Spread, median};
 use super::view::ContainerView;
-use crate::agent::status::{EpochRecord, FailoverPhases, StopStages};
+use crate::agent::status::{CaptureKinds, EpochRecord, FailoverPhases, StopStages};
 
 /// A silence of a client that is longer is no pause but an end. Far above any failover, and below
 /// the time after which a request breaks its connection.
@@ -117,6 +117,8 @@ pub(super) struct EpochReport {
     pub(super) stop_us: Spread<u64>,
     /// The median of each stage.
     pub(super) stop_us_by_stage: StopStages,
+    /// The median of each kind of state.
+    pub(super) capture_us_by_kind: CaptureKinds,
     pub(super) interval_us: Spread<u64>,
     pub(super) dirty_pages: Spread<u64>,
     pub(super) stop_pages: Spread<u64>,
@@ -139,6 +141,9 @@ impl EpochReport {
         let stage = |field: fn(&StopStages) -> u64| {
             median(epochs.iter().map(|epoch| field(&epoch.stop_us_by_stage)))
         };
+        let kind = |field: fn(&CaptureKinds) -> u64| {
+            median(epochs.iter().map(|epoch| field(&epoch.capture_us_by_kind)))
+        };
         Self {
             committed: epochs.len(),
             stop_us: spread(|epoch| epoch.stop_us),
@@ -150,6 +155,14 @@ impl EpochReport {
                 threads: stage(|s| s.threads),
                 files: stage(|s| s.files),
                 thaw: stage(|s| s.thaw),
+            },
+            capture_us_by_kind: CaptureKinds {
+                memory: kind(|k| k.memory),
+                objects: kind(|k| k.objects),
+                threads: kind(|k| k.threads),
+                timers: kind(|k| k.timers),
+                descriptors: kind(|k| k.descriptors),
+                in_flight: kind(|k| k.in_flight),
             },
             interval_us: spread(|epoch| epoch.interval_us),
             dirty_pages: spread(|epoch| epoch.dirty_pages),
@@ -505,12 +518,20 @@ mod tests {
 
     #[test]
     fn the_json_has_the_documented_keys() {
-        let epochs = vec![EpochRecord { stop_us: 300, wire_bytes: 7, ..EpochRecord::default() }; 2];
+        let capture_us_by_kind = CaptureKinds { objects: 12, ..CaptureKinds::default() };
+        let record = EpochRecord {
+            stop_us: 300,
+            wire_bytes: 7,
+            capture_us_by_kind,
+            ..EpochRecord::default()
+        };
+        let epochs = vec![record; 2];
         let json = serde_json::to_value(RunReport::of(Evidence { epochs, ..evidence() })).unwrap();
         assert_eq!(json["epochs"]["wire_bytes"]["total"], 14);
         assert_eq!(json["epochs"]["wire_bytes"]["p50"], 7);
         assert_eq!(json["epochs"]["stop_us"]["p99"], 300);
         assert_eq!(json["epochs"]["stop_us_by_stage"]["freeze"], 0);
+        assert_eq!(json["epochs"]["capture_us_by_kind"]["objects"], 12);
         assert_eq!(json["clients"][0]["name"], "client");
         assert_eq!(json["clients"][0]["latency_us"]["p90"], 0);
         assert_eq!(json["failover"]["phases_ms"]["silence"], 0.0);

@@ -129,6 +129,12 @@ fn of_epochs(epochs: &EpochReport) -> String {
         "  a median stop: hold {} us, freeze {}, seal {}, memory {}, threads {}, files {}, thaw {}",
         s.hold, s.freeze, s.seal, s.memory, s.threads, s.files, s.thaw
     );
+    let k = epochs.capture_us_by_kind;
+    let _ = writeln!(
+        out,
+        "  of it by kind: memory {} us, objects {}, threads {}, timers {}, descriptors {}, in flight {}",
+        k.memory, k.objects, k.threads, k.timers, k.descriptors, k.in_flight
+    );
     out
 }
 

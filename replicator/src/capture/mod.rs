@@ -141,6 +141,23 @@ impl Boundary for NoBoundary {
     fn release_input(&mut self) {}
 }
 
+/// How long capturing took in a stop, by kind of state.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct KindTimes {
+    /// Mappings and pages of processes.
+    pub memory: Duration,
+    /// Memory that is shared, files of a tmpfs, System V objects, names.
+    pub objects: Duration,
+    /// Registers, signals, credentials and the tree.
+    pub threads: Duration,
+    /// Timers that send signals.
+    pub timers: Duration,
+    /// Descriptors, with the sockets that they are of.
+    pub descriptors: Duration,
+    /// What travels through sockets, and connections that no descriptor names any more.
+    pub in_flight: Duration,
+}
+
 /// How long each stage of a stop took.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct StopTimes {
@@ -156,6 +173,8 @@ pub struct StopTimes {
     pub threads: Duration,
     /// Descriptors and sockets.
     pub files: Duration,
+    /// The three before, by kind.
+    pub kinds: KindTimes,
     /// Letting all threads go on.
     pub thaw: Duration,
     /// From the hold to the thaw: the stop time.
@@ -594,7 +613,7 @@ impl Capturer {
             tracked.files.glance(&mut builder)?;
         }
         builder.sort_watchers();
-        times.files += lap.next();
+        spent(&mut times.files, &mut times.kinds.descriptors, lap);
         for pid in &order {
             let tracked = self.processes.get_mut(pid).ok_or(CaptureError::Ended)?;
             let tids = self.tracer.threads_of(*pid);
@@ -636,10 +655,11 @@ impl Capturer {
                     self.refusals.admit::<()>(Err(error))?;
                 }
             }
-            times.threads += lap.next();
+            spent(&mut times.threads, &mut times.kinds.threads, lap);
             let posix = tracked.timers.capture(*pid, &tids, &threads, &mut self.batch)?;
             let mut timers = Timers { interval: inner.timers, posix };
             timers.count_from(self.interrupted.since_clocks());
+            spent(&mut times.threads, &mut times.kinds.timers, lap);
             if self.refusals.collecting() {
                 tracked.space.look(&mut self.objects)?;
             } else {
@@ -651,7 +671,7 @@ impl Capturer {
             self.refusals.admit(stuck)?;
             let mut advice = tracked.advice.take(*pid, tracked.attributes.locked)?;
             tracked.space.guards().add_to(&mut advice);
-            times.memory += lap.next();
+            spent(&mut times.memory, &mut times.kinds.memory, lap);
             let handle = tracked.handle.as_fd();
             let world = files::World {
                 diag: &self.diag,
@@ -661,7 +681,7 @@ impl Capturer {
             let refusals = &mut self.refusals;
             let fds =
                 tracked.files.capture(*pid, handle, &mut builder, &mut state, world, refusals)?;
-            times.files += lap.next();
+            spent(&mut times.files, &mut times.kinds.descriptors, lap);
             let a = &tracked.attributes;
             let mut mm = a.mm;
             mm.brk = inner.brk;
@@ -702,7 +722,7 @@ impl Capturer {
                 },
                 advice,
             });
-            times.threads += lap.next();
+            spent(&mut times.threads, &mut times.kinds.threads, lap);
         }
         state.ended = self.remains.capture(&inner_pids)?;
         let world =
@@ -715,18 +735,18 @@ impl Capturer {
                 self.farewells.settle(sending, |i| sockets.has(i), &mut state, &self.diag);
             self.refusals.admit(settled)?;
         }
-        times.files += lap.next();
+        spent(&mut times.files, &mut times.kinds.in_flight, lap);
         // Last: memory that travels between processes as a descriptor is an object as well.
         let taken = self.take_objects(&mut state);
         self.refusals.admit(taken)?;
-        times.memory += lap.next();
+        spent(&mut times.memory, &mut times.kinds.objects, lap);
         // Input is held, but not what the container sends to itself.
         for tracked in self.processes.values_mut() {
             if !tracked.files.stands_still()? {
                 return Err(CaptureError::Transient("a TCP connection has just received data"));
             }
         }
-        times.files += lap.next();
+        spent(&mut times.files, &mut times.kinds.in_flight, lap);
         Ok(state)
     }
 
@@ -821,6 +841,13 @@ impl Capturer {
             boottime: read(nix::time::ClockId::CLOCK_BOOTTIME, self.offsets.1)?,
         })
     }
+}
+
+/// Counts the time since the last lap for a stage and for a kind.
+fn spent(stage: &mut Duration, kind: &mut Duration, lap: &mut Lap) {
+    let time = lap.next();
+    *stage += time;
+    *kind += time;
 }
 
 struct Lap(Instant);
