@@ -107,6 +107,12 @@ pub(super) struct Shell {
     me: Weak<Shell>,
 }
 
+/// Publishes whether a loss of this host would be survived.
+pub(super) fn tell_protected(container: &str, protected: bool) {
+    metrics::gauge!("nilicon_protected", "container" => container.to_owned())
+        .set(f64::from(u8::from(protected)));
+}
+
 impl Shell {
     /// A shell around `core`.
     pub(super) fn new(
@@ -425,8 +431,7 @@ impl Shell {
             }
             State::Connecting { .. } => status.phase,
         };
-        metrics::gauge!("nilicon_protected", "container" => self.name())
-            .set(f64::from(u8::from(status.protected)));
+        tell_protected(&self.name, status.protected);
         metrics::gauge!("nilicon_committed_epoch", "container" => self.name())
             .set(committed.0 as f64);
     }

@@ -181,6 +181,7 @@ impl Place {
     /// The last status of a container that has ended here.
     pub(super) fn tell_end(&self, result: Result<()>) {
         let name = &self.network.name;
+        primary::tell_protected(name, false);
         let mut status = lock(&self.status);
         status.protected = false;
         match result {
@@ -310,6 +311,7 @@ impl Place {
         metrics::counter!("nilicon_protection_ended_total", "container" => name.clone())
             .increment(1);
         let agreed = self.runtime.block_on(primary::say_goodbye(shell, Bye::Stop));
+        primary::tell_protected(name, false);
         let mut status = lock(&self.status);
         status.protected = false;
         if agreed {
