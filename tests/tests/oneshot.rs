@@ -275,11 +275,10 @@ fn a_tree_that_uses_every_kind_at_once_never_notices() {
     for round in 1..=rounds {
         let taken = nilicon(&["checkpoint", &pid, "--to", image]);
         let taken = taken.unwrap_or_else(|why| panic!("round {round}: {why}"));
-        assert_eq!(
-            status(daemon.pid, "Pid"),
-            None,
-            "round {round}: it has outlived its checkpoint"
-        );
+        // Whoever is its parent now may not have waited for it yet.
+        let state = status(daemon.pid, "State");
+        let lives = state.is_some_and(|state| !state.starts_with('Z'));
+        assert!(!lives, "round {round}: it has outlived its checkpoint");
         let restored = nilicon(&["restore", image, "--detach"]);
         assert_eq!(restored.as_deref(), Ok(&*pid), "round {round}");
         if round == 1 || round == rounds {
