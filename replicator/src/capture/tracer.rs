@@ -93,6 +93,8 @@ impl Tracer {
                     Err(e) if e.code() == libc::EPERM && tid != pid && has_ended(pid, tid) => {
                         continue;
                     }
+                    // Born of one that was seized already: its birth is still to be heard of.
+                    Err(e) if e.code() == libc::EPERM && is_ours(tid) => continue,
                     Err(e) => return Err(e),
                 }
                 self.insert(tid, pid);
@@ -481,6 +483,13 @@ pub(super) fn tids(pid: i32) -> SysResult<Vec<i32>> {
 pub(super) fn has_ended(pid: i32, tid: i32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/task/{tid}/stat"));
     stat.ok().is_none_or(|s| s.rsplit_once(") ").is_none_or(|(_, s)| s.starts_with(['Z', 'X'])))
+}
+
+/// Whether the calling thread traces a thread.
+fn is_ours(tid: i32) -> bool {
+    let me = nix::unistd::gettid().as_raw();
+    status_of(tid)
+        .is_ok_and(|text| field(&text, "TracerPid:").and_then(|v| v.parse().ok()) == Some(me))
 }
 
 /// The process (thread group) of a thread.
