@@ -16,6 +16,7 @@ pub mod restore;
 pub mod sys;
 mod term;
 pub mod transport;
+pub mod volume;
 pub mod wire;
 pub mod young;
 

@@ -28,5 +28,6 @@ pub mod sysv;
 pub mod tap;
 pub mod uffd;
 pub mod unix_diag;
+pub mod xattr;
 
 pub use error::{SysError, SysResult};

@@ -1,0 +1,311 @@
+//! One volume: what its file system does, what has changed of it, and how another host's changes
+//! get into it. Everything that changes a name or a byte goes through one lock, so that a seal
+//! sees a file's bytes and the note that they changed together or not at all.
+
+mod apply;
+mod change;
+
+use super::dirty::Dirty;
+use super::disk::Disk;
+use super::ranges::Ranges;
+use super::record::{Blob, Record};
+use super::tree::Tree;
+use super::{Ino, VolumeError};
+use nix::unistd::{Whence, lseek64};
+use std::collections::HashMap;
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+pub use change::{Change, Found};
+
+/// Bytes in one record at most.
+const PIECE: u64 = 128 << 10;
+
+/// A regular file that is open.
+#[derive(Clone, Debug)]
+pub struct Opened {
+    /// Its number.
+    pub ino: Ino,
+    pub(super) file: Arc<File>,
+}
+
+impl Opened {
+    /// Reads up to `buffer.len()` bytes; fewer at the end of the file.
+    pub fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+        let mut got = 0;
+        while got < buffer.len() {
+            match self.file.read_at(&mut buffer[got..], offset + got as u64) {
+                Ok(0) => break,
+                Ok(n) => got += n,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(got)
+    }
+}
+
+#[derive(Debug)]
+struct Inner {
+    disk: Disk,
+    tree: Tree,
+    dirty: Dirty,
+    next: u64,
+}
+
+/// A volume on this host.
+#[derive(Debug)]
+pub struct Volume {
+    inner: Mutex<Inner>,
+}
+
+impl Volume {
+    /// Opens a volume's directory, and makes what is not there.
+    pub(super) fn open(root: &Path) -> Result<Self, VolumeError> {
+        let mut inner = Inner {
+            disk: Disk::new(root),
+            tree: Tree::default(),
+            dirty: Dirty::default(),
+            next: 2,
+        };
+        inner.look_around().map_err(inner.disk.failed("reading the directory"))?;
+        Ok(Self { inner: Mutex::new(inner) })
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its directory on this host.
+    pub fn root(&self) -> PathBuf {
+        self.inner().disk.root().to_owned()
+    }
+
+    /// Everything counts as changed.
+    pub(super) fn all_changed(&self) {
+        let Inner { tree, dirty, disk, .. } = &mut *self.inner();
+        *dirty = Dirty::default();
+        for (&ino, known) in &tree.known {
+            let size = match known.children {
+                None => disk.meta(&tree.path(ino)).map_or(0, |m| m.size()),
+                Some(_) => 0,
+            };
+            dirty.range(ino, 0, size);
+            for name in known.children.iter().flat_map(|c| c.keys()) {
+                dirty.entry(ino, name);
+            }
+        }
+    }
+
+    /// Reads the contents that have changed, and counts them as unchanged; gives their length.
+    pub(super) fn precopy(&self, out: &mut Vec<u8>) -> Result<usize, VolumeError> {
+        let before = out.len();
+        let mut inner = self.inner();
+        let nodes = inner.dirty.take_nodes();
+        // Attributes are read in the stop.
+        nodes.keys().for_each(|ino| inner.dirty.node(*ino));
+        drop(inner);
+        for (ino, ranges) in nodes {
+            if ranges.iter().next().is_none() {
+                continue;
+            }
+            let inner = self.inner();
+            let path = inner.tree.path(ino);
+            // One that is gone meanwhile has nothing to be read.
+            let Ok(file) = inner.disk.open(&path, false) else { continue };
+            let failed = inner.disk.failed(format!("reading {}", path.display()));
+            drop(inner);
+            let size = contents(ino, &file, &ranges, out).map_err(failed)?;
+            // What was cut off, and reads as zeros if the file grows again, is not done with.
+            let mut inner = self.inner();
+            for (start, end) in ranges.iter().filter(|(_, end)| *end > size) {
+                inner.dirty.range(ino, start.max(size), end);
+            }
+        }
+        Ok(out.len() - before)
+    }
+
+    /// Takes all that has changed.
+    pub(super) fn seal(&self, out: &mut Vec<u8>) -> Result<(), VolumeError> {
+        let mut inner = self.inner();
+        let dirty = std::mem::take(&mut inner.dirty);
+        let result = inner.write_down(&dirty, out);
+        if result.is_err() {
+            inner.dirty = dirty;
+        }
+        result
+    }
+
+    /// Files without a name.
+    #[cfg(test)]
+    pub(super) fn loose(&self) -> Vec<Ino> {
+        let inner = self.inner();
+        let is_loose = |ino: &&Ino| **ino != Ino::ROOT && inner.tree.links(**ino) == 0;
+        inner.tree.known.keys().filter(is_loose).copied().collect()
+    }
+
+    /// All names of a file.
+    #[cfg(test)]
+    pub(super) fn names(&self, ino: Ino) -> Vec<(Ino, OsString)> {
+        self.inner().tree.known.get(&ino).map(|k| k.links.clone()).unwrap_or_default()
+    }
+
+    /// Has the disk write everything.
+    pub(super) fn sync(&self) -> Result<(), VolumeError> {
+        let inner = self.inner();
+        let synced = File::open(inner.disk.root())
+            .and_then(|f| nix::unistd::syncfs(&f).map_err(io::Error::from));
+        synced.map_err(inner.disk.failed("syncfs"))
+    }
+
+    /// Carries out what a checkpoint says.
+    pub(super) fn apply(&self, records: &[Record]) -> Result<(), VolumeError> {
+        self.inner().apply(records)
+    }
+}
+
+impl Inner {
+    /// Learns what is on the disk. Files without a number get one.
+    fn look_around(&mut self) -> io::Result<()> {
+        for part in ["tree", "loose"] {
+            fs::create_dir_all(self.disk.at(Path::new(part)))?;
+        }
+        self.tree = Tree::default();
+        self.tree.add(Ino::ROOT, true);
+        if self.disk.number(Path::new("tree"))? != Some(Ino::ROOT) {
+            self.disk.mark(Path::new("tree"), Ino::ROOT)?;
+        }
+        let mut seen: HashMap<Ino, u64> = HashMap::new();
+        let mut unnumbered: Vec<(Ino, OsString)> = Vec::new();
+        let mut todo = Vec::new();
+        for entry in fs::read_dir(self.disk.at(Path::new("loose")))? {
+            let entry = entry?;
+            let Some(ino) = entry.file_name().to_str().and_then(|n| n.parse().ok()).map(Ino) else {
+                continue;
+            };
+            let path = Path::new("loose").join(entry.file_name());
+            // It may have been made and not been given its number.
+            self.disk.mark(&path, ino)?;
+            let meta = self.disk.meta(&path)?;
+            seen.insert(ino, meta.ino());
+            self.tree.add(ino, meta.is_dir());
+            self.next = self.next.max(ino.0 + 1);
+            if meta.is_dir() {
+                todo.push(ino);
+            }
+        }
+        todo.push(Ino::ROOT);
+        while let Some(parent) = todo.pop() {
+            let directory = self.tree.path(parent);
+            for entry in fs::read_dir(self.disk.at(&directory))? {
+                let name = entry?.file_name();
+                let path = directory.join(&name);
+                let meta = self.disk.meta(&path)?;
+                let number = self.disk.number(&path)?.filter(|ino| {
+                    // A copy of a file that took the attribute along is another file.
+                    seen.get(ino).is_none_or(|other| *other == meta.ino()) && *ino != Ino::ROOT
+                });
+                let Some(ino) = number else {
+                    unnumbered.push((parent, name));
+                    continue;
+                };
+                if seen.insert(ino, meta.ino()).is_none() {
+                    self.tree.add(ino, meta.is_dir());
+                    if meta.is_dir() {
+                        todo.push(ino);
+                    }
+                }
+                self.next = self.next.max(ino.0 + 1);
+                self.tree.link(parent, &name, ino);
+            }
+        }
+        self.number_new(unnumbered)
+    }
+
+    fn number_new(&mut self, mut todo: Vec<(Ino, OsString)>) -> io::Result<()> {
+        let mut given: HashMap<u64, Ino> = HashMap::new();
+        while let Some((parent, name)) = todo.pop() {
+            let path = self.tree.path(parent).join(&name);
+            let meta = self.disk.meta(&path)?;
+            if let Some(&ino) = given.get(&meta.ino()) {
+                self.tree.link(parent, &name, ino);
+                continue;
+            }
+            let ino = Ino(self.next);
+            self.next += 1;
+            self.disk.mark(&path, ino)?;
+            given.insert(meta.ino(), ino);
+            self.tree.add(ino, meta.is_dir());
+            self.tree.link(parent, &name, ino);
+            if meta.is_dir() {
+                for entry in fs::read_dir(self.disk.at(&path))? {
+                    todo.push((ino, entry?.file_name()));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn write_down(&self, dirty: &Dirty, out: &mut Vec<u8>) -> Result<(), VolumeError> {
+        for (&ino, ranges) in &dirty.nodes {
+            if !self.tree.known.contains_key(&ino) {
+                continue;
+            }
+            let path = self.tree.path(ino);
+            let mut read = || -> io::Result<Record> {
+                if ranges.iter().next().is_some()
+                    && let Ok(file) = self.disk.open(&path, false)
+                {
+                    contents(ino, &file, ranges, &mut *out)?;
+                }
+                Ok(Record::Node(Box::new(self.disk.node(&path, ino)?)))
+            };
+            let node = read().map_err(self.disk.failed(format!("reading {}", path.display())))?;
+            node.encode(out);
+        }
+        for (parent, name) in &dirty.entries {
+            let target = self.tree.get(*parent, name);
+            Record::Entry { parent: *parent, name: name.clone(), target }.encode(out);
+        }
+        for ino in &dirty.gone {
+            Record::Gone(*ino).encode(out);
+        }
+        Ok(())
+    }
+}
+
+/// What is in these ranges of a file now, as far as it reaches; gives its size.
+fn contents(ino: Ino, file: &File, ranges: &Ranges, out: &mut Vec<u8>) -> io::Result<u64> {
+    let size = file.metadata()?.len();
+    for (start, end) in ranges.iter() {
+        let end = end.min(size);
+        let mut at = start;
+        while at < end {
+            // ENXIO: nothing but a hole up to the end.
+            let data = match lseek64(file, at as i64, Whence::SeekData) {
+                Ok(n) => n as u64,
+                Err(nix::Error::ENXIO) => end,
+                Err(e) => return Err(e.into()),
+            };
+            if data > at {
+                let len = data.min(end) - at;
+                Record::Hole { ino, offset: at, len }.encode(out);
+                at += len;
+                continue;
+            }
+            let mut bytes = vec![0; PIECE.min(end - at) as usize];
+            let n = file.read_at(&mut bytes, at)?;
+            if n == 0 {
+                break;
+            }
+            bytes.truncate(n);
+            Record::Data { ino, offset: at, bytes: Blob(bytes) }.encode(out);
+            at += n as u64;
+        }
+    }
+    Ok(size)
+}

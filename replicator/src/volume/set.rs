@@ -1,0 +1,144 @@
+//! All volumes of a container, whose changes are one part of its checkpoints.
+//!
+//! ```text
+//!  BASE/journal     one checkpoint of all of them, while it is carried out
+//!  BASE/NAME/tree   the files
+//!  BASE/NAME/loose  files without a name that are open
+//! ```
+//! In a checkpoint the part of each volume stands behind its place in the list (2 bytes) and its
+//! length (8 bytes).
+
+use super::disk::Disk;
+use super::record::Record;
+use super::{Volume, VolumeError, journal};
+use crate::{Epoch, Generation};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// The volumes of a container on one host.
+#[derive(Debug)]
+pub struct Volumes {
+    base: PathBuf,
+    list: Vec<Arc<Volume>>,
+    /// What was taken and is not in a finished checkpoint yet, of each volume.
+    pending: Mutex<Vec<Vec<u8>>>,
+    durable: bool,
+}
+
+impl Volumes {
+    /// Opens the volumes with these names under `base`, and makes what is not there. A
+    /// checkpoint that a journal holds is carried out. `durable`: what is committed outlives a
+    /// loss of power of this host.
+    pub fn open(base: &Path, names: &[String], durable: bool) -> Result<Self, VolumeError> {
+        let disk = Disk::new(base);
+        std::fs::create_dir_all(base).map_err(disk.failed("making the directory"))?;
+        match std::fs::remove_file(base.join("journal.new")) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                return Err(disk.failed("removing what was left of a journal")(e));
+            }
+            _ => {}
+        }
+        let open = |name: &String| Volume::open(&base.join(name)).map(Arc::new);
+        let list = names.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+        let pending = Mutex::new(vec![Vec::new(); list.len()]);
+        let me = Self { base: base.to_owned(), list, pending, durable };
+        if let Some(found) = journal::read(base)? {
+            tracing::info!(base = %base.display(), generation = %found.generation,
+                epoch = %found.epoch, "a checkpoint's files are completed from the journal");
+            me.apply(&found.payload)?;
+            journal::clear(base)?;
+        }
+        Ok(me)
+    }
+
+    /// The volumes, in the order of their names.
+    pub fn list(&self) -> &[Arc<Volume>] {
+        &self.list
+    }
+
+    /// The next checkpoint is a full one: everything counts as changed.
+    pub fn begin_full(&self) {
+        let mut pending = self.pending();
+        for (volume, out) in self.list.iter().zip(&mut *pending) {
+            out.clear();
+            Record::Whole.encode(out);
+            volume.all_changed();
+        }
+    }
+
+    /// Reads what has changed of contents while files are written to; gives the bytes read.
+    pub fn precopy(&self) -> Result<usize, VolumeError> {
+        let mut pending = self.pending();
+        let mut read = 0;
+        for (volume, out) in self.list.iter().zip(&mut *pending) {
+            read += volume.precopy(out)?;
+        }
+        Ok(read)
+    }
+
+    /// Takes what has changed since. Nobody changes anything meanwhile: the container's threads
+    /// stand still. It stays here until [`Volumes::take`].
+    pub fn seal(&self) -> Result<(), VolumeError> {
+        let mut pending = self.pending();
+        self.list.iter().zip(&mut *pending).try_for_each(|(volume, out)| volume.seal(out))
+    }
+
+    /// Hands out what was sealed, for the checkpoint that has succeeded.
+    pub fn take(&self, out: &mut Vec<u8>) {
+        out.clear();
+        for (index, part) in self.pending().iter_mut().enumerate() {
+            if !part.is_empty() {
+                out.extend_from_slice(&(index as u16).to_le_bytes());
+                out.extend_from_slice(&(part.len() as u64).to_le_bytes());
+                out.append(part);
+            }
+        }
+    }
+
+    /// Carries a checkpoint's part out: journal first. After an error the files are not those of
+    /// any checkpoint before [`Volumes::open`] has read the journal again.
+    pub fn commit(
+        &self,
+        generation: Generation,
+        epoch: Epoch,
+        payload: &[u8],
+    ) -> Result<(), VolumeError> {
+        if payload.is_empty() {
+            return Ok(());
+        }
+        journal::write(&self.base, generation, epoch, payload, self.durable)?;
+        self.apply(payload)?;
+        if self.durable {
+            for volume in &self.list {
+                volume.sync()?;
+            }
+        }
+        journal::clear(&self.base)
+    }
+
+    fn apply(&self, payload: &[u8]) -> Result<(), VolumeError> {
+        let misfit = |why: String| VolumeError::Misfit { root: self.base.clone(), why };
+        let mut rest = payload;
+        while !rest.is_empty() {
+            let Some((head, body)) = rest.split_first_chunk::<10>() else {
+                return Err(misfit("its end is missing".into()));
+            };
+            let index = u16::from_le_bytes([head[0], head[1]]);
+            let len = u64::from_le_bytes(std::array::from_fn(|i| head[2 + i]));
+            let part = usize::try_from(len).ok().and_then(|len| body.split_at_checked(len));
+            let Some((part, next)) = part else {
+                return Err(misfit(format!("{} bytes of {len} are there", body.len())));
+            };
+            let volume = self.list.get(usize::from(index)).ok_or_else(|| {
+                misfit(format!("volume {index} is not one of {}", self.list.len()))
+            })?;
+            volume.apply(&Record::decode_all(part).map_err(|e| misfit(e.to_string()))?)?;
+            rest = next;
+        }
+        Ok(())
+    }
+
+    fn pending(&self) -> std::sync::MutexGuard<'_, Vec<Vec<u8>>> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

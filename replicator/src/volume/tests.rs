@@ -1,0 +1,356 @@
+//! Volumes under random operations: what arrives at the other side is what was there at the seal,
+//! whatever was written while it was read, and wherever the process was killed.
+
+use super::disk::LEFT;
+use super::{Change, Ino, Node, Opened, Shape, VolumeError, Volumes};
+use crate::{Epoch, Generation};
+use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// A directory that goes away with its owner.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let shm = Path::new("/dev/shm");
+        let base = if shm.is_dir() { shm.to_owned() } else { std::env::temp_dir() };
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let path = base.join(format!("nilicon-volume-{}-{number}", std::process::id()));
+        std::fs::create_dir(&path).expect("a directory for the test");
+        Self(path)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+type Contents = BTreeMap<(usize, Ino), (Node, Vec<(Ino, OsString)>, u64)>;
+
+/// All that a checkpoint promises of the files, read from the disk; a digest of their bytes.
+fn contents(volumes: &Volumes) -> Contents {
+    let mut all = Contents::new();
+    for (index, volume) in volumes.list().iter().enumerate() {
+        let mut todo: Vec<Ino> = volume.loose();
+        todo.push(Ino::ROOT);
+        while let Some(ino) = todo.pop() {
+            let mut node = volume.node(ino).expect("it is known");
+            // Reading changes it.
+            node.attributes.atime = (0, 0);
+            let mut bytes = Vec::new();
+            if node.shape == Shape::File {
+                bytes = vec![0; node.attributes.size as usize];
+                let got = volume.open_file(ino).and_then(|o| o.read(0, &mut bytes));
+                assert_eq!(got.expect("it can be read"), bytes.len());
+            }
+            if node.shape == Shape::Directory {
+                todo.extend(volume.entries(ino).expect("entries").iter().map(|(_, f)| f.ino));
+            }
+            let mut links = volume.names(ino);
+            links.sort();
+            all.insert((index, ino), (node, links, xxhash_rust::xxh3::xxh3_64(&bytes)));
+        }
+    }
+    all
+}
+
+fn open(base: &Path) -> Result<Volumes, VolumeError> {
+    Volumes::open(base, &["data".into(), "log".into()], false)
+}
+
+/// A program that does what comes to its mind.
+struct Busy {
+    rng: fastrand::Rng,
+    open: Vec<(usize, Opened)>,
+}
+
+impl Busy {
+    fn name(&mut self) -> OsString {
+        format!("n{}", self.rng.u8(0..5)).into()
+    }
+
+    fn directory(&mut self, volumes: &Volumes, at: usize) -> Ino {
+        let volume = &volumes.list()[at];
+        let mut here = Ino::ROOT;
+        for _ in 0..self.rng.u8(0..3) {
+            let name = self.name();
+            match volume.lookup(here, &name, false) {
+                Ok(found) if found.meta.is_dir() => here = found.ino,
+                _ => break,
+            }
+        }
+        here
+    }
+
+    /// One operation. Whether it succeeds is its own affair; what it did is to arrive.
+    fn act(&mut self, volumes: &Volumes) -> std::io::Result<()> {
+        let at = self.rng.usize(0..2);
+        let volume = &volumes.list()[at];
+        let (parent, name) = (self.directory(volumes, at), self.name());
+        let (other, new) = (self.directory(volumes, at), self.name());
+        let size = self.rng.u64(0..40_000);
+        match self.rng.u8(0..20) {
+            0..3 => {
+                let found = volume.make(parent, &name, &Shape::File, 0o640, (1, 2), true)?;
+                self.open.push((at, volume.open_file(found.ino)?));
+            }
+            3 | 4 => {
+                volume.make(parent, &name, &Shape::Directory, 0o755, (0, 0), false)?;
+            }
+            5 => {
+                let shape = match self.rng.u8(0..4) {
+                    0 => Shape::Fifo,
+                    1 => Shape::Socket,
+                    2 => Shape::Character(0x103),
+                    _ => Shape::Symlink("some/where".into()),
+                };
+                volume.make(parent, &name, &shape, 0o644, (3, 4), false)?;
+            }
+            6 => {
+                let ino = volume.lookup(parent, &name, false)?.ino;
+                volume.link(ino, other, &new, false)?;
+            }
+            7 | 8 => {
+                let directory = self.rng.bool();
+                volume.unlink(parent, &name, directory)?;
+            }
+            9 | 10 => {
+                let flags = self.rng.u32(0..3);
+                volume.rename(parent, &name, other, &new, flags)?;
+            }
+            11 => {
+                let ino = volume.lookup(parent, &name, false)?.ino;
+                let change = Change { size: Some(size), ..Change::default() };
+                volume.change(ino, &change)?;
+            }
+            12 => {
+                let ino = volume.lookup(parent, &name, false)?.ino;
+                let change = Change {
+                    mode: Some(self.rng.u32(0..0o7777)),
+                    uid: Some(self.rng.u32(0..9)),
+                    mtime: Some((self.rng.i64(0..1 << 31), 7)),
+                    ..Change::default()
+                };
+                volume.change(ino, &change)?;
+            }
+            13 => {
+                let ino = volume.lookup(parent, &name, false)?.ino;
+                let key = OsStr::new(if self.rng.bool() { "trusted.a" } else { "trusted.b" });
+                match self.rng.bool() {
+                    true => volume.set_xattr(ino, key, &size.to_le_bytes(), 0)?,
+                    false => volume.remove_xattr(ino, key)?,
+                }
+            }
+            14 if !self.open.is_empty() => {
+                let (at, opened) = self.open.swap_remove(self.rng.usize(0..self.open.len()));
+                volumes.list()[at].forget(opened.ino, 1)?;
+            }
+            15 if !self.open.is_empty() => {
+                let (at, opened) = &self.open[self.rng.usize(0..self.open.len())];
+                let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+                let mode = if self.rng.bool() { punch } else { 0 };
+                volumes.list()[*at].allocate(opened, size, 1 + size / 2, mode)?;
+            }
+            _ if !self.open.is_empty() => {
+                let (at, opened) = &self.open[self.rng.usize(0..self.open.len())];
+                let bytes = vec![self.rng.u8(1..); self.rng.usize(1..5_000)];
+                volumes.list()[*at].write(opened, size, &bytes)?;
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+fn needs_root() -> bool {
+    let may = nix::unistd::geteuid().is_root();
+    if !may {
+        eprintln!("not run: numbers of files are in attributes that only root may set");
+    }
+    !may
+}
+
+/// Commits with a kill somewhere, reads the journal with more of them, until it is through.
+fn commit_killed(
+    rng: &mut fastrand::Rng,
+    base: &Path,
+    epoch: Epoch,
+    payload: &[u8],
+    was: &Contents,
+) {
+    let volumes = open(base).expect("nothing is amiss before");
+    assert_eq!(contents(&volumes), *was, "what was committed is there");
+    LEFT.set(rng.i64(0..40));
+    let mut result = volumes.commit(Generation::FIRST, epoch, payload);
+    drop(volumes);
+    while result.is_err() {
+        LEFT.set(if rng.u8(0..3) == 0 { rng.i64(0..60) } else { i64::MAX });
+        let journal = base.join("journal").exists();
+        match open(base) {
+            Err(_) => continue,
+            Ok(volumes) if journal => {
+                LEFT.set(i64::MAX);
+                drop(volumes);
+                result = Ok(());
+            }
+            // It was killed before the journal was whole: it is as if it had never come.
+            Ok(volumes) => {
+                LEFT.set(i64::MAX);
+                assert_eq!(contents(&volumes), *was, "half a journal changes nothing");
+                LEFT.set(rng.i64(0..60));
+                result = volumes.commit(Generation::FIRST, epoch, payload);
+            }
+        }
+    }
+    LEFT.set(i64::MAX);
+}
+
+fn torture(seed: u64) {
+    let (here, there) = (Scratch::new(), Scratch::new());
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let primary = open(&here.0).expect("a new volume");
+    let mut busy = Busy { rng: fastrand::Rng::with_seed(seed ^ 0xb5), open: Vec::new() };
+    let mut was = contents(&open(&there.0).expect("a new volume"));
+    let mut payload = Vec::new();
+    for epoch in 1..=rng.u64(2..7) {
+        if epoch == 1 || rng.u8(0..6) == 0 {
+            primary.begin_full();
+        }
+        for _ in 0..rng.u8(0..3) {
+            (0..rng.u8(0..40)).for_each(|_| drop(busy.act(&primary)));
+            primary.precopy().expect("it can be read");
+        }
+        (0..rng.u8(0..40)).for_each(|_| drop(busy.act(&primary)));
+        primary.seal().expect("it can be read");
+        let now = contents(&primary);
+        primary.take(&mut payload);
+        // The program goes on before the backup has it.
+        (0..rng.u8(0..10)).for_each(|_| drop(busy.act(&primary)));
+        commit_killed(&mut rng, &there.0, Epoch(epoch), &payload, &was);
+        let volumes = open(&there.0).expect("no journal is left");
+        let got = contents(&volumes);
+        for (key, value) in &now {
+            assert_eq!(got.get(key), Some(value), "seed {seed}, epoch {epoch}, file {key:?}");
+        }
+        assert_eq!(got.len(), now.len(), "seed {seed}, epoch {epoch}: nothing else is there");
+        was = now;
+    }
+    // The primary is killed: what it had is found again under the same numbers.
+    primary.list().iter().for_each(|v| v.sweep().expect("it can be removed"));
+    let now = contents(&primary);
+    drop(primary);
+    assert_eq!(contents(&open(&here.0).expect("it opens")), now, "seed {seed}: opened again");
+}
+
+/// VO-1, VO-2
+#[test]
+fn a_checkpoint_of_files_is_whole_wherever_it_is_killed() {
+    if needs_root() {
+        return;
+    }
+    let seeds = std::env::var("NILICON_SEEDS").ok().and_then(|s| s.parse().ok()).unwrap_or(200);
+    (0..seeds).for_each(torture);
+}
+
+#[test]
+fn damaged_journals_are_refused_by_name() {
+    if needs_root() {
+        return;
+    }
+    let (here, there) = (Scratch::new(), Scratch::new());
+    let primary = open(&here.0).expect("a new volume");
+    primary.begin_full();
+    let volume = &primary.list()[0];
+    let made = volume.make(Ino::ROOT, OsStr::new("a"), &Shape::File, 0o600, (0, 0), true);
+    let opened = volume.open_file(made.expect("it is new").ino).expect("it opens");
+    volume.write(&opened, 0, &[7; 9000]).expect("it is written");
+    primary.seal().expect("it can be read");
+    let mut payload = Vec::new();
+    primary.take(&mut payload);
+    let backup = open(&there.0).expect("a new volume");
+    // Killed right after the journal was renamed.
+    LEFT.set(3);
+    backup.commit(Generation::FIRST, Epoch(1), &payload).expect_err("killed");
+    LEFT.set(i64::MAX);
+    let journal = there.0.join("journal");
+    let good = std::fs::read(&journal).expect("the journal is whole");
+    for at in [3, 12, 30, 36, 60, good.len() - 1] {
+        let mut bad = good.clone();
+        bad[at] ^= 4;
+        std::fs::write(&journal, &bad).expect("it is damaged");
+        let error = open(&there.0).expect_err("it is not believed").to_string();
+        assert!(error.contains(&journal.display().to_string()), "{error}");
+    }
+    std::fs::write(&journal, &good[..good.len() - 1]).expect("it is cut");
+    assert!(matches!(open(&there.0), Err(VolumeError::Journal { .. })));
+    std::fs::write(&journal, &good).expect("it is mended");
+    assert_eq!(contents(&open(&there.0).expect("carried out")), contents(&primary));
+}
+
+/// An open of a pipe would wait for its other end, with the volume locked; one of a device node
+/// would reach this host's device.
+#[test]
+fn only_regular_files_are_opened() {
+    if needs_root() {
+        return;
+    }
+    let here = Scratch::new();
+    let primary = open(&here.0).expect("new");
+    let volume = &primary.list()[0];
+    for shape in [Shape::Fifo, Shape::Character(0x103), Shape::Symlink("a".into())] {
+        let made = volume.make(Ino::ROOT, OsStr::new("a"), &shape, 0o600, (0, 0), false);
+        let ino = made.expect("it is new").ino;
+        let size = Change { size: Some(5), ..Change::default() };
+        let invalid = Some(libc::EINVAL);
+        assert_eq!(volume.change(ino, &size).expect_err("no file").raw_os_error(), invalid);
+        assert_eq!(volume.open_file(ino).expect_err("no file").raw_os_error(), invalid);
+        volume.unlink(Ino::ROOT, OsStr::new("a"), false).expect("it goes");
+    }
+}
+
+/// A part that was cut off before pre-copy read the file, and came back as zeros after it.
+#[test]
+fn what_pre_copy_found_cut_off_is_zeros_when_it_comes_back() {
+    if needs_root() {
+        return;
+    }
+    let (here, there) = (Scratch::new(), Scratch::new());
+    let (primary, backup) = (open(&here.0).expect("new"), open(&there.0).expect("new"));
+    primary.begin_full();
+    let volume = &primary.list()[0];
+    let made = volume.make(Ino::ROOT, OsStr::new("a"), &Shape::File, 0o600, (0, 0), true);
+    let opened = volume.open_file(made.expect("it is new").ino).expect("it opens");
+    volume.write(&opened, 0, &[7; 9000]).expect("it is written");
+    let mut payload = Vec::new();
+    primary.seal().expect("it can be read");
+    primary.take(&mut payload);
+    backup.commit(Generation::FIRST, Epoch(1), &payload).expect("it is carried out");
+    let size = |size| Change { size: Some(size), ..Change::default() };
+    volume.change(opened.ino, &size(1000)).expect("it is cut");
+    primary.precopy().expect("it can be read");
+    volume.change(opened.ino, &size(8000)).expect("it grows");
+    primary.seal().expect("it can be read");
+    primary.take(&mut payload);
+    backup.commit(Generation::FIRST, Epoch(2), &payload).expect("it is carried out");
+    assert_eq!(contents(&backup), contents(&primary));
+}
+
+#[test]
+fn what_does_not_fit_is_an_error() {
+    if needs_root() {
+        return;
+    }
+    let there = Scratch::new();
+    let backup = open(&there.0).expect("a new volume");
+    for payload in
+        [vec![0; 5], vec![9, 0, 0, 0, 0, 0, 0, 0, 0, 0], vec![0, 0, 9, 0, 0, 0, 0, 0, 0, 0]]
+    {
+        let result = backup.commit(Generation::FIRST, Epoch(1), &payload);
+        assert!(matches!(result, Err(VolumeError::Misfit { .. })), "{payload:?}: {result:?}");
+    }
+}
