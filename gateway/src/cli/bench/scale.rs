@@ -77,7 +77,7 @@ fn plan() -> Vec<(&'static str, u64, Shape)> {
     let mut add = |property, values: &[u64], of: fn(u64) -> Shape| {
         all.extend(values.iter().map(|value| (property, *value, of(*value))));
     };
-    add("data", &[10 * MB, 100 * MB, 1000 * MB, 2000 * MB], |data| Shape { data, ..PLAIN });
+    add("data", &[10 * MB, 100 * MB, 500 * MB, 1000 * MB], |data| Shape { data, ..PLAIN });
     add("dirty", &[10, 100, 1_000, 5_000, 20_000], |v| Shape { dirty: v as usize, ..PLAIN });
     add("threads", &[1, 8, 32, 64], |v| Shape { threads: v as usize, ..PLAIN });
     add("processes", &[1, 4, 16, 32], |v| Shape { processes: v as usize, ..PLAIN });
