@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use netns_tools::lab::Lab;
@@ -35,6 +35,8 @@ const QUESTIONS: usize = 150;
 const ASKING: usize = 10;
 /// An answer that takes longer never comes.
 const PATIENCE: Duration = Duration::from_secs(15);
+/// Pause between looks for the record of a failover.
+const LOOK: Duration = Duration::from_millis(5);
 const MB: u64 = 1_000_000;
 
 /// A shape of the container.
@@ -220,8 +222,15 @@ fn lose_host(lab: &Lab, connections: &mut [TcpStream]) -> Result<f64> {
     faults::inject(lab, &event, &LabView::ask(lab))?;
     let count = connections.len().min(ASKING);
     ask(connections, count)?;
-    let failover = journal::failovers(lab).pop().context("there was no failover")?;
-    Ok(failover.record.phases_ms.total)
+    // The record is written once the container runs, so that an answer may come before it.
+    let begun = Instant::now();
+    loop {
+        if let Some(failover) = journal::failovers(lab).pop() {
+            return Ok(failover.record.phases_ms.total);
+        }
+        ensure!(begun.elapsed() < PATIENCE, "there was no failover");
+        std::thread::sleep(LOOK);
+    }
 }
 
 /// The rows as text.
