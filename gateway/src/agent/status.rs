@@ -185,6 +185,21 @@ pub struct StopStages {
     pub thaw: u64,
 }
 
+impl StopStages {
+    /// Each stage as `figure` says, which is given the way to it.
+    pub fn each(mut figure: impl FnMut(fn(&Self) -> u64) -> u64) -> Self {
+        Self {
+            hold: figure(|s| s.hold),
+            freeze: figure(|s| s.freeze),
+            seal: figure(|s| s.seal),
+            memory: figure(|s| s.memory),
+            threads: figure(|s| s.threads),
+            files: figure(|s| s.files),
+            thaw: figure(|s| s.thaw),
+        }
+    }
+}
+
 /// Capturing in a stop by kind of state, in microseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "named after replicator::capture::KindTimes")]

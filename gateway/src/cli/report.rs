@@ -138,24 +138,15 @@ impl EpochReport {
     /// Puts epochs together.
     pub(super) fn of(epochs: &[EpochRecord]) -> Self {
         let spread = |field: fn(&EpochRecord) -> u64| Spread::of(epochs.iter().map(field));
-        let stage = |field: fn(&StopStages) -> u64| {
-            median(epochs.iter().map(|epoch| field(&epoch.stop_us_by_stage)))
-        };
         let kind = |field: fn(&CaptureKinds) -> u64| {
             median(epochs.iter().map(|epoch| field(&epoch.capture_us_by_kind)))
         };
         Self {
             committed: epochs.len(),
             stop_us: spread(|epoch| epoch.stop_us),
-            stop_us_by_stage: StopStages {
-                hold: stage(|s| s.hold),
-                freeze: stage(|s| s.freeze),
-                seal: stage(|s| s.seal),
-                memory: stage(|s| s.memory),
-                threads: stage(|s| s.threads),
-                files: stage(|s| s.files),
-                thaw: stage(|s| s.thaw),
-            },
+            stop_us_by_stage: StopStages::each(|field| {
+                median(epochs.iter().map(|epoch| field(&epoch.stop_us_by_stage)))
+            }),
             capture_us_by_kind: CaptureKinds {
                 memory: kind(|k| k.memory),
                 objects: kind(|k| k.objects),

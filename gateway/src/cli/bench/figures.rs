@@ -252,18 +252,9 @@ impl EpochFigures {
             epochs.iter().map(|epoch| field(epoch) as f64).sum()
         };
         let stages = |pick: fn(Spread<u64>) -> u64| {
-            let stage = |field: fn(&StopStages) -> u64| {
+            StopStages::each(|field| {
                 pick(Spread::of(epochs.iter().map(|epoch| field(&epoch.stop_us_by_stage))))
-            };
-            StopStages {
-                hold: stage(|s| s.hold),
-                freeze: stage(|s| s.freeze),
-                seal: stage(|s| s.seal),
-                memory: stage(|s| s.memory),
-                threads: stage(|s| s.threads),
-                files: stage(|s| s.files),
-                thaw: stage(|s| s.thaw),
-            }
+            })
         };
         let seconds = seconds.max(1e-9);
         Some(Self {

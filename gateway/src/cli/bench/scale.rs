@@ -17,13 +17,13 @@ use netns_tools::topology::{Event, Fault, NodeKind, Period, Ready, Topology};
 use serde::Serialize;
 
 use super::super::deploy::Standing;
-use super::super::numbers::{Spread, bytes, micros};
+use super::super::numbers::{bytes, micros};
 use super::super::progress::Progress;
+use super::super::report::EpochReport;
 use super::super::view::LabView;
 use super::super::{faults, journal, own_program, signals};
 use super::cores::Cores;
 use crate::agent::monotonic_us;
-use crate::agent::status::StopStages;
 
 /// Where the program listens.
 const PORT: u16 = 6379;
@@ -63,12 +63,8 @@ pub(super) struct Row {
     pub(super) value: u64,
     #[serde(flatten)]
     shape: Shape,
-    epochs: usize,
-    pub(super) stop_us: Spread<u64>,
-    /// The median of each stage.
-    stop_us_by_stage: StopStages,
-    stop_pages: u64,
-    dirty_pages: u64,
+    #[serde(flatten)]
+    pub(super) epochs: EpochReport,
     /// From suspicion until the container ran again.
     failover_ms: Option<f64>,
 }
@@ -131,28 +127,7 @@ fn of_shape(
     let epochs = journal::epochs(lab, &(begun..=monotonic_us()));
     ensure!(!epochs.is_empty(), "there were no epochs");
     let failover_ms = if property == "data" { Some(lose_host(lab, &mut asking)?) } else { None };
-    let middle = |of: fn(&StopStages) -> u64| {
-        Spread::of(epochs.iter().map(|epoch| of(&epoch.stop_us_by_stage))).p50
-    };
-    Ok(Row {
-        property,
-        value,
-        shape,
-        epochs: epochs.len(),
-        stop_us: Spread::of(epochs.iter().map(|epoch| epoch.stop_us)),
-        stop_us_by_stage: StopStages {
-            hold: middle(|s| s.hold),
-            freeze: middle(|s| s.freeze),
-            seal: middle(|s| s.seal),
-            memory: middle(|s| s.memory),
-            threads: middle(|s| s.threads),
-            files: middle(|s| s.files),
-            thaw: middle(|s| s.thaw),
-        },
-        stop_pages: Spread::of(epochs.iter().map(|epoch| epoch.stop_pages)).p50,
-        dirty_pages: Spread::of(epochs.iter().map(|epoch| epoch.dirty_pages)).p50,
-        failover_ms,
-    })
+    Ok(Row { property, value, shape, epochs: EpochReport::of(&epochs), failover_ms })
 }
 
 /// The topology with its first protected container in this shape, alone and without load.
@@ -242,19 +217,19 @@ pub(super) fn text(rows: &[Row]) -> String {
     let mut last = "";
     for row in rows {
         let value = if row.property == "data" { bytes(row.value) } else { row.value.to_string() };
-        let stages = &row.stop_us_by_stage;
+        let stages = &row.epochs.stop_us_by_stage;
         let failover = row.failover_ms.map_or(String::new(), |ms| format!("{ms:.1} ms"));
         text += &format!(
             "{:<12}{:>9}{:>11}{:>11}{:>9}{:>9}{:>9}{:>9}{:>9}{:>11}\n",
             if row.property == last { "" } else { row.property },
             value,
-            micros(row.stop_us.p50),
-            micros(row.stop_us.p99),
+            micros(row.epochs.stop_us.p50),
+            micros(row.epochs.stop_us.p99),
             stages.freeze,
             stages.memory,
             stages.threads,
             stages.files,
-            row.dirty_pages,
+            row.epochs.dirty_pages.p50,
             failover
         );
         last = row.property;
@@ -266,7 +241,7 @@ pub(super) fn text(rows: &[Row]) -> String {
 pub(super) fn lines(rows: &[Row]) -> BTreeMap<&'static str, Vec<(f64, f64)>> {
     let mut lines: BTreeMap<&'static str, Vec<(f64, f64)>> = BTreeMap::new();
     for row in rows {
-        let point = (row.value as f64, row.stop_us.p50 as f64);
+        let point = (row.value as f64, row.epochs.stop_us.p50 as f64);
         lines.entry(row.property).or_default().push(point);
     }
     lines
@@ -291,6 +266,36 @@ mod tests {
             }
             assert_eq!(plain, PLAIN, "{property} {value}");
         }
+    }
+
+    #[test]
+    fn rows_become_a_table_and_a_picture() {
+        let rows: Vec<Row> = plan()
+            .into_iter()
+            .map(|(property, value, shape)| {
+                let mut epochs = EpochReport::default();
+                (epochs.stop_us.p50, epochs.stop_us_by_stage.files) = (300 + value % 7, 41);
+                Row {
+                    property,
+                    value,
+                    shape,
+                    epochs,
+                    failover_ms: (value == 10 * MB).then_some(2.1),
+                }
+            })
+            .collect();
+        let text = text(&rows);
+        assert_eq!(text.lines().count(), rows.len() + 2);
+        assert!(text.contains("2.1 ms") && text.contains("10 MB"), "{text}");
+        assert_eq!(lines(&rows).values().map(Vec::len).sum::<usize>(), rows.len());
+        let picture = super::super::plots::scale(&rows).unwrap();
+        assert!(["mappings", "threads"].iter().all(|name| picture.contains(name)));
+        assert!(!picture.contains("NaN") && !picture.contains("inf"));
+        let json = serde_json::to_value(&rows[0]).unwrap();
+        assert_eq!(
+            (&json["property"], &json["stop_us"]["p50"]),
+            (&"data".into(), &(300 + 10 * MB % 7).into())
+        );
     }
 
     #[test]
