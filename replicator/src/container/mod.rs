@@ -336,8 +336,9 @@ fn end_each(root: i32) {
     }
 }
 
-/// All threads of a process and of its descendants, as the host numbers them.
-pub(crate) fn members(init: i32, tasks: &mut Vec<i32>) {
+/// All threads of a process and of its descendants, as the host numbers them; they replace what is
+/// in `tasks`. One that has ended is left out.
+pub fn members(init: i32, tasks: &mut Vec<i32>) {
     tasks.clear();
     let mut processes = vec![init];
     while let Some(pid) = processes.pop() {

@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 use netns_tools::lab::Lab;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::{Pid, SysconfVar, sysconf};
+use replicator::container::members;
 use serde::Serialize;
 
 use super::super::view::LabView;
@@ -69,19 +70,9 @@ fn pin(thread: i32, cores: &[usize]) -> Result<()> {
     sched_setaffinity(Pid::from_raw(thread), &set).context("cannot choose the cores")
 }
 
-/// All threads of a process and of its descendants.
 fn threads(root: i32) -> Vec<i32> {
-    let (mut all, mut processes) = (Vec::new(), vec![root]);
-    while let Some(pid) = processes.pop() {
-        let Ok(entries) = fs::read_dir(format!("/proc/{pid}/task")) else { continue };
-        for thread in entries.flatten().filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok())
-        {
-            all.push(thread);
-            let children = fs::read_to_string(format!("/proc/{pid}/task/{thread}/children"));
-            let children = children.unwrap_or_default();
-            processes.extend(children.split_whitespace().filter_map(|c| c.parse::<i32>().ok()));
-        }
-    }
+    let mut all = Vec::new();
+    members(root, &mut all);
     all
 }
 
@@ -137,16 +128,12 @@ impl Usage {
 }
 
 fn tree_seconds(root: i32) -> f64 {
-    let mut processes: Vec<i32> = threads(root).into_iter().filter(|pid| is_leader(*pid)).collect();
-    processes.sort_unstable();
-    processes.dedup();
-    processes.into_iter().map(process_seconds).sum()
+    threads(root).into_iter().filter(|tid| is_leader(*tid)).map(process_seconds).sum()
 }
 
 fn is_leader(thread: i32) -> bool {
-    fs::metadata(format!("/proc/{thread}/task/{thread}")).is_ok()
-        && fs::read_to_string(format!("/proc/{thread}/status"))
-            .is_ok_and(|status| status.contains(&format!("Tgid:\t{thread}\n")))
+    fs::read_to_string(format!("/proc/{thread}/status"))
+        .is_ok_and(|status| status.contains(&format!("Tgid:\t{thread}\n")))
 }
 
 /// User and system time of all threads of a process, proc_pid_stat(5).
