@@ -185,25 +185,10 @@ impl Bench<'_> {
             reply_timeout: REPLY_TIMEOUT,
             keep: false,
         };
-        let (mut before, mut usage) = (None, Usage::default());
         let (cores, progress) = (&self.cores, &mut self.progress);
-        let mut trouble = None;
+        let (mut watched, mut trouble) = (Watched::default(), None);
         let report = run_once(&plan, &mut |moment| {
-            let done = match &moment {
-                Moment::Protected(view) => cores.as_ref().map(|cores| cores.pin(view)).transpose(),
-                Moment::LoadBegins => Lab::open(&name).map_err(Into::into).map(|lab| {
-                    before = Some(Usage::of(&lab));
-                    None
-                }),
-                Moment::Auditing => Lab::open(&name).map_err(Into::into).map(|lab| {
-                    if let Some(before) = &before {
-                        usage = Usage::of(&lab).since(before);
-                    }
-                    None
-                }),
-                _ => Ok(None),
-            };
-            trouble = trouble.take().or(done.err());
+            trouble = trouble.take().or(watched.look(&name, cores.as_ref(), &moment).err());
             if let Moment::Load(_, elapsed) = &moment {
                 progress.update(|| format!("{head}  {:.0} s", elapsed.as_secs_f64()));
             } else {
@@ -213,8 +198,27 @@ impl Bench<'_> {
         let report = report.with_context(|| head.to_owned())?;
         match trouble {
             Some(trouble) => Err(trouble.context(head.to_owned())),
-            None => Ok((report, usage)),
+            None => Ok((report, watched.usage)),
         }
+    }
+}
+
+/// What is done and seen beside a run.
+#[derive(Default)]
+struct Watched {
+    before: Usage,
+    usage: Usage,
+}
+
+impl Watched {
+    fn look(&mut self, lab: &str, cores: Option<&Cores>, moment: &Moment<'_>) -> Result<()> {
+        match (moment, cores) {
+            (Moment::Protected(view), Some(cores)) => cores.pin(view)?,
+            (Moment::LoadBegins, _) => self.before = Usage::of(&Lab::open(lab)?),
+            (Moment::Auditing, _) => self.usage = Usage::of(&Lab::open(lab)?).since(&self.before),
+            _ => {}
+        }
+        Ok(())
     }
 }
 
