@@ -4,7 +4,7 @@
 use super::primary::lock;
 use super::status::{Phase, Role};
 use super::worker::Place;
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use netns_tools::namespace::Namespace;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
@@ -29,7 +29,10 @@ impl Place {
         self.tell(pid, Phase::Starting);
         let over = || self.duty.must_end() || has_ended(&launched);
         if let Some(ready) = &self.ready {
-            self.until_accepting(&network, ready, &over)?;
+            let accepting = self.until_accepting(&network, ready, &over);
+            let console = self.spec.console.display();
+            ensure!(!has_ended(&launched), "the container's program has ended; see {console}");
+            accepting?;
         }
         self.tell(pid, Phase::Unprotected);
         while !over() {
