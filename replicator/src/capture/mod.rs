@@ -287,27 +287,30 @@ impl Capturer {
     }
 
     fn seize_tree(&mut self) -> Result<(), CaptureError> {
+        let is_gone = |e: &SysError| e.is_gone() || e.code() == libc::ENOENT;
         let mut todo = vec![self.root];
         while let Some(pid) = todo.pop() {
-            match self.tracer.seize(pid) {
-                Err(e) if pid != self.root && (e.is_gone() || e.code() == libc::ENOENT) => continue,
+            let seized = self.tracer.seize(pid).and_then(|()| tracer::tids(pid));
+            let tids = match seized {
+                Err(e) if pid != self.root && is_gone(&e) => continue,
                 // One that has ended cannot be seized.
-                Err(e) if e.code() == libc::EPERM && process::ended(pid)?.is_some() => {
-                    if tracer::tids(pid)?.len() > 1 {
-                        return Err(tracer::leader_has_ended(pid));
+                Err(e) if e.code() == libc::EPERM && tracer::has_ended(pid, pid) => {
+                    match tracer::tids(pid) {
+                        Ok(tids) if tids.len() > 1 => return Err(tracer::leader_has_ended(pid)),
+                        Ok(_) => self.remains.add(pid),
+                        // Its parent has just waited for it.
+                        Err(e) if is_gone(&e) => {}
+                        Err(e) => return Err(e.into()),
                     }
-                    self.remains.add(pid);
                     continue;
                 }
-                // Its parent has just waited for it.
-                Err(e) if e.code() == libc::EPERM && tracer::has_ended(pid, pid) => continue,
                 other => other?,
-            }
-            for tid in tracer::tids(pid)? {
+            };
+            for tid in tids {
                 todo.extend(lineage::children(pid, tid));
             }
         }
-        Ok(())
+        if self.tracer.is_empty() { Err(CaptureError::Ended) } else { Ok(()) }
     }
 
     /// Host pid of the container's init.

@@ -15,12 +15,17 @@ use crate::image::info::NamespaceKind;
 use crate::image::net::TcpConnection;
 use crate::image::pages::PageSet;
 use crate::restore::Peer;
+use crate::sys::birth::is_kept;
 use nix::unistd::{getpgrp, getsid};
 use std::io::Read;
 use std::time::{Duration, Instant};
 
 /// How long an ended process may keep its pid until its parent has waited for it.
 const PATIENCE: Duration = Duration::from_secs(15);
+
+/// How long a number that no process has may be kept: until the kernel is done with its last
+/// holder, unless it is the number of a group or session.
+const GIVING_BACK: Duration = Duration::from_secs(3);
 
 /// Which namespaces a tree comes back in.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -96,7 +101,8 @@ pub fn rebirth<R: Read>(reader: &mut Reader<R>, place: Place) -> Result<Reborn, 
     if !plan.new.contains(&NamespaceKind::Pid) {
         adopt_session(&mut state, &mut plan, &mut notes);
         let own = state.processes.iter().flat_map(|p| p.threads.iter().map(|t| t.tid));
-        for pid in own.chain(plan.session).chain(plan.group) {
+        let ended = state.ended.iter().map(|e| e.pid);
+        for pid in own.chain(ended).chain(plan.session).chain(plan.group) {
             free(pid)?;
         }
     }
@@ -197,18 +203,28 @@ fn adopt_session(state: &mut State, plan: &mut Conception, notes: &mut Vec<Strin
 fn free(pid: i32) -> Result<(), RebirthError> {
     let begin = Instant::now();
     loop {
-        let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { return Ok(()) };
-        let (name, rest) = stat.rsplit_once(')').unwrap_or((&stat, ""));
-        let zombie = rest.trim_start().starts_with(['Z', 'X']);
-        if !zombie || begin.elapsed() > PATIENCE {
-            let name = name.split_once('(').map_or("", |(_, name)| name);
-            let by = match zombie {
-                true => format!("{name}, which has ended but was not waited for by its parent"),
-                false => name.to_string(),
-            };
+        let kept = is_kept(pid).map_err(|e| RebirthError::Place(e.to_string()))?;
+        if !kept {
+            return Ok(());
+        }
+        let (by, patience) = holder(pid);
+        if begin.elapsed() > patience {
             return Err(RebirthError::Taken { pid, by });
         }
         std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Who keeps a number, and how long that may last if it is about to be given back.
+fn holder(pid: i32) -> (String, Duration) {
+    let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else {
+        return ("a process group or session of that number".into(), GIVING_BACK);
+    };
+    let (name, rest) = stat.rsplit_once(')').unwrap_or((&stat, ""));
+    let name = name.split_once('(').map_or("", |(_, name)| name);
+    match rest.trim_start().starts_with(['Z', 'X']) {
+        true => (format!("{name}, which has ended but was not waited for by its parent"), PATIENCE),
+        false => (name.to_owned(), Duration::ZERO),
     }
 }
 

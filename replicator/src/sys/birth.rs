@@ -21,6 +21,26 @@ pub struct Link {
     pub mount_proc: bool,
 }
 
+/// Whether the kernel still keeps a number for a process, thread, group or session, so that
+/// [`chain`] could not give it: also in the moment after its last holder has left /proc.
+///
+/// F_SETOWN (fcntl(2)) looks a number up just as clone3(2) does, whatever it is the number of.
+pub fn is_kept(pid: i32) -> SysResult<bool> {
+    let object = || format!("pid {pid}");
+    let file = std::fs::File::open("/dev/null").map_err(|source| SysError {
+        call: "open",
+        object: "/dev/null".into(),
+        source,
+    })?;
+    // SAFETY: no pointers; the description is ours alone, and gone at the end.
+    let r = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETOWN, pid) };
+    match check(r.into(), "fcntl(F_SETOWN)", object) {
+        Ok(_) => Ok(true),
+        Err(e) if e.code() == libc::ESRCH => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
 /// What a process of the chain tells: its place, and an errno or 0.
 type Word = [i32; 2];
 
@@ -191,7 +211,19 @@ mod tests {
         // The number of a group that has members cannot be given either.
         let taken = chain(&[links[0], links[1]], theirs.as_fd(), ours.as_fd()).expect_err("used");
         assert_eq!(taken.code(), libc::EEXIST);
+        for pid in &pids {
+            assert!(is_kept(*pid).expect("asked"), "process, group and session have their numbers");
+        }
         kill(born, Signal::SIGKILL).expect("killed");
         reap(pid);
+        // Whoever reads /proc may see it gone before the kernel has given the number back.
+        let begin = std::time::Instant::now();
+        while pids.iter().any(|pid| is_kept(*pid).expect("asked")) {
+            assert!(begin.elapsed().as_secs() < 60, "the numbers are not given back");
+            std::thread::yield_now();
+        }
+        chain(&links[2..], theirs.as_fd(), ours.as_fd()).expect("free again");
+        kill(Pid::from_raw(pids[2]), Signal::SIGKILL).expect("killed");
+        reap(pids[2]);
     }
 }
