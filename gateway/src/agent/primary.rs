@@ -101,6 +101,8 @@ pub(super) struct Shell {
     standby: Option<Arc<Standby>>,
     /// No backup is wanted any longer.
     retired: AtomicBool,
+    /// What keeps output from leaving, though the backup is there.
+    frozen: Mutex<Option<String>>,
     status: SharedStatus,
     records: Mutex<BTreeMap<u64, (EpochRecord, Instant)>>,
     journal: Mutex<Journal>,
@@ -111,6 +113,13 @@ pub(super) struct Shell {
 pub(super) fn tell_protected(container: &str, protected: bool) {
     metrics::gauge!("nilicon_protected", "container" => container.to_owned())
         .set(f64::from(u8::from(protected)));
+}
+
+/// Counts that a container came to hold something that cannot be protected.
+pub(super) fn count_unprotectable(container: &str, policy: &'static str) {
+    let container = container.to_owned();
+    metrics::counter!("nilicon_unprotectable_total", "container" => container, "policy" => policy)
+        .increment(1);
 }
 
 impl Shell {
@@ -145,6 +154,7 @@ impl Shell {
             handing_over: AtomicBool::new(false),
             standby,
             retired: AtomicBool::new(false),
+            frozen: Mutex::default(),
             status,
             records: Mutex::default(),
             journal: Mutex::new(journal),
@@ -254,6 +264,28 @@ impl Shell {
     /// Whether all checkpoints that were taken have left the shipper.
     pub(super) fn all_shipped(&self) -> bool {
         self.unsent.load(Ordering::Acquire) == 0
+    }
+
+    /// The container holds something that cannot be protected; no output leaves until it is gone,
+    /// because no checkpoint can be taken. The backup can go on from the last one.
+    pub(super) fn freeze(&self, why: &str) {
+        if lock(&self.frozen).replace(why.to_owned()).is_none() {
+            count_unprotectable(&self.name, "freeze");
+            tracing::error!(
+                container = self.name,
+                reason = why,
+                "cannot be protected; no output leaves until that is gone"
+            );
+        }
+        self.follow_state();
+    }
+
+    /// A checkpoint could be taken.
+    pub(super) fn unfreeze(&self) {
+        if lock(&self.frozen).take().is_some() {
+            tracing::warn!(container = self.name, "can be protected again; output leaves");
+            self.follow_state();
+        }
     }
 
     /// A full checkpoint for this connection was not taken after all.
@@ -413,6 +445,7 @@ impl Shell {
             let core = lock(&self.core);
             (core.state(), core.committed())
         };
+        let frozen = lock(&self.frozen).clone();
         let mut status = lock(&self.status);
         status.epoch = committed.0;
         status.protected = matches!(state, State::Protected { synced: true });
@@ -431,6 +464,10 @@ impl Shell {
             }
             State::Connecting { .. } => status.phase,
         };
+        if let Some(why) = &frozen {
+            (status.protected, status.phase) = (false, Phase::Severed);
+            status.reason = Some(why.clone());
+        }
         tell_protected(&self.name, status.protected);
         metrics::gauge!("nilicon_committed_epoch", "container" => self.name())
             .set(committed.0 as f64);

@@ -13,6 +13,7 @@ use super::primary::{Next, Shell};
 use super::young;
 use crate::frames::gate::{Gate, InputHold};
 use anyhow::{Context, Result};
+use netns_tools::topology::OnUnprotectable;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::signal::{SigSet, Signal};
@@ -43,6 +44,8 @@ const MAX_TRANSIENT: Duration = Duration::from_secs(10);
 /// that lives for a moment (a child that asks a name service over a unix socket) only delays a
 /// checkpoint, and the output that waits for it.
 const GRACE: Duration = Duration::from_secs(1);
+/// How long a stop waits before it is tried again while the container is frozen.
+const FROZEN_RETRY: Duration = Duration::from_millis(100);
 /// How much longer than asked for a sleep may be, in nanoseconds.
 const SLACK_NS: u64 = 1_000;
 /// Without a stop for so long, nothing is kept for the next one.
@@ -179,6 +182,7 @@ pub(super) struct StopLoop {
     pub(super) from_ship: Receiver<Taken>,
     pub(super) epoch: Epoch,
     pub(super) transient_since: Option<Instant>,
+    pub(super) on_unprotectable: OnUnprotectable,
     /// Whether the container is connected to its clients.
     pub(super) plugged: bool,
     pub(super) buffers: Vec<Taken>,
@@ -338,7 +342,9 @@ impl StopLoop {
                 return self.taken_back(e);
             }
         }
-        self.transient_since = None;
+        if self.transient_since.take().is_some() {
+            self.shell.unfreeze();
+        }
         if last {
             self.still = Some(Standing { last: self.epoch, told: false });
         }
@@ -405,16 +411,22 @@ impl StopLoop {
         metrics::counter!("nilicon_stops_taken_back_total", "container" => self.shell.name())
             .increment(1);
         let since = *self.transient_since.get_or_insert_with(Instant::now);
-        if matches!(why, CaptureError::Unsupported { .. }) && since.elapsed() > GRACE {
-            return Err(why);
-        }
-        if since.elapsed() > MAX_TRANSIENT {
-            return Err(CaptureError::Unsupported {
+        let refused = match why {
+            CaptureError::Unsupported { .. } if since.elapsed() > GRACE => why,
+            _ if since.elapsed() > MAX_TRANSIENT => CaptureError::Unsupported {
                 object: "the container".into(),
                 reason: format!("no checkpoint for {MAX_TRANSIENT:?}: {why}"),
-            });
+            },
+            _ => {
+                self.pacer.taken_back(self.origin.elapsed(), RETRY);
+                return Ok(());
+            }
+        };
+        if self.on_unprotectable != OnUnprotectable::Freeze {
+            return Err(refused);
         }
-        self.pacer.taken_back(self.origin.elapsed(), RETRY);
+        self.shell.freeze(&refused.to_string());
+        self.pacer.taken_back(self.origin.elapsed(), FROZEN_RETRY);
         Ok(())
     }
 

@@ -13,10 +13,10 @@ use crate::chain::chain;
 use crate::frames::commit::Unprotected;
 use crate::frames::gate::{Gate, GateConfig, ThreadSetup};
 use crate::frames::input_log;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use netns_tools::cgroup::Cgroup;
 use netns_tools::namespace::Namespace;
-use netns_tools::topology::{OnBackupLoss, Protect, Ready};
+use netns_tools::topology::{OnBackupLoss, OnUnprotectable, Protect, Ready};
 use nix::poll::{PollFd, PollFlags};
 use nix::sys::signalfd::SignalFd;
 use replicator::ack::AckLedger;
@@ -247,6 +247,7 @@ impl Place {
             from_ship,
             epoch: from.map_or(Epoch(1), Epoch::next),
             transient_since: None,
+            on_unprotectable: self.on_unprotectable(),
             plugged,
             buffers: (0..BUFFERS).map(|_| Taken::default()).collect(),
             still: None,
@@ -254,8 +255,16 @@ impl Place {
         let mut ending = stops.run();
         if let Ok(Ending::Unprotectable(why)) = ending {
             let reasons = reasons(&mut stops.capturer, &why);
-            self.end_protection(&shell, &gate, &reasons);
-            ending = stops.only_look_after();
+            ending = match self.on_unprotectable() {
+                OnUnprotectable::Stop => {
+                    primary::count_unprotectable(&self.network.name, "stop");
+                    Err(anyhow!("{reasons}; it ends, as its policy (on-unprotectable) says"))
+                }
+                OnUnprotectable::Unprotected | OnUnprotectable::Freeze => {
+                    self.end_protection(&shell, &gate, &reasons);
+                    stops.only_look_after()
+                }
+            };
         }
         *lock(&self.duty.shell) = None;
         if shell.state() != State::HandedOver {
@@ -304,12 +313,15 @@ impl Place {
         }
     }
 
+    fn on_unprotectable(&self) -> OnUnprotectable {
+        self.protect.as_ref().map_or_else(OnUnprotectable::default, |p| p.on_unprotectable)
+    }
+
     /// Ends the protection of a container that goes on (CP-3): loudly, and only after the backup
     /// has agreed never to take over. If it cannot be asked, output stays held.
     fn end_protection(&self, shell: &Shell, gate: &Gate, why: &str) {
         let name = &self.network.name;
-        metrics::counter!("nilicon_protection_ended_total", "container" => name.clone())
-            .increment(1);
+        primary::count_unprotectable(name, "unprotected");
         let agreed = self.runtime.block_on(primary::say_goodbye(shell, Bye::Stop));
         primary::tell_protected(name, false);
         let mut status = lock(&self.status);

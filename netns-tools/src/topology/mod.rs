@@ -21,7 +21,8 @@ use miette::NamedSource;
 pub use error::{Problem, TopologyError};
 pub use model::{
     ArbiterKind, Client, ClientProtocol, Container, Detector, Device, Embedded, Epochs, Event,
-    Fault, Impair, Link, Node, NodeKind, OnBackupLoss, Protect, Ready, Topology, Witness, Workload,
+    Fault, Impair, Link, Node, NodeKind, OnBackupLoss, OnUnprotectable, Protect, Ready, Topology,
+    Witness, Workload,
 };
 pub use names::{Cidr, Endpoint, Mac, Target};
 pub use units::{BadValue, BitRate, Period, Ratio, Size, SizeRange};

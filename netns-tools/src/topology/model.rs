@@ -257,6 +257,9 @@ pub struct Protect {
     /// What the primary does when its backup is lost, or too slow.
     #[serde(default)]
     pub on_backup_loss: OnBackupLoss,
+    /// What happens when the container comes to hold something that cannot be protected.
+    #[serde(default)]
+    pub on_unprotectable: OnUnprotectable,
 }
 
 /// Who decides which side may act alone.
@@ -281,6 +284,19 @@ pub enum OnBackupLoss {
     Freeze,
     /// It goes on unprotected, once the arbiter agrees. Needs an arbiter.
     Degrade,
+    /// The container ends.
+    Stop,
+}
+
+/// What happens to a container that holds something that cannot be protected.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnUnprotectable {
+    /// Its protection ends, with the backup's consent, and it goes on.
+    #[default]
+    Unprotected,
+    /// No output leaves until the thing is gone.
+    Freeze,
     /// The container ends.
     Stop,
 }
