@@ -14,6 +14,8 @@ pub mod net;
 pub mod object;
 pub mod options;
 pub mod pages;
+#[cfg(test)]
+mod pinned;
 pub mod sysv;
 pub mod task;
 pub mod terminal;
