@@ -8,9 +8,14 @@ use replicator::image::pages::PageSet;
 use replicator::sys::pty;
 use replicator::sys::unix_diag::UnixDiag;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// How long the processes of a group may take to end.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 const COMMON: &str = "
 import ctypes, os, socket, struct, sys
@@ -205,4 +210,99 @@ os.wait()" => "descriptor", "seccomp";
     nested_network_namespace: "nested(0x40000000)" => "pid", "net namespace";
     nested_mount_namespace: "nested(0x20000)" => "pid", "mnt namespace";
     pid_namespace_of_children_to_come: "nested(0x20000000)" => "pid", "pid_for_children";
+}
+
+/// A group below ours for the time of a test.
+struct Group(PathBuf);
+
+impl Group {
+    fn make() -> Option<Self> {
+        let all = std::fs::read_to_string("/proc/self/cgroup").ok()?;
+        let ours = all.lines().find_map(|line| line.strip_prefix("0::/"))?;
+        let mounts = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
+        let is_unified = |m: &&&str| Path::new(m).join("cgroup.controllers").exists();
+        let base = Path::new(mounts.iter().find(is_unified)?).join(ours);
+        let path = base.join(format!("nilicon-test-{}", std::process::id()));
+        std::fs::create_dir(&path).ok().map(|()| Self(path))
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        let _ = std::fs::write(self.0.join("cgroup.kill"), "1");
+        let begin = Instant::now();
+        while std::fs::remove_dir(&self.0).is_err() && begin.elapsed() < PATIENCE {
+            std::thread::yield_now();
+        }
+    }
+}
+
+#[test]
+fn control_group_of_its_own() {
+    let Some(group) = Group::make() else {
+        return println!("kind control_group_of_its_own skipped: no unified hierarchy to write to");
+    };
+    let script = format!(
+        "told, tells = os.pipe()\nif os.fork() == 0:\n    os.close(told)\n    open('{}/cgroup.procs', \
+         'w').write('0')\n    os.write(tells, b'x')\n    os.read(0, 1)\n    os._exit(0)\nos.read(told, 1)",
+        group.0.display()
+    );
+    refused("control_group_of_its_own", &script, "pid", "control group");
+}
+
+const NETWORK: &str = "
+import ctypes, fcntl, os, socket, struct
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.unshare(0x40000000) == 0
+s = socket.socket()
+def address(text):
+    fcntl.ioctl(s, 0x8916, struct.pack('16sHH4s8x', b'lo', 2, 0, socket.inet_aton(text)))
+for text in (None, '10.9.9.9', '0.0.0.0'):
+    if text: address(text)
+    os.write(1, b'x')
+    os.read(0, 1)
+";
+
+#[test]
+fn settings_of_the_network() {
+    let started = Command::new("python3")
+        .args(["-c", NETWORK])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn();
+    let Ok(child) = started else {
+        return println!("kind settings_of_the_network skipped: python3 is not installed");
+    };
+    let mut child = Killed(child);
+    let mut to = child.0.stdin.take().expect("piped");
+    let mut from = child.0.stdout.take().expect("piped");
+    let mut wait = || from.read_exact(&mut [0]).expect("it says so");
+    wait();
+    let pid = child.0.id() as i32;
+    let mut capturer = Capturer::adopt(pid, UnixDiag::open().expect("diag")).expect("adopted");
+    capturer.watch_network().expect("watched");
+    let mut epoch = 0;
+    let mut stop = || {
+        epoch += 1;
+        let (mut state, mut pages) = (State::default(), PageSet::default());
+        capturer.prepare()?;
+        capturer.precopy()?;
+        capturer.stop(Epoch(epoch), &mut NoBoundary, &mut state, &mut pages).map(drop)
+    };
+    stop().expect("nothing has changed");
+    to.write_all(b"x").expect("told");
+    wait();
+    for _ in 0..2 {
+        match stop().expect_err("it has another address") {
+            CaptureError::Unsupported { object, reason } => {
+                assert_eq!(object, "the address 10.9.9.9/8 of lo");
+                assert!(reason.contains("; say in the topology"), "{reason}");
+            }
+            other => panic!("not a refusal: {other}"),
+        }
+    }
+    to.write_all(b"x").expect("told");
+    wait();
+    stop().expect("it is as it was");
+    println!("kind settings_of_the_network ok");
 }

@@ -587,7 +587,8 @@ impl Applier {
         tracing::warn!(container = name, %generation, epoch = %from,
             total_ms = record.phases_ms.total, "the container runs here now");
         let diag = Namespace::of_process(warm.spare.pid())?.enter(UnixDiag::open)??;
-        let capturer = Capturer::adopt_running(&tree, diag)?;
+        let mut capturer = Capturer::adopt_running(&tree, diag)?;
+        capturer.watch_network()?;
         let Warm { spare, gate, .. } = warm;
         let launched = spare.into_launched();
         Ok(Life { launched, capturer, gate, signals, generation, from: Some(from) })

@@ -153,6 +153,7 @@ impl Place {
         let network = Namespace::of_process(pid)?;
         let mut capturer = Capturer::adopt(pid, network.enter(UnixDiag::open)??)?;
         let inner = self.network.make_inner(pid)?;
+        capturer.watch_network()?;
         let outer = self.network.make_outer()?;
         let gate = Arc::new(Gate::start(
             inner,

@@ -492,6 +492,12 @@ impl Capturer {
         })
     }
 
+    /// From now on a device, address, route or rule that is made or taken away in the container's
+    /// network is refused (CP-3).
+    pub fn watch_network(&mut self) -> Result<(), CaptureError> {
+        self.namespaces.watch_network(self.root)
+    }
+
     /// Whether the end of a connection would wait for the next stop.
     pub fn keeps_connections(&self) -> bool {
         self.farewells.are_kept()
@@ -765,7 +771,8 @@ impl Capturer {
 
     /// The objects that mappings and descriptors of the state refer to, with their last pages.
     fn take_objects(&mut self, state: &mut State) -> Result<(), CaptureError> {
-        self.namespaces.check_mounts()?;
+        self.refusals.admit(self.namespaces.check_mounts())?;
+        self.refusals.admit(self.namespaces.check_network())?;
         state.names = self.namespaces.names()?;
         state.vdso = self.vdso;
         state.tmpfs = self.tmpfs.walk(&mut self.objects)?;

@@ -1,8 +1,10 @@
 //! The namespaces of a container: its host name, and what in them cannot be brought back: mounts
-//! that it made, and processes with namespaces of their own.
+//! and settings of the network that it made, and processes with namespaces or control groups of
+//! their own.
 
 use super::CaptureError;
-use crate::sys::namespace::is_ours;
+use crate::sys::namespace::{in_network_of, is_ours};
+use crate::sys::route::{RouteWatch, Settings};
 use crate::sys::{SysError, SysResult};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, setns};
@@ -30,7 +32,19 @@ pub(super) struct Namespaces {
     mounts: Option<(File, Vec<u8>)>,
     /// The mounts are other ones than at first.
     differ: bool,
+    /// The network's settings, if they are watched.
+    network: Option<Watched>,
+    /// Where the container's init is in the hierarchies of control groups.
+    cgroup: String,
     looks: BTreeMap<i32, u32>,
+}
+
+/// The settings of a network and how they were at first.
+#[derive(Debug)]
+struct Watched {
+    watch: RouteWatch,
+    at_first: Settings,
+    differ: bool,
 }
 
 impl Namespaces {
@@ -60,7 +74,45 @@ impl Namespaces {
                 *link = fs::read_link(&path).map_err(|e| CaptureError::proc(&path, e))?;
             }
         }
-        Ok(Self { of_init, uts, mounts, differ: false, looks: BTreeMap::new() })
+        Ok(Self {
+            of_init,
+            uts,
+            mounts,
+            differ: false,
+            network: None,
+            cgroup: cgroup(root)?,
+            looks: BTreeMap::new(),
+        })
+    }
+
+    /// Takes the network of the container with this init as it should be: whoever runs it sets it
+    /// up so on the other host as well.
+    pub(super) fn watch_network(&mut self, root: i32) -> Result<(), CaptureError> {
+        let watch = in_network_of(root, RouteWatch::open)??;
+        let at_first = watch.settings()?;
+        self.network = Some(Watched { watch, at_first, differ: false });
+        Ok(())
+    }
+
+    /// Refuses devices, addresses, routes and rules that were made or taken away since.
+    pub(super) fn check_network(&mut self) -> Result<(), CaptureError> {
+        let Some(Watched { watch, at_first, differ }) = &mut self.network else { return Ok(()) };
+        if !watch.has_news()? && !*differ {
+            return Ok(());
+        }
+        let now = watch.settings()?;
+        *differ = now != *at_first;
+        let (what, did) = match (now.difference(at_first).next(), at_first.difference(&now).next())
+        {
+            (Some(new), _) => (new, "made"),
+            (None, Some(gone)) => (gone, "taken away"),
+            (None, None) => return Ok(()),
+        };
+        let why = format!(
+            "it was {did} by the container, and what a container does to its network is not carried \
+             over; say in the topology what it should be"
+        );
+        Err(CaptureError::unsupported(format!("the {what}"), why))
     }
 
     /// Refuses a process that has left a namespace of its container. Read at the first look and
@@ -70,6 +122,15 @@ impl Namespaces {
         *looks += 1;
         if *looks % LOOKS != 1 {
             return Ok(());
+        }
+        let group = cgroup(pid)?;
+        if group != self.cgroup {
+            let why = format!(
+                "it is in a control group of its own ({}), and groups that a container makes are not \
+                 carried over; run it without",
+                group.lines().next().unwrap_or_default()
+            );
+            return Err(CaptureError::unsupported(format!("pid {pid}"), why));
         }
         for (index, link) in links(pid)?.iter().enumerate() {
             if *link != self.of_init[index] {
@@ -127,6 +188,12 @@ impl Namespaces {
                    mount it before the container starts";
         Err(CaptureError::unsupported(format!("the mount at {point}"), why.into()))
     }
+}
+
+/// The control groups of a process, see cgroups(7).
+fn cgroup(pid: i32) -> Result<String, CaptureError> {
+    let path = format!("/proc/{pid}/cgroup");
+    fs::read_to_string(&path).map_err(|e| CaptureError::proc(&path, e))
 }
 
 /// The point of a mount that the container has made, changed or taken away; none if it did nothing

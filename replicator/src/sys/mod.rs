@@ -21,6 +21,7 @@ pub mod procmap;
 pub mod ptrace;
 pub mod pty;
 pub mod remote;
+pub mod route;
 pub mod sched;
 pub mod shmem;
 pub mod sockopt;

@@ -6,14 +6,23 @@ use std::fs::{self, File};
 
 /// Runs something while the calling thread is in the ipc namespace of a process.
 pub fn in_ipc_of<T>(pid: i32, f: impl FnOnce() -> T) -> SysResult<T> {
+    inside(pid, "ipc", CloneFlags::CLONE_NEWIPC, f)
+}
+
+/// Runs something while the calling thread is in the network namespace of a process.
+pub fn in_network_of<T>(pid: i32, f: impl FnOnce() -> T) -> SysResult<T> {
+    inside(pid, "net", CloneFlags::CLONE_NEWNET, f)
+}
+
+fn inside<T>(pid: i32, name: &str, kind: CloneFlags, f: impl FnOnce() -> T) -> SysResult<T> {
     let open = |path: String| {
         File::open(&path).map_err(|source| SysError { call: "open", object: path, source })
     };
-    let ours = open("/proc/thread-self/ns/ipc".into())?;
-    let theirs = open(format!("/proc/{pid}/ns/ipc"))?;
+    let ours = open(format!("/proc/thread-self/ns/{name}"))?;
+    let theirs = open(format!("/proc/{pid}/ns/{name}"))?;
     let enter = |ns: &File| {
-        setns(ns, CloneFlags::CLONE_NEWIPC)
-            .map_err(|e| SysError::errno("setns", format!("ipc namespace of {pid}"), e as i32))
+        setns(ns, kind)
+            .map_err(|e| SysError::errno("setns", format!("{name} namespace of {pid}"), e as i32))
     };
     enter(&theirs)?;
     let result = f();
