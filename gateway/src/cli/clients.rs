@@ -16,6 +16,7 @@ use std::io::{self, BufRead, BufReader, Write};
 use std::net::SocketAddr;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -53,6 +54,7 @@ pub(super) struct ClientSpec {
     keys: u64,
     read_ratio: f64,
     rate: Option<f64>,
+    churn: Option<f64>,
     duration: Option<Duration>,
     seed: u64,
     populate_bytes: u64,
@@ -123,6 +125,7 @@ impl ClientSpec {
             keys: client.keys.max(client.connections as u64),
             read_ratio: client.read_ratio.get(),
             rate: client.rate.map(|rate| rate as f64),
+            churn: client.churn.map(|rate| rate as f64),
             duration: client.duration.map(|duration| *duration),
             seed: seed.wrapping_add(index as u64),
             populate_bytes: client.populate.map_or(0, |size| size.0),
@@ -142,6 +145,7 @@ impl ClientSpec {
             keys: self.keys,
             read_ratio: self.read_ratio,
             rate: self.rate,
+            churn: self.churn,
             duration: self.duration,
             seed: self.seed,
             populate_bytes: self.populate_bytes,
@@ -328,8 +332,12 @@ pub(super) fn client_main() -> Result<()> {
     });
     let watched = handle.clone();
     thread::spawn(move || watch(&watched));
+    let resets = super::resets::count(spec.target).context("cannot listen for resets")?;
     let message = match load::run_blocking(spec.config(), handle) {
-        Ok(report) => Message::Report(Box::new(ClientReport::from(report))),
+        Ok(report) => {
+            let resets = resets.load(Relaxed);
+            Message::Report(Box::new(ClientReport { resets, ..ClientReport::from(report) }))
+        }
         Err(error) => Message::Failed(crate::chain::chain(&anyhow!(error))),
     };
     tell(&message);

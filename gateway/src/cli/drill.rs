@@ -28,6 +28,11 @@ pub(super) struct DrillReport {
     pub(super) lost_writes: u64,
     pub(super) wrong_replies: u64,
     pub(super) broken_connections: u64,
+    /// Connections that a client has seen established and that were reset from the other side, by what
+    /// passed on its wire.
+    pub(super) resets: u64,
+    /// Connections that came and went beside the load.
+    pub(super) churned: u64,
     /// The longest wait of a client in each run.
     pub(super) gap_ms: Spread<f64>,
     /// The same by fault.
@@ -115,6 +120,8 @@ impl DrillReport {
             lost_writes: sum(|c| c.lost_writes),
             wrong_replies: sum(|c| c.wrong_replies),
             broken_connections: sum(|c| c.broken_connections),
+            resets: sum(|c| c.resets),
+            churned: sum(|c| c.churned),
             gap_ms: Spread::of(reports().map(RunReport::gap_ms)),
             by_fault: by_fault(faults, outcomes),
             stop_us: Spread::of(
@@ -139,12 +146,14 @@ impl DrillReport {
     }
 
     fn text(&self) -> String {
-        let Self { runs, recovered, lost_writes, wrong_replies, broken_connections, .. } = self;
+        let Self {
+            runs, recovered, lost_writes, wrong_replies, broken_connections, resets, ..
+        } = self;
         let mut lines = vec![
             format!("{}: {recovered} of {runs} runs recovered", self.topology),
             format!(
                 "  {lost_writes} acknowledged writes lost, {wrong_replies} wrong replies, \
-                 {broken_connections} broken connections"
+                 {broken_connections} broken connections, {resets} resets"
             ),
             format!(
                 "  gap       median {}, 99 % {}, max {}",

@@ -22,6 +22,7 @@ mod objects;
 mod oneshot;
 mod progress;
 mod report;
+mod resets;
 mod resume;
 mod run;
 mod shape;

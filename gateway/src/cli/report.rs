@@ -71,6 +71,10 @@ pub(super) struct ClientReport {
     pub(super) lost_writes: u64,
     pub(super) wrong_replies: u64,
     pub(super) broken_connections: u64,
+    /// Connections that it has seen established and that were reset from the other side.
+    pub(super) resets: u64,
+    /// Connections that came and went beside the load.
+    pub(super) churned: u64,
     pub(super) gap_ms: f64,
     pub(super) connection_gap_ms: f64,
     pub(super) latency_us: Latency,
@@ -99,6 +103,8 @@ impl From<Report> for ClientReport {
             lost_writes: report.lost_writes,
             wrong_replies: report.wrong_replies,
             broken_connections: report.broken_connections,
+            resets: 0,
+            churned: report.churned,
             gap_ms: report.gap_ms,
             connection_gap_ms: report.connection_gap_ms,
             latency_us: Latency { p50: l.p50, p90: l.p90, p99: l.p99, max: l.max },
@@ -306,7 +312,7 @@ impl RunReport {
 
     /// Whether no client found anything lost, wrong or broken.
     pub(super) fn is_clean(&self) -> bool {
-        self.sum(|c| c.lost_writes + c.wrong_replies + c.broken_connections) == 0
+        self.sum(|c| c.lost_writes + c.wrong_replies + c.broken_connections + c.resets) == 0
     }
 
     /// Whether it recovered and is clean.
@@ -321,6 +327,7 @@ impl RunReport {
             (self.sum(|c| c.lost_writes), "acknowledged writes lost"),
             (self.sum(|c| c.wrong_replies), "wrong replies"),
             (self.sum(|c| c.broken_connections), "broken connections"),
+            (self.sum(|c| c.resets), "resets"),
         ];
         let counts = counts.iter().filter(|(count, _)| *count > 0);
         found.extend(counts.map(|(count, what)| format!("{count} {what}")));

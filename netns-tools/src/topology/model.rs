@@ -412,6 +412,10 @@ pub struct Client {
     /// it, each connection sends its next request when it has its answer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rate: Option<u64>,
+    /// Connections opened and closed again each second beside the others: every second one is
+    /// closed at once, the rest ask for something first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub churn: Option<u64>,
     /// How long the load lasts; by default as long as the run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub duration: Option<Period>,

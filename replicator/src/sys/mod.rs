@@ -14,6 +14,7 @@ pub mod loopback;
 pub mod memory;
 pub mod messages;
 pub mod namespace;
+pub mod packet;
 pub mod pagemap;
 pub mod pidfd;
 pub mod probe;

@@ -14,6 +14,7 @@
 //! acknowledged, in populate or load, was read back at the end, or replaced by a later one.
 
 mod audit;
+mod churn;
 mod connection;
 mod ledger;
 mod pace;
@@ -61,6 +62,9 @@ pub struct LoadConfig {
     /// Requests per second of all connections together, on a fixed schedule (open loop); `None`
     /// sends as fast as replies come (closed loop).
     pub rate: Option<f64>,
+    /// Connections opened and closed again each second beside the load; every second one of them
+    /// is closed at once, the others ask for something first.
+    pub churn: Option<f64>,
     /// How long; `None` until [`LoadHandle::stop`].
     pub duration: Option<Duration>,
     /// Seed of the sequence of requests and of the values.
@@ -92,6 +96,7 @@ impl LoadConfig {
             keys: 10_000,
             read_ratio: 0.5,
             rate: None,
+            churn: None,
             duration: None,
             seed: 1,
             populate_bytes: 0,
@@ -116,6 +121,8 @@ impl LoadConfig {
             "read_ratio must be between 0 and 1"
         } else if self.rate.is_some_and(|rate| !rate.is_finite() || rate <= 0.0) {
             "rate must be above 0; leave it out for a closed loop"
+        } else if self.churn.is_some_and(|rate| !rate.is_finite() || rate <= 0.0) {
+            "churn must be above 0; leave it out for connections that stay"
         } else {
             return Ok(());
         };
@@ -203,6 +210,10 @@ pub async fn run(config: LoadConfig, handle: LoadHandle) -> Result<Report, LoadE
     let paces = pacers(&config, connections.len())?;
     shared.begin_load();
     let stopper = stopper(&shared, config.duration);
+    let mut churn = JoinSet::new();
+    if let Some(rate) = config.churn {
+        churn.spawn(churn::run(config.clone(), shared.clone(), rate));
+    }
     let paced: Vec<_> = connections.into_iter().zip(paces).collect();
     connections = each(paced, |(mut connection, pace)| async move {
         connection.load(pace).await;
@@ -211,6 +222,9 @@ pub async fn run(config: LoadConfig, handle: LoadHandle) -> Result<Report, LoadE
     .await;
     drop(stopper);
     let lasted = shared.end_load();
+    // The load is over when all its connections are broken, too.
+    shared.stop();
+    churn.join_all().await;
 
     shared.enter(Phase::Auditing);
     audit::run(connections, &layout, &config, &shared).await;

@@ -5,6 +5,8 @@ mod common;
 use common::{Action, Embedded, config, proxy, run};
 use nilicon_clients::load::{self, LoadConfig, LoadHandle, Phase};
 use nilicon_clients::resp::Reply;
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::thread;
@@ -192,4 +194,41 @@ fn await_replies(handle: &LoadHandle, replies: u64) {
         assert_ne!(handle.progress().phase, Phase::Done, "the load ended before {replies} replies");
         thread::sleep(Duration::from_millis(1));
     }
+}
+
+/// What nobody wrote is there: the connections that come and go do not take it.
+#[test]
+fn a_churning_connection_checks_its_answer() {
+    let server = Embedded::start(1);
+    let config = LoadConfig { churn: Some(100.0), ..config(server.address) };
+    let mut other = TcpStream::connect(server.address).unwrap();
+    let key = format!("{}absent", config.prefix);
+    write!(other, "SET {key} here\r\n").unwrap();
+    other.read_exact(&mut [0; 5]).unwrap();
+    let report = run(config);
+    assert!(report.wrong_replies > 0, "{report:#?}");
+    assert!(report.notes.iter().any(|note| note.contains("churn")), "{report:#?}");
+}
+
+/// A server that ends while connections come and go: each that cannot be opened is counted.
+#[test]
+fn a_connection_that_cannot_be_opened_is_counted() {
+    let server = Embedded::start(1);
+    let proxied = proxy(server.address, Box::new(|_, reply| Action::Send(vec![reply])));
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let target = listener.local_addr().unwrap();
+    // Takes the connections of the load, and hears no more.
+    let relay = thread::spawn(move || {
+        for _ in 0..4 {
+            let (mut near, _) = listener.accept().unwrap();
+            let mut far = TcpStream::connect(proxied).unwrap();
+            let (mut a, mut b) = (near.try_clone().unwrap(), far.try_clone().unwrap());
+            thread::spawn(move || std::io::copy(&mut a, &mut b));
+            thread::spawn(move || std::io::copy(&mut far, &mut near));
+        }
+    });
+    let report = run(LoadConfig { churn: Some(50.0), ..config(target) });
+    relay.join().unwrap();
+    assert!(report.broken_connections > 0, "{report:#?}");
+    assert_eq!((report.lost_writes, report.wrong_replies), (0, 0), "{report:#?}");
 }

@@ -86,6 +86,7 @@ fn a_report_has_its_documented_fields() {
         "lost_writes",
         "wrong_replies",
         "broken_connections",
+        "churned",
         "gap_ms",
         "connection_gap_ms",
         "latency_us",
@@ -164,4 +165,14 @@ fn closed_loop_on_redis() {
     assert_sound(&report);
     let (rate, gap, p99) = (report.rate_per_s, report.gap_ms, report.latency_us.p99);
     println!("{rate:.0} replies/s, longest gap {gap:.1} ms, p99 {p99} us");
+}
+
+#[test]
+fn connections_come_and_go_beside_the_load() {
+    let server = Embedded::start(2);
+    let duration = Some(Duration::from_secs(1));
+    let churn = Some(400.0);
+    let report = run(LoadConfig { duration, churn, ..config(server.address) });
+    assert_sound(&report);
+    assert!(report.churned > 20 && report.churned <= 500, "{}", report.churned);
 }

@@ -46,6 +46,8 @@ pub struct Report {
     pub rate_per_s: f64,
     /// Connections opened for the load.
     pub connections: usize,
+    /// Connections opened and closed again beside the load.
+    pub churned: u64,
     /// Length of the load, in seconds, until the last reply.
     pub duration_s: f64,
     /// Time that loading the data took, in seconds.
@@ -166,6 +168,7 @@ pub(super) struct Shared {
     lost: AtomicU64,
     wrong: AtomicU64,
     broken: AtomicU64,
+    churned: AtomicU64,
     outstanding: AtomicU64,
     /// When the client as a whole last saw a reply, or began to wait for one.
     last_ns: AtomicU64,
@@ -209,6 +212,7 @@ impl Default for Shared {
             lost: AtomicU64::default(),
             wrong: AtomicU64::default(),
             broken: AtomicU64::default(),
+            churned: AtomicU64::default(),
             outstanding: AtomicU64::default(),
             last_ns: AtomicU64::default(),
             gap_ns: AtomicU64::default(),
@@ -258,6 +262,11 @@ impl Shared {
 
     pub(super) fn populated(&self, bytes: usize) {
         self.populated.fetch_add(bytes as u64, Relaxed);
+    }
+
+    /// Counts a connection of those that come and go.
+    pub(super) fn churned(&self) {
+        self.churned.fetch_add(1, Relaxed);
     }
 
     /// Counts requests sent.
@@ -386,6 +395,7 @@ impl Shared {
             latency_us,
             rate_per_s: self.replies.load(Relaxed) as f64 / lasted.as_secs_f64().max(1e-9),
             connections,
+            churned: self.churned.load(Relaxed),
             duration_s: lasted.as_secs_f64(),
             populate_s: populate.as_secs_f64(),
             notes: detail.notes.clone(),
