@@ -1,7 +1,7 @@
 //! Counts connections that a client has seen established and that were reset from the other side, by
 //! what passed on its wire and not by what its sockets say: also of those that it has closed.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -13,12 +13,20 @@ use smoltcp::wire::{IpProtocol, Ipv4Packet, Ipv6Packet, TcpPacket};
 #[derive(Debug)]
 struct Resets {
     server: SocketAddr,
-    established: HashSet<SocketAddr>,
+    /// Those that were seen to be established and did not end in good order, and which sides have
+    /// said that they have nothing more to send.
+    established: HashMap<SocketAddr, Ends>,
+}
+
+#[derive(Debug, Default)]
+struct Ends {
+    client: bool,
+    server: bool,
 }
 
 impl Resets {
     fn new(server: SocketAddr) -> Self {
-        Self { server, established: HashSet::new() }
+        Self { server, established: HashMap::new() }
     }
 
     /// Takes a packet in, from its IP header on; whether it resets a connection that was seen to be
@@ -26,15 +34,30 @@ impl Resets {
     fn heard(&mut self, packet: &[u8]) -> bool {
         let Some((from, to, tcp)) = segment(packet) else { return false };
         let (syn, ack, rst) = (tcp.syn(), tcp.ack(), tcp.rst());
+        let client = match (from == self.server, to == self.server) {
+            (true, _) => to,
+            (_, true) => from,
+            _ => return false,
+        };
         if from == self.server {
             if syn && ack {
-                self.established.insert(to);
+                self.established.entry(client).or_default();
             }
-            return rst && self.established.remove(&to);
-        }
-        if to == self.server && (rst || (syn && !ack)) {
+            if rst {
+                return self.established.remove(&client).is_some();
+            }
+        } else if rst || (syn && !ack) {
             // It gave up, or begins anew.
-            self.established.remove(&from);
+            self.established.remove(&client);
+        }
+        if tcp.fin()
+            && let Some(ends) = self.established.get_mut(&client)
+        {
+            *(if from == self.server { &mut ends.server } else { &mut ends.client }) = true;
+            if ends.client && ends.server {
+                // What answers a late copy of the last word resets nothing any more.
+                self.established.remove(&client);
+            }
         }
         false
     }
@@ -86,6 +109,7 @@ pub(super) fn count(server: SocketAddr) -> anyhow::Result<Arc<AtomicU64>> {
 mod tests {
     use super::*;
 
+    const FIN: u8 = 1;
     const SYN: u8 = 2;
     const RST: u8 = 4;
     const ACK: u8 = 16;
@@ -130,6 +154,13 @@ mod tests {
             assert!(!heard(server, client, SYN | ACK));
             assert!(!heard(client, server, RST), "the client's own");
             assert!(!heard(server, client, RST));
+            assert!(!heard(server, client, SYN | ACK));
+            assert!(!heard(client, server, FIN | ACK));
+            assert!(heard(server, client, RST), "the server had not closed yet");
+            assert!(!heard(server, client, SYN | ACK));
+            assert!(!heard(client, server, FIN | ACK));
+            assert!(!heard(server, client, FIN | ACK));
+            assert!(!heard(server, client, RST), "it had ended in good order");
         }
     }
 
