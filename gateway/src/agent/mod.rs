@@ -264,6 +264,7 @@ impl Agent {
         let lab = &self.options.topology.name;
         let program = std::env::current_exe().context("where is this program?")?;
         let path = std::env::var("PATH").unwrap_or_else(|_| DEFAULT_PATH.to_owned());
+        let any = if container.addresses().any(|a| a.ip.is_ipv6()) { "[::]" } else { "0.0.0.0" };
         let command = match container.workload(|p| is_installed(&path, p)) {
             Workload::Command(program, arguments) => {
                 std::iter::once(program.to_owned()).chain(arguments.iter().cloned()).collect()
@@ -274,7 +275,7 @@ impl Agent {
                 "--threads".into(),
                 e.threads.to_string(),
                 "--listen".into(),
-                format!("0.0.0.0:{}", e.port),
+                format!("{any}:{}", e.port),
             ],
         };
         let mut env: Vec<(String, String)> =
