@@ -70,6 +70,9 @@ fn program_survives(kind: &str, dir: &Scratch, command: &[&str]) {
                 Some(spare) => drop(original.follow(spare)),
                 None => {
                     original.checkpoint();
+                    // As for a new backup: what was watched before is watched anew.
+                    original.capturer.begin_full();
+                    original.checkpoint();
                     let mut fresh = original.spare();
                     fresh.apply(&original.state, &original.pages).expect("full checkpoint");
                     spare = Some(fresh);

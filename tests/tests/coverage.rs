@@ -137,7 +137,8 @@ fn every_kind_has_a_verdict() {
     }
     // A program that no row names would be a kind without a verdict.
     let named: Vec<&str> = rows.iter().flat_map(|row| row.verdicts[0].split("; ")).collect();
-    for entry in fs::read_dir(workspace().join("tests/oneshot")).expect("programs").flatten() {
+    let list = |dir| fs::read_dir(workspace().join(dir)).expect("programs").flatten();
+    for entry in list("tests/oneshot").chain(list("tests/oneshot/alone")) {
         let path = entry.path();
         let name = path.file_stem().expect("a name").to_string_lossy().into_owned();
         if path.extension().is_some_and(|e| e == "c") {

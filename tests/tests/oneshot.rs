@@ -1,6 +1,7 @@
 //! One-shot images of programs that know nothing of it: each of `tests/oneshot/*.c` starts in the
 //! host's namespaces, becomes a daemon, sets up its state; it is written to a file and let run,
-//! written again and ended, brought back under its pids, told to check, and says PASS or why not.
+//! written again and ended, brought back under its pids, told to check, and says PASS or why not. Those
+//! of `tests/oneshot/alone` make namespaces of their own, so that each is a tree for itself.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -43,8 +44,13 @@ impl Drop for Bench {
     }
 }
 
+/// The programs of `tests/oneshot`.
 fn sources() -> Vec<PathBuf> {
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("oneshot");
+    sources_in("oneshot")
+}
+
+fn sources_in(dir: &str) -> Vec<PathBuf> {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join(dir);
     let mut all: Vec<PathBuf> =
         fs::read_dir(dir).expect("sources").map(|entry| entry.expect("an entry").path()).collect();
     all.retain(|path| path.extension().is_some_and(|e| e == "c"));
@@ -223,6 +229,7 @@ fn every_program_passes_after_its_checkpoint_and_restore() {
     let bench = Bench::new("programs");
     let only = std::env::var("NILICON_ONESHOT").ok();
     let mut sources = sources();
+    sources.extend(sources_in("oneshot/alone"));
     sources
         .retain(|s| only.as_ref().is_none_or(|name| s.file_stem().is_some_and(|n| n == &**name)));
     let next = AtomicUsize::new(0);

@@ -3,7 +3,9 @@
 //!
 //! They are found for nothing where there are none: one that is new counts as written and cannot
 //! be read, one that is taken away counts as written and can. So a round forgets the guards among
-//! what was written and finds those that are (still) there when it copies.
+//! what was written and finds those that are (still) there when it copies. One exception: the kernel
+//! leaves its mark on guards when a watch ends, so that they count as clean in the next; memory that
+//! is watched anew is therefore asked for guards once.
 
 use super::CaptureError;
 use super::maps::Vma;

@@ -285,6 +285,8 @@ impl AddressSpace {
     fn take_fresh(&mut self, at: usize, pages: &mut PageSet) -> Result<Scan, CaptureError> {
         let Mapping { start, end, .. } = self.vmas[at].mapping;
         self.guards.remove(start, end);
+        // One that was watched before (a watch that ended, see `Guards`) does not count as written.
+        self.find_guards(start, end)?;
         self.fresh.push((start, end));
         cut_out(&mut self.regions, start, end);
         if !pages.runs.is_empty() {
