@@ -196,6 +196,8 @@ struct Tracked {
     threads: threads::Threads,
     files: files::Files,
     attributes: Attributes,
+    /// They were read while it ran, and are others than in the stop before.
+    is_doubtful: bool,
     timers: timers::Timers,
 }
 
@@ -488,6 +490,7 @@ impl Capturer {
             threads: threads::Threads::open(pid, self.glances),
             files: files::Files::open(pid, self.glances),
             attributes,
+            is_doubtful: true,
             timers: timers::Timers::open(pid)?,
         })
     }
@@ -533,6 +536,7 @@ impl Capturer {
             let round = tracked.space.round(pages, objects, false);
             match (round, read) {
                 (Ok(()), Ok(attributes)) => {
+                    tracked.is_doubtful |= attributes != tracked.attributes;
                     tracked.attributes = attributes;
                     let changed = tracked.space.is_changed();
                     match tracked.advice.look(*pid, tracked.attributes.locked, changed) {
@@ -642,10 +646,16 @@ impl Capturer {
                 self.refusals.admit::<()>(Err(error))?;
             }
             let a = &tracked.attributes;
-            if tracked.threads.are_stale(*pid, &a.creds)
+            if tracked.is_doubtful
+                || !tracked.threads.is_unchanged_outside()
+                || tracked.threads.are_stale(*pid, &a.creds)
                 || (inner.group, inner.session) != (a.pgid, a.sid)
             {
-                tracked.attributes = process::read(*pid, Some(a))?;
+                let read = process::read(*pid, Some(a));
+                if let Some(now) = self.refusals.admit(read)? {
+                    (tracked.attributes, tracked.is_doubtful) = (now, false);
+                    tracked.threads.remember_outside();
+                }
             }
             let securebits = tracked.threads.securebits(*pid);
             let creds = Credentials { securebits, ..tracked.attributes.creds.clone() };

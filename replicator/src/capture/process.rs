@@ -1,5 +1,6 @@
-//! What /proc says of a process and what rarely changes. It is read just before the stop, so
-//! that the stop does not pay for it.
+//! What /proc says of a process and what rarely changes. It is read just before the stop, and in
+//! the stop only if it has changed since the stop before: a [`glance`](super::glance) tells that for
+//! next to nothing.
 
 use super::CaptureError;
 use crate::image::task::Ended;
@@ -7,7 +8,7 @@ use crate::image::{Credentials, MmFields};
 use std::fs;
 
 /// Attributes read from /proc.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Attributes {
     pub(super) pid: i32,
     pub(super) ppid: i32,

@@ -44,8 +44,9 @@ pub(super) struct ThreadCache {
     filters: Vec<Filter>,
     outside: Option<Outside>,
     name: Option<fs::File>,
-    /// What a glance saw when the thread was asked last.
+    /// What a glance saw when the thread was asked last, and when it was read from outside.
     seen: Vec<u8>,
+    seen_outside: Vec<u8>,
 }
 
 impl ThreadCache {
@@ -57,7 +58,7 @@ impl ThreadCache {
 }
 
 /// What is read of a thread without its help.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq)]
 struct Outside {
     scheduling: Scheduling,
     processors: Option<Vec<u64>>,
@@ -169,10 +170,22 @@ impl Threads {
             if cache.tid == 0 {
                 cache.tid = inner_tid(tid)?;
             }
-            if cache.outside.is_none() {
-                cache.outside = Some(Outside::read(tid)?);
-            }
             let seen = self.glance.as_ref().and_then(|g| g.task(tid));
+            let outside = cache.outside.take();
+            let is_known = seen.is_some_and(|s| s.is_outside_as(&cache.seen_outside));
+            cache.outside = Some(match outside {
+                Some(outside) if is_known && !self.checked => outside,
+                before => {
+                    let now = Outside::read(tid)?;
+                    if is_known && before.as_ref().is_some_and(|before| *before != now) {
+                        let why = format!("a glance shows {before:?}, and it is {now:?}");
+                        return Err(CaptureError::unsupported(format!("thread {tid}"), why));
+                    }
+                    cache.seen_outside.clear();
+                    cache.seen_outside.extend(seen.iter().flat_map(|s| s.record));
+                    now
+                }
+            });
             all.push(Self::thread(tid, live, interrupted, rseq, cache, seen)?);
         }
         self.caches.retain(|tid, _| tids.contains(tid));
@@ -189,10 +202,22 @@ impl Threads {
         self.glance.as_ref().is_some_and(TaskGlance::nothing_pends)
     }
 
-    /// Before the stop: what others can change of a thread while it sleeps.
+    /// Whether a glance tells that /proc would say of the process what it did when
+    /// [`Threads::remember_outside`] was last called.
+    pub(super) fn is_unchanged_outside(&self) -> bool {
+        self.glance.as_ref().is_some_and(TaskGlance::is_unchanged_outside)
+    }
+
+    /// All that /proc says of the process has just been read, in a stop.
+    pub(super) fn remember_outside(&mut self) {
+        if let Some(glance) = &mut self.glance {
+            glance.remember_outside();
+        }
+    }
+
+    /// Before the stop: names, which others can change while a thread sleeps.
     pub(super) fn look_ahead(&mut self) -> Result<(), CaptureError> {
         for (&tid, cache) in &mut self.caches {
-            cache.outside = Some(Outside::read(tid)?);
             let path = || format!("/proc/{tid}/comm");
             let failed = |e| CaptureError::proc(&path(), e);
             if cache.name.is_none() {

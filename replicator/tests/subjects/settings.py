@@ -1,5 +1,5 @@
 # Changes one thing after the other, each when it is told to.
-import ctypes, os, signal, threading, time
+import ctypes, os, resource, signal, threading, time
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -61,11 +61,27 @@ CHANGES = [
     wait_for_nothing,
     lambda: os.setresuid(-1, -1, 65534),
     lambda: os.setresuid(-1, -1, 0),
+    # What is read from outside.
+    lambda: os.umask(0o057),
+    lambda: os.mkdir(f"{home}/place") or os.chdir(f"{home}/place"),
+    lambda: os.setgroups([5, 50, 500]),
+    lambda: os.setgroups([5, 51, 500]),
+    lambda: os.setgroups(range(1, 60)),
+    lambda: os.setresgid(-1, 7, -1),
+    lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (99, 999)),
+    lambda: open("/proc/self/oom_score_adj", "w").write("77"),
+    lambda: os.nice(3),
+    lambda: os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0)),
+    lambda: os.sched_setaffinity(0, [max(os.sched_getaffinity(0))]),
+    lambda: libc.syscall(251, 1, 0, 3 << 13),  # ioprio_set
+    lambda: prctl(24, 30),  # PR_CAPBSET_DROP
+    lambda: os.chroot("/"),
 ]
+home = os.getcwd()
 print("ready", flush=True)
 for number, change in enumerate(CHANGES):
-    told(f"go{number}")
+    told(f"{home}/go{number}")
     change()
-    open(f"done{number}", "w").close()
+    open(f"{home}/done{number}", "w").close()
 print("through", flush=True)
-told("end")
+told(f"{home}/end")

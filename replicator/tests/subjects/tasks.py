@@ -928,6 +928,58 @@ def ambient():
     prctl(47, 2, 10)
 
 
+@kind
+def settings_that_change_all_the_time():
+    """Each is what it was set to last, at whatever point of the program it was stopped."""
+    home, processors = os.getcwd(), sorted(os.sched_getaffinity(0))
+    places = [f"{home}/place-{i}" for i in range(3)]
+    for place in places:
+        os.mkdir(place)
+    stop = []
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+    ready, tells = os.pipe()
+
+    def limit():
+        return resource.getrlimit(resource.RLIMIT_CORE)[0]
+
+    def change_and_look():
+        n, mask = 0, 0
+        os.umask(mask)
+        place, groups, core, processor = home, os.getgroups(), limit(), processors
+        while not stop:
+            n += 1
+            new = n % 512
+            equal(os.umask(new), mask, "umask")
+            mask = new
+            equal(os.getcwd(), place, "working directory")
+            place = places[n % 3]
+            os.chdir(place)
+            equal(sorted(os.getgroups()), sorted(groups), "groups")
+            groups = [n % 1000 + 1, 7]
+            os.setgroups(groups)
+            equal(limit(), core, "a limit")
+            core = n % 4096
+            resource.setrlimit(resource.RLIMIT_CORE, (core, resource.RLIM_INFINITY))
+            equal(sorted(os.sched_getaffinity(0)), processor, "affinity")
+            processor = processors[n % len(processors):][:1]
+            os.sched_setaffinity(0, processor)
+            if n == 100:
+                os.write(tells, b"x")
+
+    pid = os.fork()
+    if pid == 0:
+        try:
+            change_and_look()
+            os._exit(3)
+        except BaseException:
+            say(f"kind settings_that_change_all_the_time FAILED\n{traceback.format_exc()}")
+            os._exit(4)
+    os.read(ready, 1)
+    yield
+    os.kill(pid, signal.SIGTERM)
+    equal(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), 3)
+
+
 keeps("users_and_groups", become_another, lambda: status(*IDS))
 keeps("capabilities", ambient, lambda: status(*IDS))
 

@@ -12,6 +12,8 @@ pub(super) enum Use {
     /// It was set by the program, and is read with the options of a socket or the settings of a
     /// thread.
     Setting,
+    /// It is read in /proc, or by calls that need no help of the thread.
+    Outside,
     /// It changes all the time.
     Data,
 }
@@ -33,6 +35,7 @@ pub(super) struct Layout {
     len: usize,
     identity: Vec<u64>,
     setting: Vec<u64>,
+    outside: Vec<u64>,
 }
 
 fn unsupported(what: String) -> io::Error {
@@ -75,8 +78,8 @@ impl Layout {
             }
             bytes.chunks_exact(8).map(word).collect()
         };
-        let (identity, setting) = (mask(Use::Identity), mask(Use::Setting));
-        Ok(Self { slots, len, identity, setting })
+        let [identity, setting, outside] = [Use::Identity, Use::Setting, Use::Outside].map(mask);
+        Ok(Self { slots, len, identity, setting, outside })
     }
 
     /// Bytes of a record.
@@ -139,6 +142,11 @@ impl Layout {
     /// Whether two records of one object have the same settings.
     pub(super) fn set_alike(&self, a: &[u8], b: &[u8]) -> bool {
         agree(a, b, &self.setting)
+    }
+
+    /// Whether two records of one object have the same of what is read from outside.
+    pub(super) fn outside_alike(&self, a: &[u8], b: &[u8]) -> bool {
+        agree(a, b, &self.outside)
     }
 }
 

@@ -5,8 +5,12 @@
 //! here as they are: as long as they are the same, so are the answers. (Blocked signals are not
 //! among them: in a call that changes them for its time, others count than those shown here.)
 //!
+//! What is read in /proc (umask, working directory, groups and their like) is told in the same way: the
+//! fields behind it are the same, or it is read again. A path counts by the mount, the directory and
+//! its last name, so that a directory that takes the place of another in memory is another.
+//!
 //! ```text
-//! a row:   | tid, is it the leader | fields of the thread | of the leader: of the process, actions |
+//! a row:   | tid, is it the leader | fields of the thread, groups | of the leader: of the process, actions |
 //! ```
 
 use super::layout::{Layout, Use, Wanted};
@@ -22,12 +26,20 @@ const HEAD: usize = 8;
 const ACTIONS: usize = 64 * 32;
 /// As many bytes as a program has of stack.
 const STACK: usize = 512;
+/// The first supplementary groups of a thread, of four bytes each. Of more, their list counts as
+/// the same as long as it is at its place and as long.
+const GROUPS: usize = 32 * 4;
 
 const TASK: usize = 0;
 const CRED: usize = 1;
+const GROUP_INFO: usize = 2;
+const IO: usize = 3;
 const MM: usize = 0;
 const SIGNAL: usize = 1;
 const OF_PROCESS: usize = 2;
+const FS: usize = 3;
+const PWD: usize = 4;
+const ROOT: usize = 5;
 
 const THREAD: &[Wanted] = &[
     (TASK, "pending.signal", Use::Data),
@@ -49,12 +61,27 @@ const THREAD: &[Wanted] = &[
     (CRED, "cap_inheritable", Use::Setting),
     (CRED, "cap_permitted", Use::Setting),
     (CRED, "cap_effective", Use::Setting),
+    (GROUP_INFO, "ngroups", Use::Outside),
+    (CRED, "group_info", Use::Outside),
+    (CRED, "gid", Use::Outside),
+    (CRED, "sgid", Use::Outside),
+    (CRED, "egid", Use::Outside),
+    (CRED, "fsuid", Use::Outside),
+    (CRED, "fsgid", Use::Outside),
+    (CRED, "cap_bset", Use::Outside),
+    (CRED, "cap_ambient", Use::Outside),
+    (TASK, "policy", Use::Outside),
+    (TASK, "static_prio", Use::Outside),
+    (TASK, "rt_priority", Use::Outside),
+    (TASK, "cpus_mask", Use::Outside),
+    (IO, "ioprio", Use::Outside),
 ];
 const PENDING: usize = 0;
 const ROBUST: usize = 1;
 const RSEQ: usize = 2;
 const RSEQ_LEN: usize = 3;
 const RSEQ_SIGNATURE: usize = 4;
+const GROUP_COUNT: usize = 19;
 
 const PROCESS: &[Wanted] = &[
     (SIGNAL, "shared_pending.signal", Use::Data),
@@ -66,6 +93,17 @@ const PROCESS: &[Wanted] = &[
     (MM, "flags", Use::Setting),
     (MM, "membarrier_state", Use::Setting),
     (OF_PROCESS, "personality", Use::Setting),
+    (SIGNAL, "rlim", Use::Outside),
+    (SIGNAL, "oom_score_adj", Use::Outside),
+    (SIGNAL, "tty", Use::Outside),
+    (MM, "locked_vm", Use::Outside),
+    (FS, "umask", Use::Outside),
+    (FS, "pwd", Use::Outside),
+    (FS, "root", Use::Outside),
+    (PWD, "d_parent", Use::Outside),
+    (PWD, "d_name.hash_len", Use::Outside),
+    (ROOT, "d_parent", Use::Outside),
+    (ROOT, "d_name.hash_len", Use::Outside),
 ];
 const SHARED_PENDING: usize = 0;
 const REAL_TIMER: usize = 1;
@@ -102,15 +140,14 @@ fn offset(btf: &Btf, of: &str, path: &str) -> io::Result<i16> {
 fn assemble(btf: &Btf) -> io::Result<(Vec<u8>, Layout, Layout)> {
     use Size::{Double, Word};
     let task = |path| offset(btf, "task_struct", path);
-    let cred = btf.structure("cred")?;
-    let thread = Layout::new(btf, &[btf.structure("task_struct")?, cred], THREAD)?;
-    let of_process = [
-        btf.structure("mm_struct")?,
-        btf.structure("signal_struct")?,
-        btf.structure("task_struct")?,
-    ];
-    let process = Layout::new(btf, &of_process, PROCESS)?;
-    if HEAD + thread.len() > STACK || process.len() > STACK {
+    let structures = |names: &[&str]| -> io::Result<Vec<u32>> {
+        names.iter().map(|name| btf.structure(name)).collect()
+    };
+    let of_thread = structures(&["task_struct", "cred", "group_info", "io_context"])?;
+    let thread = Layout::new(btf, &of_thread, THREAD)?;
+    let of_process = ["mm_struct", "signal_struct", "task_struct", "fs_struct", "dentry", "dentry"];
+    let process = Layout::new(btf, &structures(&of_process)?, PROCESS)?;
+    if HEAD + thread.len() + GROUPS > STACK || process.len() > STACK {
         return Err(io::Error::new(io::ErrorKind::Unsupported, "the fields are too many"));
     }
     let mut a = Assembler::default();
@@ -125,7 +162,7 @@ fn assemble(btf: &Btf) -> io::Result<(Vec<u8>, Layout, Layout)> {
     a.load(Double, 7, 7, offset(btf, "bpf_iter_meta", "seq")?);
     a.load(Double, 8, 6, offset(btf, "bpf_iter__task", "task")?);
     a.jump(If::Equal, 8, 0, "out");
-    let row = -((HEAD + thread.len()) as i16);
+    let row = -((HEAD + thread.len() + GROUPS) as i16);
     let record = row + HEAD as i16;
     thread.clear(&mut a, record);
     a.load(Word, 1, 8, task("pid")?);
@@ -133,12 +170,22 @@ fn assemble(btf: &Btf) -> io::Result<(Vec<u8>, Layout, Layout)> {
     a.load(Word, 2, 8, task("tgid")?);
     // Whether they are the same, 0 if so.
     a.push(0x1f, 1, 2, 0, 0);
-    a.mov(9, 1);
     a.store(Word, FP, row + 4, 1);
     thread.copy(&mut a, TASK, 8, record);
     a.load(Double, 2, 8, task("cred")?);
     thread.copy(&mut a, CRED, 2, record);
-    emit(&mut a, HEAD + thread.len());
+    a.load(Double, 9, 2, offset(btf, "cred", "group_info")?);
+    thread.copy(&mut a, GROUP_INFO, 9, record);
+    a.load(Double, 2, 8, task("io_context")?);
+    thread.copy(&mut a, IO, 2, record);
+    a.place(1, -(GROUPS as i16));
+    a.set(2, GROUPS as i32);
+    a.mov(3, 9);
+    a.add(3, offset(btf, "group_info", "gid")?.into());
+    a.call(helper::PROBE_READ);
+    // Whether it is the leader, again.
+    a.load(Word, 9, FP, row + 4);
+    emit(&mut a, HEAD + thread.len() + GROUPS);
     a.jump(If::NotEqual, 9, 0, "out");
     let record = -(process.len() as i16);
     process.clear(&mut a, record);
@@ -147,6 +194,12 @@ fn assemble(btf: &Btf) -> io::Result<(Vec<u8>, Layout, Layout)> {
     a.load(Double, 2, 8, task("signal")?);
     process.copy(&mut a, SIGNAL, 2, record);
     process.copy(&mut a, OF_PROCESS, 8, record);
+    a.load(Double, 9, 8, task("fs")?);
+    process.copy(&mut a, FS, 9, record);
+    a.load(Double, 2, 9, offset(btf, "fs_struct", "pwd.dentry")?);
+    process.copy(&mut a, PWD, 2, record);
+    a.load(Double, 2, 9, offset(btf, "fs_struct", "root.dentry")?);
+    process.copy(&mut a, ROOT, 2, record);
     emit(&mut a, process.len());
     a.load(Double, 9, 8, task("sighand")?);
     a.add(9, offset(btf, "sighand_struct", "action")?.into());
@@ -171,10 +224,13 @@ pub(in crate::capture) struct TaskGlance {
     bytes: Vec<u8>,
     /// Threads, and where their fields begin.
     rows: Vec<(i32, usize)>,
-    /// Where the fields of the process begin.
+    /// Where the fields of the leader and of the process begin.
+    leader: usize,
     process: usize,
-    /// Those that count for what was read last.
+    /// Those that count for what was asked last.
     before: Vec<u8>,
+    /// Those of leader and process that count for what was read from outside last.
+    outside: [Vec<u8>; 2],
 }
 
 /// What was seen of a thread.
@@ -191,8 +247,8 @@ impl TaskGlance {
         let known = super::tasks()?;
         match bpf::iterate_process(known.program.as_fd(), pid) {
             Ok(link) => {
-                let (bytes, rows, process, before) = Default::default();
-                Some(Self { link, known, bytes, rows, process, before })
+                let (bytes, rows, (leader, process), before, outside) = Default::default();
+                Some(Self { link, known, bytes, rows, leader, process, before, outside })
             }
             Err(error) => {
                 tracing::debug!(pid, %error, "its threads are asked one by one");
@@ -207,18 +263,23 @@ impl TaskGlance {
         self.process = usize::MAX;
         let len = bpf::iterate(self.link.as_fd(), &mut self.bytes)?;
         let cut = || SysError::errno("read", "an iterator over threads", libc::EIO);
-        let word = |at: usize| {
-            let four = self.bytes[..len].get(at..at + 4)?;
-            Some(u32::from_ne_bytes(four.try_into().ok()?))
-        };
+        let (thread, process) = (&self.known.thread, &self.known.process);
         let mut at = 0;
         while at < len {
-            let (tid, follows) = (word(at).ok_or_else(cut)?, word(at + 4).ok_or_else(cut)?);
-            self.rows.push((tid as i32, at + HEAD));
-            at += HEAD + self.known.thread.len();
-            if follows == 0 {
+            let head: &[u8; HEAD] = self.bytes[..len][at..].first_chunk().ok_or_else(cut)?;
+            let [tid, follows] = [0, 4].map(|i| [head[i], head[i + 1], head[i + 2], head[i + 3]]);
+            let (fields, groups) = (at + HEAD, at + HEAD + thread.len());
+            self.rows.push((i32::from_ne_bytes(tid), fields));
+            at = groups + GROUPS;
+            let row = self.bytes[..len].get_mut(fields..at).ok_or_else(cut)?;
+            // What lies behind the list belongs to others.
+            let count = thread.get(row, GROUP_COUNT) as usize;
+            let behind = (count * 4).min(GROUPS);
+            row[thread.len() + behind..].fill(0);
+            if follows == [0; 4] {
+                self.leader = fields;
                 self.process = at;
-                at += self.known.process.len() + ACTIONS;
+                at += process.len() + ACTIONS;
             }
         }
         if at == len { Ok(()) } else { Err(cut()) }
@@ -226,9 +287,14 @@ impl TaskGlance {
 
     /// What the last look saw of a thread.
     pub(in crate::capture) fn task(&self, tid: i32) -> Option<Task<'_>> {
-        let layout = &self.known.thread;
         let at = self.rows.iter().find(|(t, _)| *t == tid)?.1;
-        Some(Task { layout, record: &self.bytes[at..at + layout.len()] })
+        self.task_at(at)
+    }
+
+    fn task_at(&self, at: usize) -> Option<Task<'_>> {
+        let layout = &self.known.thread;
+        let record = self.bytes.get(at..at.checked_add(layout.len() + GROUPS)?)?;
+        Some(Task { layout, record })
     }
 
     fn of_process(&self) -> Option<&[u8]> {
@@ -261,6 +327,28 @@ impl TaskGlance {
         self.before = before;
     }
 
+    /// Whether what is read of the process from outside is what it was at the last
+    /// [`TaskGlance::remember_outside`].
+    pub(in crate::capture) fn is_unchanged_outside(&self) -> bool {
+        let (Some(leader), Some(now)) = (self.task_at(self.leader), self.of_process()) else {
+            return false;
+        };
+        let [of_leader, of_process] = &self.outside;
+        let layout = &self.known.process;
+        leader.is_outside_as(of_leader) && layout.outside_alike(&now[..layout.len()], of_process)
+    }
+
+    /// All that is read from outside has just been read.
+    pub(in crate::capture) fn remember_outside(&mut self) {
+        let mut before = std::mem::take(&mut self.outside);
+        before.iter_mut().for_each(Vec::clear);
+        if let (Some(leader), Some(now)) = (self.task_at(self.leader), self.of_process()) {
+            before[0].extend_from_slice(leader.record);
+            before[1].extend_from_slice(&now[..self.known.process.len()]);
+        }
+        self.outside = before;
+    }
+
     /// Whether no signal waits for the process.
     pub(in crate::capture) fn nothing_pends(&self) -> bool {
         self.of_process().is_some_and(|now| self.known.process.get(now, SHARED_PENDING) == 0)
@@ -271,6 +359,12 @@ impl Task<'_> {
     /// Whether the thread would answer as it did when this record of it was seen.
     pub(in crate::capture) fn answers_as(&self, before: &[u8]) -> bool {
         self.layout.set_alike(self.record, before)
+    }
+
+    /// Whether what is read of the thread from outside is what it was when this record was seen.
+    pub(in crate::capture) fn is_outside_as(&self, before: &[u8]) -> bool {
+        let fields = self.layout.len();
+        self.layout.outside_alike(self.record, before) && self.record[fields..] == before[fields..]
     }
 
     /// Whether no signal waits for it alone.
