@@ -205,6 +205,14 @@ if os.fork() == 0:
 holder.recv(1, socket.MSG_PEEK)
 fd = socket.recv_fds(holder, 1, 1)[1]
 os.wait()" => "descriptor", "seccomp";
+    posix_message_queue: "
+name = b'nilicon-refused-%d' % os.getpid()
+call(240, name, os.O_RDWR | os.O_CREAT, 0o600, 0)
+call(241, name)" => "descriptor", "POSIX message queue";
+    posix_message_queue_with_a_name: "
+call(272, 0x8000000) # Its ipc namespace goes with it.
+name = b'nilicon-refused'
+call(240, name, os.O_RDWR | os.O_CREAT, 0o600, 0)" => "descriptor", "POSIX message queue";
     nested_user_namespace: "nested(0x10000000)" => "pid", "user namespace";
     nested_pid_namespace: "nested(0x20000000, deeper=True)" => "pid", "pid_for_children";
     nested_network_namespace: "nested(0x40000000)" => "pid", "net namespace";

@@ -15,8 +15,8 @@ pub(super) struct Info {
     /// Not of fdinfo: what stands for the kind of file, if a glance showed it.
     pub(super) operations: u64,
     pub(super) epoll: Vec<EpollTarget>,
-    /// Numbers and inodes of what an epoll instance watches.
-    pub(super) watched: Vec<(i32, u64)>,
+    /// The files of these, in the same order.
+    pub(super) watched: Vec<Watched>,
     pub(super) eventfd: Option<(u64, bool)>,
     pub(super) timer: TimerFd,
     pub(super) locks: Vec<Lock>,
@@ -58,6 +58,14 @@ pub(super) fn info(pid: i32, number: i32) -> Result<Info, CaptureError> {
         .ok_or_else(|| CaptureError::proc(&path, std::io::ErrorKind::InvalidData.into()))
 }
 
+/// A file that an epoll instance watches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Watched {
+    pub(super) inode: u64,
+    /// What stands for it in glances; 0: not known.
+    pub(super) file: u64,
+}
+
 fn parse_info(text: &str) -> Option<Info> {
     let mut i = Info::default();
     let mut semaphore = false;
@@ -76,7 +84,7 @@ fn parse_info(text: &str) -> Option<Info> {
             "mnt_id" => i.mount = value.parse().ok()?,
             "tfd" => {
                 let (target, inode) = epoll_target(value)?;
-                i.watched.push((target.fd, inode));
+                i.watched.push(Watched { inode, file: 0 });
                 i.epoll.push(target);
             }
             "eventfd-count" => count = Some(u64::from_str_radix(value, 16).ok()?),
@@ -169,7 +177,7 @@ mod tests {
         )
         .expect("an epoll instance");
         assert_eq!(i.epoll, [EpollTarget { fd: 8, events: 0x19, data: 0xdead_beef }]);
-        assert_eq!(i.watched, [(8, 6)]);
+        assert_eq!(i.watched, [Watched { inode: 6, file: 0 }]);
         let i = parse_info(
             "pos:\t0\nflags:\t02\nmnt_id:\t16\nino:\t1\nclockid: 1\nticks: 2\n\
              settime flags: 01\nit_value: (1, 5)\nit_interval: (0, 7)\n",

@@ -9,7 +9,7 @@
 //! of those that it says too little of, and TCP connections with nothing new in their queues cost
 //! no system call at all ([`remembered`](super::remembered)).
 
-use super::fdinfo::{self, Info};
+use super::fdinfo::{self, Info, Watched};
 use super::glance::{Glance, Row};
 use super::objects::{Class, Objects};
 use super::refusals::Refusals;
@@ -19,13 +19,13 @@ use super::{
     CaptureError, Glances, farewell, inet, inotify, locks, options, pipes, tcp, terminals,
 };
 use crate::image::net::RawOptions;
-use crate::image::{Description, EpollTarget, Fd, Kind, Process, State};
+use crate::image::{Description, EpollTarget, Fd, Kind, State};
 use crate::sys::sockopt::get_i32;
 use crate::sys::unix_diag::UnixDiag;
 use crate::sys::{SysError, pidfd};
 use nix::sys::stat::{major, minor};
 use std::cmp::Ordering;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
@@ -76,9 +76,9 @@ pub(super) struct Memory {
 #[derive(Debug, Default)]
 pub(super) struct Builder {
     /// Host pid and number of the first descriptor of each description.
-    first: Vec<(i32, i32)>,
+    pub(super) first: Vec<(i32, i32)>,
     /// The descriptions of each inode, in the order of kcmp(2).
-    by_inode: HashMap<u64, Vec<u32>>,
+    pub(super) by_inode: HashMap<u64, Vec<u32>>,
     pub(super) pipes: HashMap<pipes::Key, u32>,
     unix: unix::Sockets,
     pub(super) terminals: terminals::Terminals,
@@ -88,10 +88,10 @@ pub(super) struct Builder {
     held: Vec<OwnedFd>,
     /// Duplicates of TCP sockets with bytes under way, and their inodes. They outlive the stop.
     sending: Vec<(u64, OwnedFd)>,
-    /// What epoll instances watch: index of the instance, number and inode of the target.
-    watched: Vec<(u32, i32, u64)>,
+    /// What epoll instances watch, by the index of the instance, in the order of their targets.
+    pub(super) watched: Vec<(u32, Vec<Watched>)>,
     /// The description of each file that a glance has shown.
-    by_file: HashMap<u64, u32>,
+    pub(super) by_file: HashMap<u64, u32>,
     /// What glances have shown of epoll: the instance, the file watched, and how.
     watchers: Vec<(u64, u64, EpollTarget, u64)>,
     /// Descriptors that a glance has told all of.
@@ -148,7 +148,7 @@ struct Whole<'a> {
 /// What a glance has shown of a descriptor, if that is all there is to say.
 struct Glanced {
     kind: Kind,
-    watched: Vec<(i32, u64)>,
+    watched: Vec<Watched>,
 }
 
 impl Seen {
@@ -323,7 +323,9 @@ impl Files {
                 if entries.len() != count {
                     return Ok(None);
                 }
-                watched = entries.iter().map(|(.., target, inode)| (target.fd, *inode)).collect();
+                let file =
+                    |&(_, file, _, inode): &(u64, u64, EpollTarget, u64)| Watched { inode, file };
+                watched = entries.iter().map(file).collect();
                 Kind::Epoll(entries.iter().map(|(.., target, _)| *target).collect())
             }
             (None, "anon_inode:[eventfd]") => {
@@ -450,7 +452,9 @@ impl Files {
                 if let Some(row) = row {
                     builder.by_file.insert(row.file(), at);
                 }
-                builder.watched.extend(info.watched.iter().map(|(fd, ino)| (at, *fd, *ino)));
+                if !info.watched.is_empty() {
+                    builder.watched.push((at, info.watched.clone()));
+                }
                 let told = match row {
                     Some(row) if !row.may_tell() => None,
                     _ => self.told(handle, number, info.flags)?,
@@ -551,13 +555,19 @@ impl Files {
                         return Ok(kind);
                     }
                 }
+                // The root of that file system is the only place for queues. One that was unlinked
+                // looks like any other file that was.
+                let name = link.strip_suffix(" (deleted)").unwrap_or(link);
+                if !name[1..].contains('/')
+                    && !name.starts_with("/memfd:")
+                    && is_queue(&pidfd::get_fd(handle, number)?)
+                {
+                    let why = "use a System V queue (msgget), or a socket";
+                    return refuse(format!("the POSIX message queue {name}; {why}"));
+                }
                 if let Some(name) = link.strip_suffix(" (deleted)") {
                     let dup = pidfd::get_fd(handle, number)?;
                     return deleted(name, dup, info, objects, what);
-                }
-                // The root of that file system is the only place for queues.
-                if !link[1..].contains('/') && is_queue(&pidfd::get_fd(handle, number)?) {
-                    return refuse(format!("the POSIX message queue {link}; System V queues work"));
                 }
                 let is_fifo = seen.mode & libc::S_IFMT == libc::S_IFIFO;
                 if info.flags & libc::O_PATH == 0 && is_fifo {
@@ -719,36 +729,13 @@ impl Builder {
         }
         self.unix.join(state)?;
         self.terminals.finish(init, &self.inner, state)?;
-        self.check_watched(state)?;
+        self.name_watched(state)?;
         // A duplicate would keep the file in the interest list after the program has closed it,
         // and events would come for what the program knows no longer.
-        let watched = &self.watched;
-        self.sending.retain(|(inode, _)| !watched.iter().any(|(.., watched)| watched == inode));
+        let watched: HashSet<u64> =
+            self.watched.iter().flat_map(|(_, all)| all).map(|w| w.inode).collect();
+        self.sending.retain(|(inode, _)| !watched.contains(inode));
         Ok(Sockets { sending: self.sending, by_inode: self.by_inode })
-    }
-
-    /// Targets of epoll whose descriptors were closed stay as long as anybody has the file. What
-    /// only we have had goes; what another descriptor has could not be added again.
-    fn check_watched(&self, state: &mut State) -> Result<(), CaptureError> {
-        for &(at, fd, inode) in &self.watched {
-            let holds = |p: &&Process| p.fds.iter().any(|f| f.description == at);
-            let Some(holder) = state.processes.iter().find(holds) else { continue };
-            if holder.fds.iter().any(|f| f.number == fd) {
-                continue;
-            }
-            if self.by_inode.contains_key(&inode) {
-                let why = format!(
-                    "it watches descriptor {fd}, which was closed while its file is open elsewhere; \
-                     take it out (EPOLL_CTL_DEL) before it is closed"
-                );
-                let what = format!("an epoll instance of pid {}", holder.pid);
-                return Err(CaptureError::unsupported(what, why));
-            }
-            if let Kind::Epoll(targets) = &mut state.descriptions[at as usize].kind {
-                targets.retain(|target| target.fd != fd);
-            }
-        }
-        Ok(())
     }
 
     /// The description behind a duplicate that travels in a message.

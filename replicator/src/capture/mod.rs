@@ -45,6 +45,7 @@ mod tmpfs;
 mod tracer;
 mod unix;
 mod waits;
+mod watched;
 
 use crate::Epoch;
 use crate::image::pages::PageSet;

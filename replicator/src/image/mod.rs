@@ -394,6 +394,13 @@ pub enum Kind {
     Terminal(Box<terminal::Terminal>),
     /// The other end of the one with this number.
     TerminalEnd(u32),
+    /// An epoll instance that also watches files whose numbers were closed or are others' by now.
+    EpollPast {
+        /// What it watches under numbers that mean the same still.
+        targets: Vec<EpollTarget>,
+        /// The others, each with the index of its file in [`State::descriptions`].
+        past: Vec<(EpollTarget, u32)>,
+    },
 }
 
 /// A timerfd, see timerfd_create(2).

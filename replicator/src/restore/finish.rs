@@ -196,6 +196,7 @@ impl Spare {
         }
         let host_of = |pid| stubs.iter().find(|s| s.pid == pid).map(|s| s.host);
         install::fill_epolls(script, state, host_of)?;
+        install::fill_past(state, &made).doing(1, "fill an epoll instance")?;
         locks::of_descriptions(state, &made).doing(1, "lock a file")?;
         locks::of_processes(state, script, &place)?;
         locks::owners(state, &made, &place).doing(1, "set who is told of events")?;

@@ -4,11 +4,11 @@
 use super::error::{Doing, RestoreError, sys};
 use super::script::Script;
 use super::spare::{CHANNEL, Stub};
-use crate::image::{Fd, Kind, State};
-use crate::sys::{SysError, SysResult, memory};
+use crate::image::{Description, Fd, Kind, State};
+use crate::sys::{SysError, SysResult, descriptors, memory};
 use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
 use std::io::IoSlice;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
 /// Most descriptors in one message (SCM_MAX_FD).
@@ -191,8 +191,9 @@ pub(super) fn fill_epolls(
         let doing = "fill the interest list of an epoll instance";
         for fd in &process.fds {
             let index = fd.description as usize;
-            let Some(Kind::Epoll(targets)) = state.descriptions.get(index).map(|d| &d.kind) else {
-                continue;
+            let targets = match state.descriptions.get(index).map(|d| &d.kind) {
+                Some(Kind::Epoll(targets) | Kind::EpollPast { targets, .. }) => targets,
+                _ => continue,
             };
             if std::mem::replace(&mut filled[index], true) {
                 continue;
@@ -215,6 +216,26 @@ pub(super) fn fill_epolls(
         }
     }
     Ok(())
+}
+
+/// Adds what epoll instances watch under numbers that mean something else by now. The numbers are
+/// taken in a table of descriptors for that alone.
+pub(super) fn fill_past(state: &State, made: &[OwnedFd]) -> SysResult<()> {
+    let has_past = |d: &Description| matches!(d.kind, Kind::EpollPast { .. });
+    if !state.descriptions.iter().any(has_past) {
+        return Ok(());
+    }
+    descriptors::in_table_of_its_own(|| {
+        for (description, epoll) in state.descriptions.iter().zip(made) {
+            let Kind::EpollPast { past, .. } = &description.kind else { continue };
+            for (target, file) in past {
+                let lost = || SysError::errno("search", format!("file {file}"), libc::ENOENT);
+                let file = made.get(*file as usize).ok_or_else(lost)?;
+                descriptors::watch_as(epoll.as_fd(), file.as_fd(), target)?;
+            }
+        }
+        Ok(())
+    })
 }
 
 #[cfg(test)]

@@ -57,7 +57,7 @@ pub(super) fn create_all(
             Kind::Pipe(index) => pipes.end(*index, d.flags),
             Kind::EventFd { count, semaphore } => event_fd(*count, *semaphore),
             Kind::TimerFd(timer) => timer_fd(timer, place.elapsed),
-            Kind::Epoll(_) => {
+            Kind::Epoll(_) | Kind::EpollPast { .. } => {
                 sys(Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC), "epoll_create1", text).map(|e| e.0)
             }
             Kind::Object { id, offset } => object(place.held, *id, d.flags, *offset),

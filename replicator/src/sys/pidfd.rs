@@ -4,8 +4,9 @@ use super::error::{SysResult, check};
 use std::cmp::Ordering;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-/// KCMP_FILE of kcmp(2).
+/// KCMP_FILE and KCMP_EPOLL_TFD of kcmp(2).
 const KCMP_FILE: i32 = 0;
+const KCMP_EPOLL_TFD: i32 = 7;
 
 /// A handle of a process, close-on-exec.
 pub fn open(pid: i32) -> SysResult<OwnedFd> {
@@ -48,4 +49,16 @@ pub fn compare_files(pid_a: i32, fd_a: i32, pid_b: i32, fd_b: i32) -> SysResult<
         1 => Ordering::Less,
         _ => Ordering::Greater,
     })
+}
+
+/// Whether an epoll instance watches a file: both by the pid and number of a descriptor, the entry
+/// by the number that it was added under and its index among those with this number.
+pub fn is_watched(file: (i32, i32), epoll: (i32, i32), number: i32, nth: u32) -> SysResult<bool> {
+    // struct kcmp_epoll_slot of linux/kcmp.h.
+    let slot = [epoll.1 as u32, number as u32, nth];
+    let at = slot.as_ptr();
+    // SAFETY: the kernel reads the three words of `slot`.
+    let r = unsafe { libc::syscall(libc::SYS_kcmp, file.0, epoll.0, KCMP_EPOLL_TFD, file.1, at) };
+    let object = || format!("descriptor {number} in epoll {} of pid {}", epoll.1, epoll.0);
+    check(r, "kcmp(KCMP_EPOLL_TFD)", object).map(|r| r == 0)
 }

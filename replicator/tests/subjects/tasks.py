@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import traceback
+from select import EPOLLIN, epoll as Epoll
 
 libc = ctypes.CDLL(None, use_errno=True)
 KINDS = {}
@@ -1184,6 +1185,40 @@ def python_with_asyncio():
     before = [len(l) for l in lists]
     wait_for(lambda: all(len(l) > n + 5 for l, n in zip(lists, before)), "it goes on")
     equal(set(lists[2]), {b"line\n"})
+
+
+@kind
+def epoll_of_numbers_that_mean_something_else():
+    epoll, socks, pipe_ends = Epoll(), socket.socketpair(), os.pipe()
+    number = os.dup2(socks[0].fileno(), 200)
+    epoll.register(number, EPOLLIN)
+    os.dup2(pipe_ends[0], number)
+    epoll.register(number, EPOLLIN)
+    # A file that another process has, under a number that is free.
+    low, high = os.pipe()
+    os.dup2(low, 201)
+    epoll.register(201, EPOLLIN)
+    pid = os.fork()
+    if pid == 0:
+        os.close(201)
+        os.read(low, 1)
+        signal.pause()
+    os.close(201)
+    os.close(low)
+    yield
+    equal(epoll.poll(0), [], "at first")
+    socks[1].send(b"s")
+    equal(epoll.poll(60), [(200, EPOLLIN)], "what the number was")
+    os.write(pipe_ends[1], b"p")
+    equal(epoll.poll(60), [(200, EPOLLIN)] * 2, "what it was and what it is")
+    equal((socks[0].recv(9), os.read(200, 9)), (b"s", b"p"))
+    os.kill(pid, signal.SIGSTOP)
+    os.waitpid(pid, os.WUNTRACED)
+    os.write(high, b"x")
+    equal(epoll.poll(60), [(201, EPOLLIN)], "what only a child has")
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    equal(epoll.poll(0), [], "it has gone with the child")
 
 
 # The first process
