@@ -2,7 +2,7 @@
 //! it (CP-3). Each is a Python program that makes one such thing; needs root and Python 3.
 
 use replicator::Epoch;
-use replicator::capture::{CaptureError, Capturer, NoBoundary, Refusal};
+use replicator::capture::{CaptureError, Capturer, NoBoundary, Refusal, warm_up};
 use replicator::image::State;
 use replicator::image::pages::PageSet;
 use replicator::sys::pty;
@@ -137,6 +137,41 @@ fn terminal_whose_other_end_is_outside() {
     let index = pty::index(master.as_fd()).expect("a number");
     let script = format!("fd = os.open('/dev/pts/{index}', os.O_RDWR | os.O_NOCTTY)");
     refused("terminal_whose_other_end_is_outside", &script, "descriptor", "other end is outside");
+}
+
+#[test]
+fn semaphores_that_are_to_be_undone_are_told_of() {
+    // Not refused: the values are carried over, and most programs only guard against a crash.
+    let script = |flags| {
+        format!(
+            "
+call(272, 0x8000000)
+semaphores = call(64, 0, 2, 0o1600)
+call(65, semaphores, ctypes.create_string_buffer(struct.pack('HhH', 1, 3, {flags})), 1)
+print('ready', flush=True)
+# Its pipes end at us, who are outside of the tree.
+null = os.open('/dev/null', os.O_RDWR)
+for number in range(3):
+    os.dup2(null, number)
+while True:
+    call(34)"
+        )
+    };
+    for (flags, is_told) in [(0, false), (0x1000, true)] {
+        let name = "semaphores_that_are_to_be_undone";
+        let Some(child) = start(name, &script(flags)) else { return };
+        let pid = child.0.id() as i32;
+        let last = format!("/proc/{pid}/fd/2");
+        while !std::fs::read_link(&last).is_ok_and(|to| to.ends_with("null")) {
+            assert!(std::path::Path::new(&last).exists(), "it has ended");
+        }
+        let held = Capturer::adopt_gently(pid, UnixDiag::open().expect("diag"));
+        let held = held.and_then(Capturer::hold).expect("captured");
+        let told = held.notes.iter().any(|note| note.contains("SEM_UNDO"));
+        assert_eq!(held.state.semaphores[0].values, [0, 3]);
+        held.release().expect("let go");
+        assert!(told == is_told || !warm_up(), "flags {flags:#x}: {told}");
+    }
 }
 
 macro_rules! refusals {

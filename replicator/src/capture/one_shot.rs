@@ -97,6 +97,12 @@ impl Capturer {
         let state = self.capture(&mut times, &mut super::Lap(Instant::now()))?;
         let mut notes = outside::check(&self.pids(), &mut self.refusals)?;
         notes.extend(outside::terminals(&self.pids(), &state)?);
+        let undoes = self.processes.iter().filter(|(_, tracked)| tracked.threads.undoes());
+        notes.extend(undoes.map(|(pid, _)| {
+            format!(
+                "pid {pid} has semaphores to be undone when it ends (SEM_UNDO): a restore has not"
+            )
+        }));
         check_connections(&state)?;
         times.pages = self.pages.pages();
         times.stop_pages = times.pages;

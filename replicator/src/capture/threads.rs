@@ -92,6 +92,7 @@ pub(super) struct Threads {
     inner: Inner,
     group: Option<(i32, i32)>,
     unasked: usize,
+    undoes: bool,
 }
 
 impl Threads {
@@ -171,6 +172,13 @@ impl Threads {
                 cache.tid = inner_tid(tid)?;
             }
             let seen = self.glance.as_ref().and_then(|g| g.task(tid));
+            if !self.undoes
+                && let (Some(glance), Some(seen)) = (&self.glance, seen)
+                && glance.undoes(seen)
+            {
+                self.undoes = true;
+                tracing::warn!(tid, "what SEM_UNDO would undo when it ends is not carried over");
+            }
             let outside = cache.outside.take();
             let is_known = seen.is_some_and(|s| s.is_outside_as(&cache.seen_outside));
             cache.outside = Some(match outside {
@@ -190,6 +198,11 @@ impl Threads {
         }
         self.caches.retain(|tid, _| tids.contains(tid));
         Ok((all, self.inner.clone()))
+    }
+
+    /// Whether one of them has made a semaphore change that is to be undone when it ends.
+    pub(super) fn undoes(&self) -> bool {
+        self.undoes
     }
 
     /// How many threads were not asked in the last capture.

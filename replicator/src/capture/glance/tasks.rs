@@ -34,6 +34,7 @@ const TASK: usize = 0;
 const CRED: usize = 1;
 const GROUP_INFO: usize = 2;
 const IO: usize = 3;
+const UNDO: usize = 4;
 const MM: usize = 0;
 const SIGNAL: usize = 1;
 const OF_PROCESS: usize = 2;
@@ -75,6 +76,8 @@ const THREAD: &[Wanted] = &[
     (TASK, "rt_priority", Use::Outside),
     (TASK, "cpus_mask", Use::Outside),
     (IO, "ioprio", Use::Outside),
+    (TASK, "sysvsem.undo_list", Use::Data),
+    (UNDO, "list_proc.next", Use::Data),
 ];
 const PENDING: usize = 0;
 const ROBUST: usize = 1;
@@ -82,6 +85,8 @@ const RSEQ: usize = 2;
 const RSEQ_LEN: usize = 3;
 const RSEQ_SIGNATURE: usize = 4;
 const GROUP_COUNT: usize = 19;
+const UNDO_LIST: usize = 33;
+const UNDO_FIRST: usize = 34;
 
 const PROCESS: &[Wanted] = &[
     (SIGNAL, "shared_pending.signal", Use::Data),
@@ -115,6 +120,8 @@ pub(super) struct Tasks {
     program: OwnedFd,
     thread: Layout,
     process: Layout,
+    /// Where the head of a list of semaphores to be undone lies in its structure.
+    undo_head: u64,
 }
 
 impl Tasks {
@@ -127,7 +134,8 @@ impl Tasks {
         let btf = Btf::of_kernel().map_err(failed)?;
         let (code, thread, process) = assemble(&btf).map_err(failed)?;
         let target = btf.function("bpf_iter_task").map_err(failed)?;
-        Ok(Self { program: bpf::load_iterator(&code, target)?, thread, process })
+        let undo_head = offset(&btf, "sem_undo_list", "list_proc").map_err(failed)? as u64;
+        Ok(Self { program: bpf::load_iterator(&code, target)?, thread, process, undo_head })
     }
 }
 
@@ -143,7 +151,8 @@ fn assemble(btf: &Btf) -> io::Result<(Vec<u8>, Layout, Layout)> {
     let structures = |names: &[&str]| -> io::Result<Vec<u32>> {
         names.iter().map(|name| btf.structure(name)).collect()
     };
-    let of_thread = structures(&["task_struct", "cred", "group_info", "io_context"])?;
+    let of_thread = ["task_struct", "cred", "group_info", "io_context", "sem_undo_list"];
+    let of_thread = structures(&of_thread)?;
     let thread = Layout::new(btf, &of_thread, THREAD)?;
     let of_process = ["mm_struct", "signal_struct", "task_struct", "fs_struct", "dentry", "dentry"];
     let process = Layout::new(btf, &structures(&of_process)?, PROCESS)?;
@@ -178,6 +187,8 @@ fn assemble(btf: &Btf) -> io::Result<(Vec<u8>, Layout, Layout)> {
     thread.copy(&mut a, GROUP_INFO, 9, record);
     a.load(Double, 2, 8, task("io_context")?);
     thread.copy(&mut a, IO, 2, record);
+    a.load(Double, 2, 8, task("sysvsem.undo_list")?);
+    thread.copy(&mut a, UNDO, 2, record);
     a.place(1, -(GROUPS as i16));
     a.set(2, GROUPS as i32);
     a.mov(3, 9);
@@ -295,6 +306,13 @@ impl TaskGlance {
         let layout = &self.known.thread;
         let record = self.bytes.get(at..at.checked_add(layout.len() + GROUPS)?)?;
         Some(Task { layout, record })
+    }
+
+    /// Whether a System V semaphore is to be undone when a thread ends (SEM_UNDO of semop(2)), or was
+    /// and its set is there still.
+    pub(in crate::capture) fn undoes(&self, thread: Task<'_>) -> bool {
+        let [list, first] = [UNDO_LIST, UNDO_FIRST].map(|f| thread.layout.get(thread.record, f));
+        list != 0 && first != list + self.known.undo_head
     }
 
     fn of_process(&self) -> Option<&[u8]> {
