@@ -48,8 +48,8 @@ pub(super) const DEPTH: usize = 4;
 /// Bounds of the input log at the backup.
 const LOG_BYTES: usize = 64 << 20;
 const LOG_FRAMES: usize = 1 << 17;
-/// Ahead of ordinary work.
-const NICE: i32 = -10;
+/// As ordinary work: nobody waits for it before a failover, and then it is real-time.
+const NICE: i32 = 0;
 /// How much the spare's clocks are set ahead: at least what a hello takes, so that no clock of the
 /// container steps back at a failover.
 const CLOCK_MARGIN: Duration = Duration::from_millis(5);

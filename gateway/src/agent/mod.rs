@@ -50,10 +50,11 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, mpsc};
 use worker::{Duty, Place, Seen};
 
-/// Threads of the runtime that carries checkpoints and heartbeats, and their real-time priority:
-/// clients wait for what they carry, and a late heartbeat looks like a dead host.
+/// Threads of the runtime that carries checkpoints and heartbeats, and their nice value: clients
+/// wait for what they carry, but real-time ones would be woken by each frame of the input log and
+/// take the processor from those very clients.
 const WORKERS: usize = 2;
-const WORKER_PRIORITY: i32 = 5;
+const NICE: i32 = -10;
 /// Tasks that a busy worker runs before it looks for timers and datagrams again. One task may work
 /// for a millisecond (decoding, encryption): with many of them in a row heartbeats would be late.
 const EVENT_INTERVAL: u32 = 4;
@@ -103,7 +104,7 @@ pub fn run(options: AgentOptions) -> Result<()> {
         .event_interval(EVENT_INTERVAL)
         .enable_all()
         .on_thread_start(|| {
-            if let Err(error) = sched::set_fifo(WORKER_PRIORITY) {
+            if let Err(error) = sched::set_ordinary().and_then(|()| sched::set_nice(NICE)) {
                 tracing::debug!(%error, "the runtime runs at ordinary priority");
             }
         })

@@ -15,6 +15,11 @@
 //! hurry: the longest epoch ends one only if enough was done for it to be worth repeating after a
 //! failover, so that an idle container has no epochs at all.
 //!
+//! What our own threads do for an epoch takes processors from clients and from others as well, and
+//! takes about as much for one answer as for fifty. So while some of those who were answered lately
+//! do not wait, or output goes on and on, an epoch is long enough for its work to be at most a set
+//! part of a processor. That few who wait get their answers at once, and many share an epoch.
+//!
 //! All times are on one clock of the caller's.
 
 use std::time::Duration;
@@ -30,6 +35,12 @@ const GLANCE: Duration = Duration::from_micros(500);
 /// The part of the longest epoch that the container must have computed for an epoch without
 /// output.
 const WORTH: u32 = 20;
+
+/// The work of an epoch in units of what the stop thread and the shipper do of it: the transport,
+/// and the backup, take about as much again.
+const PEERS: u32 = 2;
+/// The part of a processor that this work may take while more clients may ask.
+const WORK_SHARE: f64 = 0.5;
 
 /// How often to stop.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -62,6 +73,8 @@ pub(super) struct Look {
     pub(super) settled: bool,
     /// Frames of output that wait for the stop.
     pub(super) output: usize,
+    /// Nobody else is about to ask: all clients that were answered lately wait.
+    pub(super) all_wait: bool,
     /// Processor time that the container has used so far, in all.
     pub(super) used: Duration,
 }
@@ -85,6 +98,8 @@ pub(super) struct Pacer {
     last: (Duration, Duration),
     /// What a stop costs, on average.
     cost: Duration,
+    /// Processor time that epochs have taken so far, and what one takes, on average.
+    work: (Duration, Duration),
     /// Output that waits: since when, frames at the last change, and when that was.
     waiting: Option<(Duration, usize, Duration)>,
 }
@@ -92,17 +107,25 @@ pub(super) struct Pacer {
 impl Pacer {
     /// A pacer whose container has just been stopped, in a way.
     pub(super) fn new(rates: Rates, now: Duration) -> Self {
-        Self { rates, last: (now, Duration::ZERO), cost: Duration::ZERO, waiting: None }
+        Self {
+            rates,
+            last: (now, Duration::ZERO),
+            cost: Duration::ZERO,
+            work: Default::default(),
+            waiting: None,
+        }
     }
 
     /// The container has been stopped for `stop` and goes on; `pages` were written in the epoch.
     pub(super) fn stopped(&mut self, now: Duration, used: Duration, stop: Duration, pages: usize) {
-        let cost = stop + FAULT * pages as u32;
-        self.cost = match self.cost {
-            Duration::ZERO => cost,
-            before => before - before / MEMORY + cost / MEMORY,
-        };
+        self.cost = average(self.cost, stop + FAULT * pages as u32);
         (self.last, self.waiting) = ((now, used), None);
+    }
+
+    /// The threads that make checkpoints have used so much processor time so far, in all.
+    pub(super) fn worked(&mut self, total: Duration) {
+        let (before, work) = self.work;
+        self.work = (total, average(work, (total - before) * PEERS));
     }
 
     /// A stop was taken back; the next is tried after `pause`, whatever it costs.
@@ -146,7 +169,10 @@ impl Pacer {
         if quiet < gather && look.now - begun < gather * GATHERINGS {
             return Next::After((gather - quiet).min(max - since));
         }
-        let short = self.short_of_budget(since, busy);
+        let mut short = self.short_of_budget(since, busy);
+        if !look.all_wait || quiet < gather {
+            short = short.max(self.short_of_work(since));
+        }
         if short.is_zero() { Next::Stop } else { Next::After(short.min(GLANCE).min(max - since)) }
     }
 
@@ -157,6 +183,22 @@ impl Pacer {
         }
         let slept = since.saturating_sub(busy);
         self.cost.saturating_sub(slept + since.mul_f64(self.rates.share))
+    }
+
+    /// How long it takes until the epoch's work is no more than its share of the time.
+    fn short_of_work(&self, since: Duration) -> Duration {
+        if self.rates.share <= 0.0 {
+            return Duration::ZERO;
+        }
+        self.work.1.mul_f64(1.0 / WORK_SHARE).saturating_sub(since)
+    }
+}
+
+/// An average in which the newest value has its weight.
+fn average(before: Duration, newest: Duration) -> Duration {
+    match before {
+        Duration::ZERO => newest,
+        before => before - before / MEMORY + newest / MEMORY,
     }
 }
 
@@ -178,10 +220,21 @@ mod tests {
         output: impl Fn(Duration) -> usize,
         used: impl Fn(Duration) -> Duration,
     ) -> Duration {
+        run_with(pacer, from, output, used, true)
+    }
+
+    /// As [`run`]; `all_wait` says whether nobody else may ask.
+    fn run_with(
+        pacer: &mut Pacer,
+        from: Duration,
+        output: impl Fn(Duration) -> usize,
+        used: impl Fn(Duration) -> Duration,
+        all_wait: bool,
+    ) -> Duration {
         let mut now = from;
         for _ in 0..10_000 {
             let (output, used) = (output(now), used(now));
-            let look = Look { now, output, used, settled: true, awaited: false };
+            let look = Look { now, output, used, settled: true, awaited: false, all_wait };
             now += match pacer.look(look) {
                 Next::Stop => return now,
                 Next::After(pause) => pause.max(us(1)),
@@ -223,6 +276,48 @@ mod tests {
         let frames = |now: Duration| now.as_micros() as usize;
         let at = run(&mut pacer(us(10)), us(0), frames, |_| us(0));
         assert!((us(1200)..us(1500)).contains(&at), "{at:?}");
+    }
+
+    /// Epochs of a container that sleeps, each of which takes `work`; gives the end of the last.
+    fn epochs(p: &mut Pacer, from: Duration, n: u32, work: Duration, all_wait: bool) -> Duration {
+        let mut total = p.work.0;
+        (0..n).fold(from, |from, _| {
+            let at = run_with(p, from, |_| 1, |_| us(0), all_wait);
+            total += work / PEERS;
+            p.stopped(at, us(0), us(300), 0);
+            p.worked(total);
+            at
+        })
+    }
+
+    #[test]
+    fn while_others_may_ask_the_work_has_its_share_and_no_more() {
+        let mut p = pacer(us(300));
+        let begin = epochs(&mut p, us(0), 1, us(2000), false);
+        let end = epochs(&mut p, begin, 50, us(2000), false);
+        let share = us(2000 * 50).as_secs_f64() / (end - begin).as_secs_f64();
+        assert!((WORK_SHARE * 0.9..=WORK_SHARE).contains(&share), "{share}");
+    }
+
+    #[test]
+    fn epochs_are_short_again_as_soon_as_all_wait_or_the_work_gets_less() {
+        let mut p = pacer(us(300));
+        let busy = epochs(&mut p, us(0), 20, us(2000), false);
+        let end = epochs(&mut p, busy, 1, us(2000), true);
+        assert!(end - busy < us(700), "{:?}: nobody else may ask", end - busy);
+        let cheaper = epochs(&mut p, end, 12, us(200), false);
+        let last = epochs(&mut p, cheaper, 1, us(200), false) - cheaper;
+        assert!(last < us(1200), "{last:?}: twelve epochs later");
+    }
+
+    #[test]
+    fn output_that_goes_on_is_more_to_come_though_all_wait() {
+        let mut p = pacer(us(300));
+        epochs(&mut p, us(0), 20, us(2000), true);
+        let from = p.last.0;
+        let frames = |now: Duration| now.as_micros() as usize;
+        let at = run(&mut p, from, frames, |_| us(0)) - from;
+        assert!((us(3900)..us(4600)).contains(&at), "{at:?}");
     }
 
     #[test]

@@ -93,6 +93,8 @@ pub(super) struct Shell {
     /// The control of an experiment: output never waits.
     control: bool,
     unsent: AtomicUsize,
+    /// Processor time that the shipper has used, in nanoseconds.
+    shipping: AtomicU64,
     progress: AtomicU64,
     end: AtomicBool,
     /// The operator wants the backup to take over.
@@ -149,6 +151,7 @@ impl Shell {
             output_protected: AtomicBool::new(false),
             control,
             unsent: AtomicUsize::new(0),
+            shipping: AtomicU64::new(0),
             progress: AtomicU64::new(0),
             end: AtomicBool::new(false),
             handing_over: AtomicBool::new(false),
@@ -576,8 +579,14 @@ impl Shell {
         lock(&self.records).insert(taken.epoch.0, (record, sealed));
     }
 
-    /// A checkpoint has left the shipper, sent or dropped.
-    pub(super) fn shipped(&self) {
+    /// Processor time that the shipper has used so far.
+    pub(super) fn shipping(&self) -> Duration {
+        Duration::from_nanos(self.shipping.load(Ordering::Relaxed))
+    }
+
+    /// A checkpoint has left the shipper, sent or dropped; it has used `time` so far, in all.
+    pub(super) fn shipped(&self, time: Duration) {
+        self.shipping.store(time.as_nanos() as u64, Ordering::Relaxed);
         self.unsent.fetch_sub(1, Ordering::AcqRel);
         self.wake_up();
     }

@@ -6,6 +6,7 @@
 
 use super::primary::Shell;
 use super::stop::Taken;
+use bytes::Bytes;
 use replicator::protocol::LinkId;
 use replicator::protocol::primary::Input;
 use replicator::sys::sched;
@@ -15,10 +16,13 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender};
 
 /// Ahead of ordinary work, behind everything that is real-time.
-const NICE: i32 = -15;
+const NICE: i32 = -10;
 
-/// Real-time priority of the last checkpoint before a switchover: that of the runtime, which sends it.
+/// Real-time priority of the last checkpoint before a switchover.
 const PRIORITY: i32 = 5;
+
+/// Bytes that leave together.
+const BATCH: usize = 64 << 10;
 
 /// Why a checkpoint did not leave.
 #[derive(Debug, thiserror::Error)]
@@ -54,10 +58,29 @@ pub(super) fn run(shell: Arc<Shell>, taken: Receiver<Taken>, buffers: SyncSender
         // The stop thread holds the other end as long as it runs. It is woken when it can have
         // the buffers.
         let _ = buffers.send(taken);
-        shell.shipped();
+        shell.shipped(sched::thread_time());
         if hurry && let Err(error) = sched::set_ordinary() {
             tracing::debug!(%error, "real-time for good");
         }
+    }
+}
+
+/// Frames that leave together: each hand-over wakes the runtime.
+#[derive(Default)]
+struct Batch {
+    frames: Vec<Bytes>,
+    bytes: usize,
+}
+
+impl Batch {
+    /// Adds a frame; gives those that are to leave now.
+    fn add(&mut self, frame: Bytes) -> Option<Vec<Bytes>> {
+        self.bytes += frame.len();
+        self.frames.push(frame);
+        (self.bytes >= BATCH).then(|| {
+            self.bytes = 0;
+            std::mem::take(&mut self.frames)
+        })
     }
 }
 
@@ -75,9 +98,10 @@ fn ship(
         _ => return Err(ShipError::Stale),
     };
     let mut sent = Ok(());
+    let mut batch = Batch::default();
     let mut send = |frame| {
-        if sent.is_ok() {
-            sent = link.send(frame);
+        if let (Ok(()), Some(full)) = (&sent, batch.add(frame)) {
+            sent = link.send_all(full);
         }
     };
     send(builder.begin_as(taken.generation, taken.epoch, taken.full, taken.provisional));
@@ -89,6 +113,7 @@ fn ship(
     if !shell.sent(taken, finished.digest) {
         return Err(ShipError::Stale);
     }
-    link.send(finished.end)?;
+    batch.frames.push(finished.end);
+    link.send_all(batch.frames)?;
     Ok(())
 }

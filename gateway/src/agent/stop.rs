@@ -35,7 +35,7 @@ use std::time::{Duration, Instant};
 /// Real-time priority in a stop; the gate's threads run below it.
 pub(super) const PRIORITY: i32 = 20;
 /// Nice value between stops.
-const NICE: i32 = -20;
+const NICE: i32 = -10;
 /// How long a stop that was taken back waits before it is tried again.
 const RETRY: Duration = Duration::from_millis(1);
 /// For how long stops may be taken back in a row before protection is given up.
@@ -253,6 +253,7 @@ impl StopLoop {
                 awaited: self.shell.full_is_due(),
                 settled: self.shell.is_settled() && !self.capturer.keeps_connections(),
                 output: self.gate.open_frames(),
+                all_wait: self.gate.waiting().all(),
                 used: self.capturer.cpu_time(),
             })
         };
@@ -354,6 +355,9 @@ impl StopLoop {
         // A full copy says nothing about the next epoch.
         let (stop, pages) = (taken.times.total, if full { 0 } else { taken.times.pages });
         self.pacer.stopped(now, self.capturer.cpu_time(), stop, pages);
+        if !full {
+            self.pacer.worked(sched::thread_time() + self.shell.shipping());
+        }
         self.epoch = self.epoch.next();
         self.shell.taken();
         if self.to_ship.send(taken).is_err() {

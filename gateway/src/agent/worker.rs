@@ -569,11 +569,12 @@ fn pump_while(busy: impl Fn() -> bool, capturer: &mut Capturer, signals: &Signal
     Ok(())
 }
 
-/// The set-up of the gate's threads: real-time, below the stop thread.
+/// The set-up of the gate's threads: ahead of ordinary work. Real-time ones would be woken by every
+/// single frame of a client on the same processor, and take it from the client.
 pub(super) fn gate_threads() -> ThreadSetup {
-    const PRIORITY: i32 = 10;
+    const NICE: i32 = -10;
     Arc::new(|which| {
-        if let Err(error) = sched::set_fifo(PRIORITY) {
+        if let Err(error) = sched::set_ordinary().and_then(|()| sched::set_nice(NICE)) {
             tracing::debug!(?which, %error, "a thread of the gate runs at ordinary priority");
         }
     })

@@ -60,6 +60,12 @@ pub fn set_nice(nice: i32) -> SysResult<()> {
     check(r.into(), "setpriority", || format!("this thread to {nice}")).map(drop)
 }
 
+/// Processor time that the calling thread has used so far, clock_gettime(2).
+pub fn thread_time() -> std::time::Duration {
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_THREAD_CPUTIME_ID)
+        .map_or(std::time::Duration::ZERO, std::time::Duration::from)
+}
+
 /// IOPRIO_WHO_PROCESS of ioprio_set(2): one thread.
 const ONE_THREAD: i32 = 1;
 

@@ -174,6 +174,7 @@ pub struct PrimaryConfig {
 
 enum Out {
     Frame(Bytes),
+    Frames(Vec<Bytes>),
     Last(Bytes, oneshot::Sender<()>),
 }
 
@@ -258,6 +259,11 @@ impl PrimaryLink {
     /// Hands over a frame of a checkpoint; blocks while [`FRAMES`] wait. Not for async code.
     pub fn send(&self, frame: Bytes) -> Result<(), Closed> {
         self.frames.blocking_send(Out::Frame(frame)).map_err(|_| Closed)
+    }
+
+    /// As [`PrimaryLink::send`], for several frames that count as one and leave together.
+    pub fn send_all(&self, frames: Vec<Bytes>) -> Result<(), Closed> {
+        self.frames.blocking_send(Out::Frames(frames)).map_err(|_| Closed)
     }
 
     /// As [`PrimaryLink::send`], for async code.
@@ -414,11 +420,12 @@ impl FrameReader {
 
 async fn write_frames(mut stream: SendStream, mut frames: mpsc::Receiver<Out>) {
     while let Some(out) = frames.recv().await {
-        let (frame, last) = match out {
-            Out::Frame(frame) => (frame, None),
-            Out::Last(frame, done) => (frame, Some(done)),
+        let (mut frames, last) = match out {
+            Out::Frame(frame) => (vec![frame], None),
+            Out::Frames(frames) => (frames, None),
+            Out::Last(frame, done) => (vec![frame], Some(done)),
         };
-        if stream.write_chunk(frame).await.is_err() {
+        if stream.write_all_chunks(&mut frames).await.is_err() {
             return;
         }
         if let Some(done) = last {
@@ -433,10 +440,12 @@ async fn write_frames(mut stream: SendStream, mut frames: mpsc::Receiver<Out>) {
 }
 
 async fn write_inputs(mut stream: SendStream, mut inputs: mpsc::Receiver<Bytes>) {
-    while let Some(frame) = inputs.recv().await {
-        if stream.write_chunk(frame).await.is_err() {
+    let mut frames = Vec::new();
+    while inputs.recv_many(&mut frames, INPUTS).await > 0 {
+        if stream.write_all_chunks(&mut frames).await.is_err() {
             return;
         }
+        frames.clear();
     }
     let _ = stream.finish();
 }

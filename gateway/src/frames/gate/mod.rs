@@ -15,9 +15,9 @@
 //!
 //! Order: writer before outbound, inbound before outbound; no one takes inbound and writer. So, once protection
 //! has started, the stop thread waits for one frame of each data thread at most, never for a release. That holds
-//! while those threads run: on a busy machine give them a real-time priority in
+//! while those threads run: on a busy machine put them ahead of ordinary work in
 //! [`GateConfig::thread_setup`], or one that is preempted in the middle of a frame makes a stop
-//! last a scheduler tick. The releasing thread needs the same while it moves buffers.
+//! last some scheduler ticks. The releasing thread needs the same while it moves buffers.
 //!
 //! # States
 //! ```text
@@ -31,11 +31,13 @@
 
 mod backlog;
 mod counters;
+mod flows;
 mod pump;
 mod track;
 
 pub use backlog::BacklogBounds;
 pub use counters::GateCounters;
+pub use flows::Waiting;
 
 use super::commit::{Bounds, CommitCore, CommitError, Output, SealedOutput, Unprotected};
 use super::input_log::LogWriter;
@@ -45,6 +47,7 @@ use super::urgent::{UrgentGuard, UrgentLock};
 use super::{MAX_FRAME, Mac};
 use backlog::Backlog;
 use counters::Totals;
+use flows::Flows;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -142,6 +145,7 @@ enum OutputState {
 struct Outbound {
     core: CommitCore,
     output: OutputState,
+    flows: Flows,
     /// The notifier is readable.
     notified: bool,
 }
@@ -233,6 +237,7 @@ impl Gate {
             outbound: UrgentLock::new(Outbound {
                 core: CommitCore::new(config.bounds),
                 output: OutputState::Discard,
+                flows: Flows::default(),
                 notified: false,
             }),
             writer: Mutex::new(()),
@@ -308,6 +313,7 @@ impl Gate {
         shared.drain(&mut out)?;
         shared.young.collect(out.core.frames_of_open_epoch());
         let sealed = out.core.seal(epoch)?;
+        out.flows.sealed();
         shared.publish(&mut out);
         Ok(sealed)
     }
@@ -352,6 +358,11 @@ impl Gate {
     /// nothing more to send.
     pub fn open_frames(&self) -> usize {
         self.shared.outbound.lock_urgent().core.open_frames()
+    }
+
+    /// Clients for whom output waits in the open epoch, and how many more may be about to ask.
+    pub fn waiting(&self) -> Waiting {
+        self.shared.outbound.lock_urgent().flows.waiting(Instant::now())
     }
 
     /// Becomes readable when the open epoch has its first frame, and stops being so when the

@@ -121,6 +121,7 @@ impl Shared {
             self.young.outbound(frame);
             if protected {
                 self.young.held(frame);
+                out.flows.held(frame);
             }
             if out.core.pushed(n) == Pushed::First {
                 self.notify(out, true);
