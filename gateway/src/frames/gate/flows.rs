@@ -40,17 +40,24 @@ pub(super) struct Flows {
     /// The open epoch.
     open: u64,
     now: usize,
-    /// The first epoch that is not long ago, and epochs with the time of their begin, oldest first.
+    /// When those who are not expected any more were looked for last.
     swept: Option<Instant>,
+    /// Which epoch was open when, oldest first: at most one for each look that is not long ago.
     marks: Vec<(Instant, u64)>,
 }
 
 impl Flows {
     /// A frame of the container is held in the open epoch.
     pub(super) fn held(&mut self, frame: &[u8]) {
-        let Some(view) = wire::view_tcp(frame).filter(|v| !v.tcp.payload().is_empty()) else {
+        let Some(view) = wire::view_tcp(frame) else { return };
+        if view.tcp.fin() || view.tcp.rst() {
+            let last = self.clients.remove(&view.to);
+            self.now -= usize::from(last == Some(self.open));
             return;
-        };
+        }
+        if view.tcp.payload().is_empty() {
+            return;
+        }
         let full = self.clients.len() >= MAX;
         match self.clients.get_mut(&view.to) {
             Some(last) => {
@@ -95,10 +102,14 @@ mod tests {
     use smoltcp::wire::{TcpControl, TcpRepr, TcpSeqNumber};
 
     fn answer(port: u16, payload: &[u8]) -> Vec<u8> {
+        segment(port, payload, TcpControl::None)
+    }
+
+    fn segment(port: u16, payload: &[u8], control: TcpControl) -> Vec<u8> {
         let repr = TcpRepr {
             src_port: 6379,
             dst_port: port,
-            control: TcpControl::None,
+            control,
             seq_number: TcpSeqNumber(1),
             ack_number: Some(TcpSeqNumber(1)),
             window_len: 1000,
@@ -138,6 +149,19 @@ mod tests {
         }
         assert_eq!(flows.waiting(now), Waiting { now: 1, lately: 1 }, "the others have gone");
         assert!(flows.marks.len() < 10, "few are kept");
+    }
+
+    #[test]
+    fn who_has_been_told_goodbye_is_not_waited_for() {
+        let (mut flows, now) = (Flows::default(), Instant::now());
+        flows.held(&answer(1, b"x"));
+        flows.held(&answer(2, b"x"));
+        flows.held(&segment(2, b"x", TcpControl::Fin));
+        assert_eq!(flows.waiting(now), Waiting { now: 1, lately: 1 });
+        flows.sealed();
+        flows.held(&segment(1, b"", TcpControl::Rst));
+        flows.held(&segment(1, b"", TcpControl::Rst));
+        assert_eq!(flows.waiting(now), Waiting::default());
     }
 
     #[test]
