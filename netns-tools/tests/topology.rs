@@ -106,6 +106,43 @@ fn quantities_of_the_wrong_kind() {
 }
 
 #[test]
+fn volumes() {
+    let with = |text: &str| format!("uplink: lan\n    volumes:\n{text}");
+    let refused = |text: &str, message: &str| refused("uplink: lan", &with(text), message);
+    let good = GOOD.replacen(
+        "uplink: lan",
+        &with(
+            "      - { path: /var/lib/redis, kind: replicated, fsync: local, durable: true }\n      \
+             - { path: /var/tmp, kind: ephemeral }\n      - { path: /srv/nfs, kind: shared }",
+        ),
+        1,
+    );
+    let lab = Topology::parse("lab.topo.yml", &good).expect("good");
+    assert_eq!(lab.containers["redis"].volumes[0].directory_name(), "var-lib-redis");
+    assert_eq!(lab.containers["redis"].volume_directory, "/var/lib/nilicon");
+    let error = refused("      - { path: /a, kind: replicated, ^fsyncs: local }", "no key `fsyncs`");
+    assert_eq!(error.problems()[0].help.as_deref(), Some("did you mean `fsync`?"));
+    refused("      - { path: /a, kind: ^drbd }", "`drbd` is not known here");
+    refused("      - { path: ^a/b, kind: shared }", "is no path of a directory");
+    refused("      - { path: ^/a/../b, kind: shared }", "is no path of a directory");
+    refused("      - { path: ^/, kind: shared }", "is no path of a directory");
+    refused("      - { path: ^/dev/shm, kind: ephemeral }", "and /dev would hide each other");
+    refused(
+        "      - { path: /a/b, kind: replicated }\n      - { path: ^/a, kind: shared }",
+        "`/a` and the volume `/a/b` would hide each other",
+    );
+    let error = refused("      - { path: /a, kind: ^read-only }", "are not compared");
+    assert!(error.problems()[0].help.as_deref().is_some_and(|h| h.contains("`shared`")));
+    let error = refused(
+        "      - { path: /a, kind: replicated, fsync: ^commit }",
+        "`fsync: commit` is not there yet",
+    );
+    assert!(error.problems()[0].help.as_deref().is_some_and(|h| h.contains("`local`")));
+    refused("      - { path: /a, kind: shared, durable: ^true }", "only volumes of kind");
+    refused("      - { path: /a, kind: ephemeral, start: ^empty }", "only volumes of kind");
+}
+
+#[test]
 fn names() {
     refused("name: lab", "name: ^Lab_1", "`Lab_1` cannot name the lab");
     let long = "name: ^a-name-of-more-than-20";

@@ -16,6 +16,7 @@ use super::model::{
 };
 use super::names::{Cidr, Endpoint};
 use super::spans::Spans;
+use super::volumes::{self, VolumeKind};
 
 /// Longest name of a lab, node or container: `nilicon-LAB-NODE` and the names derived from it
 /// stay short enough to read in a table.
@@ -240,7 +241,35 @@ impl Check<'_> {
                 let message = format!("the MAC address {mac} is already used in line {line}");
                 self.at_value(&format!("{path}/mac"), message, None);
             }
+            self.volumes(&path, container);
             self.home(&path, name, container);
+        }
+    }
+
+    fn volumes(&mut self, path: &str, container: &Container) {
+        if !volumes::is_plain(&container.volume_directory) {
+            let message = "the directory for volumes must be an absolute path without `.` or `..`";
+            self.at_value(&format!("{path}/volume-directory"), message, None);
+        }
+        for (number, volume) in container.volumes.iter().enumerate() {
+            let path = format!("{path}/volumes/{number}");
+            for (key, message, help) in volumes::faults(volume) {
+                self.at_value(&format!("{path}/{key}"), message, help);
+            }
+            let mut others = container.volumes[..number].iter();
+            if let Some(first) = others.find(|v| volumes::overlap(&v.path, &volume.path)) {
+                let message = format!(
+                    "`{}` and the volume `{}` would hide each other; each file is of one volume",
+                    volume.path, first.path
+                );
+                self.at_value(&format!("{path}/path"), message, None);
+            }
+            let is_ours = matches!(volume.kind, VolumeKind::Replicated | VolumeKind::Ephemeral);
+            if container.device == Device::Veth && is_ours {
+                let message = "a container with a plain veth has nothing of ours, volumes neither";
+                let help = "leave out its `device`, or the volume";
+                self.at_value(&format!("{path}/kind"), message, Some(help.into()));
+            }
         }
     }
 

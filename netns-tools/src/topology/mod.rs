@@ -12,6 +12,7 @@ mod model;
 mod names;
 mod spans;
 mod units;
+mod volumes;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -26,6 +27,7 @@ pub use model::{
 };
 pub use names::{Cidr, Endpoint, Mac, Target};
 pub use units::{BadValue, BitRate, Period, Ratio, Size, SizeRange};
+pub use volumes::{FsyncRule, Volume, VolumeKind, VolumeStart};
 
 impl Topology {
     /// Reads and checks a topology file. Relative working directories are counted from where it

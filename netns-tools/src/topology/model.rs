@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::names::{Cidr, Endpoint, Mac, Target};
 use super::units::{BitRate, Period, Ratio, Size, SizeRange};
+use super::volumes::Volume;
 
 /// A lab: machines and switches, the links between them, the containers that run there, who
 /// protects them, the load, and the faults.
@@ -164,6 +165,13 @@ pub struct Container {
     /// What joins it to the network.
     #[serde(default, skip_serializing_if = "Device::is_gateway")]
     pub device: Device,
+    /// Directories whose files go with it, or are seen by both of its hosts.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub volumes: Vec<Volume>,
+    /// Where its hosts keep the files of its replicated volumes: each in
+    /// `DIRECTORY/LAB/HOST/CONTAINER`.
+    #[serde(default = "defaults::volume_directory")]
+    pub volume_directory: String,
 }
 
 /// What joins a container to the network.
@@ -490,6 +498,9 @@ mod defaults {
     }
     pub(super) fn workdir() -> String {
         "/".to_owned()
+    }
+    pub(super) fn volume_directory() -> String {
+        "/var/lib/nilicon".to_owned()
     }
     pub(super) fn ready_timeout() -> Period {
         Period::ms(10_000)

@@ -1,0 +1,176 @@
+//! Directories of a container whose files go with it: what a topology says of them, and the rules.
+//! The comments of the types are also the descriptions in the JSON schema.
+//!
+//! Invariant: no two volumes of a container overlap, so that each file has one owner; and a kind or
+//! an option that has no effect yet is refused by name, never taken silently.
+
+use std::path::{Component, Path};
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// Where files would hide what a container needs of the system, or of us.
+const TAKEN: [&str; 5] = ["/proc", "/sys", "/dev", "/run/nilicon", "/var/lib/nilicon"];
+
+/// A directory of a container, and what becomes of its files at a failover.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Volume {
+    /// The directory as the container sees it. It is made if it is not there.
+    pub path: String,
+    /// What becomes of its files.
+    pub kind: VolumeKind,
+    /// When fsync(2) answers; only of `replicated`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fsync: Option<FsyncRule>,
+    /// Whether what is committed outlives a loss of power of the backup as well; only of
+    /// `replicated`. If one of a container's volumes is durable, all are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub durable: Option<bool>,
+    /// What is in it when the container begins (not when it goes on elsewhere); only of
+    /// `replicated`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start: Option<VolumeStart>,
+}
+
+/// What becomes of the files of a volume at a failover.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum VolumeKind {
+    /// They are part of each checkpoint: at the backup they are those of the committed epoch.
+    Replicated,
+    /// A tmpfs of the container's own: its files are part of each checkpoint as memory is, and
+    /// end with the container.
+    Ephemeral,
+    /// Both hosts see the same storage at this path. Nothing is mounted and nothing is carried:
+    /// it is the user's word that it is so.
+    Shared,
+    /// Files that nobody changes, and that are the same on both hosts.
+    ReadOnly,
+}
+
+/// When fsync(2) in a replicated volume answers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum FsyncRule {
+    /// When the files are on the disk of the host where the container runs. What clients are told
+    /// waits for the backup anyway.
+    #[default]
+    Local,
+    /// When the epoch that they are of is at the backup.
+    Commit,
+}
+
+/// What is in a volume when its container begins.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum VolumeStart {
+    /// What was in it when the container last ran.
+    #[default]
+    Kept,
+    /// Nothing.
+    Empty,
+}
+
+impl Volume {
+    /// The name of its directory on a host: its path, with `-` for `/`. Two paths never have the
+    /// same.
+    pub fn directory_name(&self) -> String {
+        let mut name = String::new();
+        for c in self.path.trim_start_matches('/').chars() {
+            match c {
+                '/' => name.push('-'),
+                '-' => name.push_str("%2d"),
+                '%' => name.push_str("%25"),
+                c => name.push(c),
+            }
+        }
+        name
+    }
+}
+
+/// Something that is wrong with a volume: the key that it is about, what, and what to do.
+pub(super) type Fault = (&'static str, String, Option<String>);
+
+/// What is wrong with a volume by itself.
+pub(super) fn faults(volume: &Volume) -> Vec<Fault> {
+    let mut all = Vec::new();
+    let path = &volume.path;
+    if !is_plain(path) {
+        let message = format!("`{path}` is no path of a directory: absolute, without `.` or `..`");
+        all.push(("path", message, None));
+    } else if let Some(taken) = TAKEN.iter().find(|taken| overlap(path, taken)) {
+        all.push(("path", format!("`{path}` and {taken} would hide each other"), None));
+    }
+    if volume.kind == VolumeKind::ReadOnly {
+        let message = "volumes of kind `read-only` are not compared between the hosts yet";
+        let help = "without a volume the container sees the host's files at this path; say \
+                    `shared` if you see to it yourself that both hosts have the same";
+        all.push(("kind", message.into(), Some(help.into())));
+    }
+    if volume.fsync == Some(FsyncRule::Commit) {
+        let message = "`fsync: commit` is not there yet";
+        let help = "use `local`: what clients are told waits until the backup has the files, \
+                    whenever fsync answers";
+        all.push(("fsync", message.into(), Some(help.into())));
+    }
+    if volume.kind != VolumeKind::Replicated {
+        let set = [
+            ("fsync", volume.fsync.is_some()),
+            ("durable", volume.durable.is_some()),
+            ("start", volume.start.is_some()),
+        ];
+        for (key, _) in set.into_iter().filter(|(_, set)| *set) {
+            let message = format!("only volumes of kind `replicated` have `{key}`");
+            all.push((key, message, None));
+        }
+    }
+    all
+}
+
+/// An absolute path in its shortest form, of more than the root.
+pub(super) fn is_plain(path: &str) -> bool {
+    let mut parts = Path::new(path).components();
+    let shortest: std::path::PathBuf = Path::new(path).components().collect();
+    parts.next() == Some(Component::RootDir)
+        && path.len() > 1
+        && !path.contains('\0')
+        && shortest.as_os_str() == path
+        && parts.all(|part| matches!(part, Component::Normal(_)))
+}
+
+/// Whether one of two directories is in the other, or both are one.
+pub(super) fn overlap(one: &str, other: &str) -> bool {
+    let (one, other) = (Path::new(one), Path::new(other));
+    one.starts_with(other) || other.starts_with(one)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn directories_have_names_of_their_own() {
+        let name = |path: &str| {
+            let kind = VolumeKind::Replicated;
+            let volume =
+                Volume { path: path.into(), kind, fsync: None, durable: None, start: None };
+            volume.directory_name()
+        };
+        assert_eq!(name("/var/lib/redis"), "var-lib-redis");
+        assert_ne!(name("/a-b"), name("/a/b"));
+        assert_ne!(name("/a%2db"), name("/a-b"));
+    }
+
+    #[test]
+    fn paths() {
+        for good in ["/a", "/var/lib/redis", "/a b/c"] {
+            assert!(is_plain(good), "{good}");
+        }
+        for bad in ["", "/", "a", "./a", "/a/", "/a/../b", "/a//b", "/a/./b"] {
+            assert!(!is_plain(bad), "{bad}");
+        }
+        assert!(overlap("/a", "/a/b") && overlap("/a/b", "/a") && overlap("/a", "/a"));
+        assert!(!overlap("/a", "/ab"));
+    }
+}
