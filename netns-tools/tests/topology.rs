@@ -120,7 +120,8 @@ fn volumes() {
     let lab = Topology::parse("lab.topo.yml", &good).expect("good");
     assert_eq!(lab.containers["redis"].volumes[0].directory_name(), "var-lib-redis");
     assert_eq!(lab.containers["redis"].volume_directory, "/var/lib/nilicon");
-    let error = refused("      - { path: /a, kind: replicated, ^fsyncs: local }", "no key `fsyncs`");
+    let error =
+        refused("      - { path: /a, kind: replicated, ^fsyncs: local }", "no key `fsyncs`");
     assert_eq!(error.problems()[0].help.as_deref(), Some("did you mean `fsync`?"));
     refused("      - { path: /a, kind: ^drbd }", "`drbd` is not known here");
     refused("      - { path: ^a/b, kind: shared }", "is no path of a directory");
@@ -133,11 +134,6 @@ fn volumes() {
     );
     let error = refused("      - { path: /a, kind: ^read-only }", "are not compared");
     assert!(error.problems()[0].help.as_deref().is_some_and(|h| h.contains("`shared`")));
-    let error = refused(
-        "      - { path: /a, kind: replicated, fsync: ^commit }",
-        "`fsync: commit` is not there yet",
-    );
-    assert!(error.problems()[0].help.as_deref().is_some_and(|h| h.contains("`local`")));
     refused("      - { path: /a, kind: shared, durable: ^true }", "only volumes of kind");
     refused("      - { path: /a, kind: ephemeral, start: ^empty }", "only volumes of kind");
 }

@@ -53,12 +53,11 @@ pub enum VolumeKind {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum FsyncRule {
-    /// When the files are on the disk of the host where the container runs. What clients are told
-    /// waits for the backup anyway.
+    /// At once. Whoever is told of it over the network is told when the backup has the files.
     #[default]
-    Local,
-    /// When the epoch that they are of is at the backup.
     Commit,
+    /// When the files are on the disk of the host where the container runs as well.
+    Local,
 }
 
 /// What is in a volume when its container begins.
@@ -107,12 +106,6 @@ pub(super) fn faults(volume: &Volume) -> Vec<Fault> {
         let help = "without a volume the container sees the host's files at this path; say \
                     `shared` if you see to it yourself that both hosts have the same";
         all.push(("kind", message.into(), Some(help.into())));
-    }
-    if volume.fsync == Some(FsyncRule::Commit) {
-        let message = "`fsync: commit` is not there yet";
-        let help = "use `local`: what clients are told waits until the backup has the files, \
-                    whenever fsync answers";
-        all.push(("fsync", message.into(), Some(help.into())));
     }
     if volume.kind != VolumeKind::Replicated {
         let set = [

@@ -3,12 +3,13 @@
 use crate::protocol::LinkId;
 use crate::protocol::backup::{Action, Backup, Input, State};
 use crate::protocol::detector::Marks;
-use crate::wire::Receipt;
+use crate::volume::Journals;
 use crate::wire::message::{Bye, Heartbeat, Hello, Refuse, RefuseCode, Role, Welcome};
+use crate::wire::{Checkpoint, Receipt};
 use crate::{Epoch, Generation};
 use bytes::Bytes;
 use std::net::SocketAddr;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::link::LinkError;
@@ -55,6 +56,14 @@ pub trait Admission: Send + Sync + 'static {
     /// for good must afterwards find in the applier's channel all that was acknowledged.
     fn complete(&self, link: LinkId, receipt: Receipt, deliver: &mut dyn FnMut()) -> bool;
 
+    /// Writes down what a complete checkpoint says of volumes, so that its acknowledgement
+    /// promises the files too. Comes before [`Admission::complete`]; may take as long as the disk
+    /// does. After an error the connection ends, and the copy here is void.
+    fn keep(&self, link: LinkId, checkpoint: &Checkpoint) -> Result<(), LinkError>;
+
+    /// What was kept is of a checkpoint that was not acknowledged.
+    fn take_back(&self, checkpoint: &Checkpoint);
+
     /// The pulses of a connection that was admitted; comes once, if the peer has any.
     fn pulses(&self, session: Session);
 
@@ -88,6 +97,7 @@ pub struct SharedBackup {
     host: String,
     depth: u32,
     pulse_port: u16,
+    journals: Option<Arc<Journals>>,
     notices: Box<dyn Fn(Notice) + Send + Sync>,
 }
 
@@ -110,6 +120,7 @@ impl SharedBackup {
             host: host.into(),
             depth,
             pulse_port: 0,
+            journals: None,
             notices: Box::new(notices),
         }
     }
@@ -117,6 +128,12 @@ impl SharedBackup {
     /// Tells primaries on which port this side expects their pulses.
     pub fn with_pulses_at(self, pulse_port: u16) -> Self {
         Self { pulse_port, ..self }
+    }
+
+    /// Keeps what checkpoints say of volumes here before they are acknowledged. Without, a
+    /// checkpoint that says something is an error.
+    pub fn with_journals(self, journals: Option<Arc<Journals>>) -> Self {
+        Self { journals, ..self }
     }
 
     /// Time on the core's clock.
@@ -250,6 +267,30 @@ impl Admission for SharedBackup {
         });
         self.tell(others);
         acknowledge
+    }
+
+    fn keep(&self, link: LinkId, checkpoint: &Checkpoint) -> Result<(), LinkError> {
+        let Checkpoint { generation, epoch, files, .. } = checkpoint;
+        let kept = match &self.journals {
+            _ if files.is_empty() => Ok(()),
+            Some(journals) => journals.keep(*generation, *epoch, files).map_err(|e| e.to_string()),
+            None => Err("it has replicated volumes, and this side's topology has none".into()),
+        };
+        kept.map_err(|reason| {
+            // The copy here is not to be promoted from: its files are behind.
+            self.handle(Input::Bye { link, bye: Bye::Demoted, last: *epoch });
+            LinkError::Files { epoch: *epoch, reason }
+        })
+    }
+
+    fn take_back(&self, checkpoint: &Checkpoint) {
+        let Some(journals) = self.journals.as_ref().filter(|_| !checkpoint.files.is_empty()) else {
+            return;
+        };
+        if let Err(error) = journals.take_back(checkpoint.generation, checkpoint.epoch) {
+            tracing::error!(%error, epoch = %checkpoint.epoch,
+                "files of an epoch that does not count would be completed by the next start");
+        }
     }
 
     fn pulses(&self, session: Session) {

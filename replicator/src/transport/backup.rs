@@ -260,7 +260,7 @@ impl Session {
             }?;
             if let Progress::Complete(receipt, checkpoint) = progress {
                 let pages = checkpoint.pages.pages();
-                if self.offer(link, receipt, checkpoint).await {
+                if self.offer(link, receipt, checkpoint).await? {
                     let Receipt { generation, epoch, digest, .. } = receipt;
                     let ack = encode(generation, epoch, &Message::Ack { digest })?;
                     send.write_chunk(ack).await.map_err(|e| broken(connection, e))?;
@@ -275,16 +275,29 @@ impl Session {
         Ok(())
     }
 
-    /// Waits for room at the applier, then asks whether the checkpoint is taken.
-    async fn offer(&self, link: LinkId, receipt: Receipt, checkpoint: Arc<Checkpoint>) -> bool {
-        let Ok(permit) = self.checkpoints.reserve().await else { return false };
+    /// Waits for room at the applier, keeps its files, then asks whether the checkpoint is taken.
+    async fn offer(
+        &self,
+        link: LinkId,
+        receipt: Receipt,
+        checkpoint: Arc<Checkpoint>,
+    ) -> Result<bool, LinkError> {
+        let Ok(permit) = self.checkpoints.reserve().await else { return Ok(false) };
+        let has_files = !checkpoint.files.is_empty();
+        if has_files {
+            block_in_place(|| self.admission.keep(link, &checkpoint))?;
+        }
         let mut permit = Some(permit);
         let mut deliver = || {
             if let Some(permit) = permit.take() {
                 permit.send(checkpoint.clone());
             }
         };
-        self.admission.complete(link, receipt, &mut deliver)
+        let taken = self.admission.complete(link, receipt, &mut deliver);
+        if has_files && !taken {
+            block_in_place(|| self.admission.take_back(&checkpoint));
+        }
+        Ok(taken)
     }
 }
 

@@ -80,6 +80,14 @@ pub enum LinkError {
     /// What arrived is no valid message.
     #[error("message of the peer: {0}")]
     Wire(#[from] WireError),
+    /// What a checkpoint says of volumes could not be written down.
+    #[error("the backup cannot keep the files of epoch {epoch}: {reason}")]
+    Files {
+        /// The epoch.
+        epoch: Epoch,
+        /// Why.
+        reason: String,
+    },
     /// A valid message at the wrong time.
     #[error("the peer sent {got} where {expected} was expected")]
     Unexpected {

@@ -1,21 +1,87 @@
-//! The journal: one checkpoint's statements about files, whole in a file before the first of them
-//! is carried out.
+//! Journals: each is one checkpoint's statements about files, whole in a file before the first of
+//! them is carried out.
 //!
 //! ```text
 //!  magic 8 | generation 8 | epoch 8 | length 8 | xxh3 8 | payload
 //! ```
-//! It is written under another name and renamed, so that a damaged one is damage and no accident
-//! of the moment.
+//! One is written under another name and renamed, so that a damaged one is damage and no accident
+//! of the moment. A backup writes an epoch's journal before it acknowledges the epoch, and carries
+//! it out when its memory is as far: so there may be several, which are carried out in order.
 
 use super::VolumeError;
 use super::disk::{is_dead, step};
 use crate::{Epoch, Generation};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use xxhash_rust::xxh3::Xxh3;
 
 const MAGIC: &[u8; 8] = b"NILIVOL1";
 const HEADER: usize = 40;
+/// What the names of journals begin with; generation and epoch follow, so that they sort by age.
+const PREFIX: &str = "journal-";
+/// One that is not whole yet.
+const NEW: &str = "journal.new";
+
+/// Where the checkpoints of a backup are written down before they are acknowledged. Shared by the
+/// connections, which keep, and the thread that carries out.
+#[derive(Debug)]
+pub struct Journals {
+    base: PathBuf,
+    durable: bool,
+    /// Whether this side takes checkpoints at all.
+    open: Mutex<bool>,
+}
+
+impl Journals {
+    /// For the volumes under `base`. `durable`: what is kept outlives a loss of power.
+    pub fn new(base: &Path, durable: bool) -> Self {
+        Self { base: base.to_owned(), durable, open: Mutex::new(true) }
+    }
+
+    /// Writes down what a checkpoint says of volumes. Does nothing once they are shut: then no
+    /// checkpoint is acknowledged either.
+    pub fn keep(
+        &self,
+        generation: Generation,
+        epoch: Epoch,
+        payload: &[u8],
+    ) -> Result<(), VolumeError> {
+        let open = self.open();
+        if *open && !payload.is_empty() {
+            std::fs::create_dir_all(&self.base).map_err(|source| VolumeError::Io {
+                root: self.base.clone(),
+                doing: "making the directory".into(),
+                source,
+            })?;
+            write(&self.base, generation, epoch, payload, self.durable)?;
+        }
+        Ok(())
+    }
+
+    /// Takes back what was kept of a checkpoint that is not acknowledged.
+    pub fn take_back(&self, generation: Generation, epoch: Epoch) -> Result<(), VolumeError> {
+        let _open = self.open();
+        clear(&self.base, generation, epoch)
+    }
+
+    /// The files are used here from now on: nothing is kept any more, and what is there and was
+    /// not carried out never will be.
+    pub fn shut(&self) -> Result<(), VolumeError> {
+        let mut open = self.open();
+        *open = false;
+        clear_all(&self.base)
+    }
+
+    /// They are not used here any longer.
+    pub fn reopen(&self) {
+        *self.open() = true;
+    }
+
+    fn open(&self) -> std::sync::MutexGuard<'_, bool> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 /// A journal that was found.
 #[derive(Debug, PartialEq, Eq)]
@@ -25,8 +91,34 @@ pub(super) struct Found {
     pub(super) payload: Vec<u8>,
 }
 
-fn file(base: &Path) -> PathBuf {
-    base.join("journal")
+fn file(base: &Path, generation: Generation, epoch: Epoch) -> PathBuf {
+    base.join(format!("{PREFIX}{:016x}-{:016x}", generation.0, epoch.0))
+}
+
+fn is_journal(path: &Path) -> bool {
+    path.file_name().and_then(|n| n.to_str()).is_some_and(|n| n.starts_with(PREFIX))
+}
+
+/// All journals, the oldest first.
+fn all(base: &Path) -> Result<Vec<PathBuf>, VolumeError> {
+    let failed = |source| VolumeError::Io {
+        root: base.to_owned(),
+        doing: "looking for journals".into(),
+        source,
+    };
+    let entries = match std::fs::read_dir(base) {
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other.map_err(failed)?,
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(failed)?.path();
+        if is_journal(&path) {
+            found.push(path);
+        }
+    }
+    found.sort();
+    Ok(found)
 }
 
 fn sum(head: &[u8], payload: &[u8]) -> u64 {
@@ -56,7 +148,7 @@ pub(super) fn write(
     head.extend_from_slice(&(payload.len() as u64).to_le_bytes());
     let sum = sum(&head, payload);
     head.extend_from_slice(&sum.to_le_bytes());
-    let new = base.join("journal.new");
+    let new = base.join(NEW);
     step().map_err(failed)?;
     let mut out = std::fs::File::create(&new).map_err(failed)?;
     let written = out.write_all(&head).and_then(|()| {
@@ -74,24 +166,24 @@ pub(super) fn write(
         return Err(failed(error));
     }
     step().map_err(failed)?;
-    std::fs::rename(&new, file(base)).map_err(failed)?;
+    std::fs::rename(&new, file(base, generation, epoch)).map_err(failed)?;
     if durable {
         std::fs::File::open(base).and_then(|d| d.sync_all()).map_err(failed)?;
     }
     Ok(())
 }
 
-/// The journal, if there is one.
-pub(super) fn read(base: &Path) -> Result<Option<Found>, VolumeError> {
-    let path = file(base);
-    let bytes = match std::fs::read(&path) {
-        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
-        Err(source) => {
-            let doing = "reading the journal".into();
-            return Err(VolumeError::Io { root: base.to_owned(), doing, source });
-        }
-        Ok(bytes) => bytes,
-    };
+/// All journals in order.
+pub(super) fn read_all(base: &Path) -> Result<Vec<Found>, VolumeError> {
+    all(base)?.into_iter().map(|path| read(base, path)).collect()
+}
+
+fn read(base: &Path, path: PathBuf) -> Result<Found, VolumeError> {
+    let bytes = std::fs::read(&path).map_err(|source| VolumeError::Io {
+        root: base.to_owned(),
+        doing: "reading a journal".into(),
+        source,
+    })?;
     let bad = |why: String| VolumeError::Journal { path: path.clone(), why };
     let Some((head, payload)) = bytes.split_at_checked(HEADER) else {
         return Err(bad(format!("{} bytes are less than its head", bytes.len())));
@@ -107,18 +199,47 @@ pub(super) fn read(base: &Path) -> Result<Option<Found>, VolumeError> {
         return Err(bad("the checksum is wrong".into()));
     }
     let (generation, epoch) = (Generation(word(8)), Epoch(word(16)));
-    Ok(Some(Found { generation, epoch, payload: payload.to_vec() }))
+    if path != file(base, generation, epoch) {
+        return Err(bad(format!("it is of epoch {epoch} of generation {generation}")));
+    }
+    Ok(Found { generation, epoch, payload: payload.to_vec() })
 }
 
-/// Takes the journal away: all that it says is done.
-pub(super) fn clear(base: &Path) -> Result<(), VolumeError> {
+/// Takes one journal away: it is never to be carried out.
+fn clear(base: &Path, generation: Generation, epoch: Epoch) -> Result<(), VolumeError> {
+    remove(base, &file(base, generation, epoch))
+}
+
+/// Takes the journals of all epochs up to this one away: they are done, or were overtaken by a full
+/// copy.
+pub(super) fn clear_up_to(
+    base: &Path,
+    generation: Generation,
+    epoch: Epoch,
+) -> Result<(), VolumeError> {
+    let last = file(base, generation, epoch);
+    all(base)?.iter().filter(|path| **path <= last).try_for_each(|path| remove(base, path))
+}
+
+/// Takes all journals away.
+fn clear_all(base: &Path) -> Result<(), VolumeError> {
+    remove(base, &base.join(NEW))?;
+    all(base)?.iter().try_for_each(|path| remove(base, path))
+}
+
+/// Takes away what was left of a journal that never became whole.
+pub(super) fn clear_part(base: &Path) -> Result<(), VolumeError> {
+    remove(base, &base.join(NEW))
+}
+
+fn remove(base: &Path, path: &Path) -> Result<(), VolumeError> {
     let failed = |source| VolumeError::Io {
         root: base.to_owned(),
-        doing: "removing the journal".into(),
+        doing: "removing a journal".into(),
         source,
     };
     step().map_err(failed)?;
-    match std::fs::remove_file(file(base)) {
+    match std::fs::remove_file(path) {
         Err(e) if e.kind() != ErrorKind::NotFound => Err(failed(e)),
         _ => Ok(()),
     }

@@ -101,6 +101,11 @@ impl Volume {
         }
     }
 
+    /// Nothing counts as changed.
+    pub(super) fn none_changed(&self) {
+        self.inner().dirty = Dirty::default();
+    }
+
     /// Reads the contents that have changed, and counts them as unchanged; gives their length.
     pub(super) fn precopy(&self, out: &mut Vec<u8>) -> Result<usize, VolumeError> {
         let before = out.len();

@@ -4,7 +4,7 @@
 //!  container ─ system calls ─► FUSE ─► Volume::{write, rename, ...} ─► ROOT/tree
 //!                                        └─ marks what changed (Dirty)
 //!  pre-copy, stop ── Volume::take ──► records ──► checkpoint ──► backup
-//!  backup: Volumes::commit: journal ─► apply ─► journal gone
+//!  backup: Journals::keep (before the ack) ─► Volumes::carry_out (in order) ─► journal gone
 //! ```
 //! What travels is state, not operations: of each file that changed its attributes, of each
 //! directory entry that changed what it refers to now, of each range that was written its bytes
@@ -31,6 +31,7 @@ mod tests;
 mod tree;
 
 pub use disk::{Attributes, Shape, Time};
+pub use journal::Journals;
 pub use live::{Change, Found, Opened, Volume};
 pub use record::{Blob, Node, Record};
 pub use set::Volumes;

@@ -1,7 +1,7 @@
 //! All volumes of a container, whose changes are one part of its checkpoints.
 //!
 //! ```text
-//!  BASE/journal     one checkpoint of all of them, while it is carried out
+//!  BASE/journal-*   checkpoints of all of them that are not carried out yet
 //!  BASE/NAME/tree   the files
 //!  BASE/NAME/loose  files without a name that are open
 //! ```
@@ -30,25 +30,30 @@ impl Volumes {
     /// checkpoint that a journal holds is carried out. `durable`: what is committed outlives a
     /// loss of power of this host.
     pub fn open(base: &Path, names: &[String], durable: bool) -> Result<Self, VolumeError> {
-        let disk = Disk::new(base);
-        std::fs::create_dir_all(base).map_err(disk.failed("making the directory"))?;
-        match std::fs::remove_file(base.join("journal.new")) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                return Err(disk.failed("removing what was left of a journal")(e));
-            }
-            _ => {}
-        }
-        let open = |name: &String| Volume::open(&base.join(name)).map(Arc::new);
-        let list = names.iter().map(open).collect::<Result<Vec<_>, _>>()?;
-        let pending = Mutex::new(vec![Vec::new(); list.len()]);
-        let me = Self { base: base.to_owned(), list, pending, durable };
-        if let Some(found) = journal::read(base)? {
+        let me = Self::open_as_it_is(base, names, durable)?;
+        journal::clear_part(base)?;
+        for found in journal::read_all(base)? {
             tracing::info!(base = %base.display(), generation = %found.generation,
                 epoch = %found.epoch, "a checkpoint's files are completed from the journal");
             me.apply(&found.payload)?;
-            journal::clear(base)?;
+            journal::clear_up_to(base, found.generation, found.epoch)?;
         }
         Ok(me)
+    }
+
+    /// As [`Volumes::open`], but leaves journals alone: for whoever has their checkpoints, the
+    /// first of which is a full one.
+    pub fn open_as_it_is(
+        base: &Path,
+        names: &[String],
+        durable: bool,
+    ) -> Result<Self, VolumeError> {
+        let disk = Disk::new(base);
+        std::fs::create_dir_all(base).map_err(disk.failed("making the directory"))?;
+        let open = |name: &String| Volume::open(&base.join(name)).map(Arc::new);
+        let list = names.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+        let pending = Mutex::new(vec![Vec::new(); list.len()]);
+        Ok(Self { base: base.to_owned(), list, pending, durable })
     }
 
     /// The volumes, in the order of their names.
@@ -64,6 +69,22 @@ impl Volumes {
             Record::Whole.encode(out);
             volume.all_changed();
         }
+    }
+
+    /// Nobody is interested in what has changed so far: the next checkpoint will be a full one.
+    pub fn forget_changes(&self) {
+        let mut pending = self.pending();
+        for (volume, out) in self.list.iter().zip(&mut *pending) {
+            out.clear();
+            volume.none_changed();
+        }
+    }
+
+    /// Removes files that have no name and that nobody has open.
+    pub fn sweep(&self) -> Result<(), VolumeError> {
+        let removing = Disk::new(&self.base);
+        let swept = self.list.iter().try_for_each(|volume| volume.sweep());
+        swept.map_err(removing.failed("removing files without a name"))
     }
 
     /// Reads what has changed of contents while files are written to; gives the bytes read.
@@ -95,8 +116,7 @@ impl Volumes {
         }
     }
 
-    /// Carries a checkpoint's part out: journal first. After an error the files are not those of
-    /// any checkpoint before [`Volumes::open`] has read the journal again.
+    /// Writes a checkpoint's part down and carries it out.
     pub fn commit(
         &self,
         generation: Generation,
@@ -107,13 +127,29 @@ impl Volumes {
             return Ok(());
         }
         journal::write(&self.base, generation, epoch, payload, self.durable)?;
+        self.carry_out(generation, epoch, payload)
+    }
+
+    /// Carries out what [`Journals::keep`] has written down of a checkpoint. After an error the files
+    /// are not those of any checkpoint before [`Volumes::open`] has read the journal again.
+    ///
+    /// [`Journals::keep`]: super::Journals::keep
+    pub fn carry_out(
+        &self,
+        generation: Generation,
+        epoch: Epoch,
+        payload: &[u8],
+    ) -> Result<(), VolumeError> {
+        if payload.is_empty() {
+            return Ok(());
+        }
         self.apply(payload)?;
         if self.durable {
             for volume in &self.list {
                 volume.sync()?;
             }
         }
-        journal::clear(&self.base)
+        journal::clear_up_to(&self.base, generation, epoch)
     }
 
     fn apply(&self, payload: &[u8]) -> Result<(), VolumeError> {

@@ -2,7 +2,7 @@
 //! whatever was written while it was read, and wherever the process was killed.
 
 use super::disk::LEFT;
-use super::{Change, Ino, Node, Opened, Shape, VolumeError, Volumes};
+use super::{Change, Ino, Journals, Node, Opened, Shape, VolumeError, Volumes};
 use crate::{Epoch, Generation};
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
@@ -175,6 +175,13 @@ fn needs_root() -> bool {
     !may
 }
 
+/// The whole journal in a directory.
+fn journal_in(base: &Path) -> Option<PathBuf> {
+    let entries = std::fs::read_dir(base).expect("it is there");
+    let mut paths = entries.map(|e| e.expect("an entry").path());
+    paths.find(|p| p.to_string_lossy().contains("/journal-"))
+}
+
 /// Commits with a kill somewhere, reads the journal with more of them, until it is through.
 fn commit_killed(
     rng: &mut fastrand::Rng,
@@ -190,7 +197,7 @@ fn commit_killed(
     drop(volumes);
     while result.is_err() {
         LEFT.set(if rng.u8(0..3) == 0 { rng.i64(0..60) } else { i64::MAX });
-        let journal = base.join("journal").exists();
+        let journal = journal_in(base).is_some();
         match open(base) {
             Err(_) => continue,
             Ok(volumes) if journal => {
@@ -277,7 +284,7 @@ fn damaged_journals_are_refused_by_name() {
     LEFT.set(3);
     backup.commit(Generation::FIRST, Epoch(1), &payload).expect_err("killed");
     LEFT.set(i64::MAX);
-    let journal = there.0.join("journal");
+    let journal = journal_in(&there.0).expect("it was renamed");
     let good = std::fs::read(&journal).expect("the journal is whole");
     for at in [3, 12, 30, 36, 60, good.len() - 1] {
         let mut bad = good.clone();
@@ -290,6 +297,50 @@ fn damaged_journals_are_refused_by_name() {
     assert!(matches!(open(&there.0), Err(VolumeError::Journal { .. })));
     std::fs::write(&journal, &good).expect("it is mended");
     assert_eq!(contents(&open(&there.0).expect("carried out")), contents(&primary));
+}
+
+/// A backup acknowledges epochs before it carries them out: a kill loses none of them, and a
+/// promotion drops those that were not acknowledged.
+#[test]
+fn epochs_that_are_kept_are_carried_out_in_order_or_taken_back() {
+    if needs_root() {
+        return;
+    }
+    let (here, there) = (Scratch::new(), Scratch::new());
+    let primary = open(&here.0).expect("new");
+    primary.begin_full();
+    let volume = &primary.list()[0];
+    let made = volume.make(Ino::ROOT, OsStr::new("a"), &Shape::File, 0o600, (0, 0), true);
+    let opened = volume.open_file(made.expect("it is new").ino).expect("it opens");
+    let journals = Journals::new(&there.0, true);
+    let mut payloads = Vec::new();
+    let mut wanted = Contents::new();
+    for epoch in 9..=17 {
+        volume.write(&opened, 0, &[epoch as u8; 100]).expect("it is written");
+        primary.seal().expect("it can be read");
+        let mut payload = Vec::new();
+        primary.take(&mut payload);
+        if epoch == 17 {
+            journals.keep(Generation(2), Epoch(epoch), &payload).expect("it is kept");
+            journals.take_back(Generation(2), Epoch(epoch)).expect("it was there");
+        } else {
+            journals.keep(Generation(2), Epoch(epoch), &payload).expect("it is kept");
+            wanted = contents(&primary);
+        }
+        payloads.push(payload);
+    }
+    // The first is carried out by whoever has it; the others when the agent starts again.
+    let backup = Volumes::open_as_it_is(&there.0, &["data".into(), "log".into()], true);
+    backup.expect("new").carry_out(Generation(2), Epoch(9), &payloads[0]).expect("done");
+    assert_eq!(contents(&open(&there.0).expect("the rest is done")), wanted);
+    assert_eq!(journal_in(&there.0), None);
+    journals.keep(Generation(2), Epoch(17), &payloads[8]).expect("it is kept");
+    journals.shut().expect("it is removed");
+    journals.keep(Generation(2), Epoch(18), &payloads[8]).expect("it is not kept");
+    assert_eq!(contents(&open(&there.0).expect("nothing is done")), wanted);
+    journals.reopen();
+    journals.keep(Generation(2), Epoch(19), &payloads[8]).expect("it is kept");
+    assert!(journal_in(&there.0).is_some());
 }
 
 /// An open of a pipe would wait for its other end, with the volume locked; one of a device node

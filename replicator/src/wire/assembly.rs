@@ -13,6 +13,7 @@
 use super::builder::{RUN_DATA, RUN_DROPPED, RUN_PREFIX};
 use super::codec::{Fault, Frame, WireError};
 use super::delta::{Coding, Page, decode_onto};
+use super::files;
 use super::message::{CheckpointEnd, Kind, Message};
 use super::shadow::{PageKey, PageMap, Shadow};
 use super::state::decode_piece;
@@ -31,12 +32,14 @@ pub struct Limits {
     pub runs: usize,
     /// Bytes of the encoded state.
     pub state_bytes: usize,
+    /// Bytes that one checkpoint says of volumes.
+    pub volume_bytes: usize,
 }
 
 impl Default for Limits {
-    /// 16 GiB of pages, four million runs, 256 MiB of state.
+    /// 16 GiB of pages, four million runs, 256 MiB of state, 4 GiB of files.
     fn default() -> Self {
-        Self { pages: 4 << 20, runs: 4 << 20, state_bytes: 256 << 20 }
+        Self { pages: 4 << 20, runs: 4 << 20, state_bytes: 256 << 20, volume_bytes: 4 << 30 }
     }
 }
 
@@ -53,6 +56,8 @@ pub struct Checkpoint {
     pub state: State,
     /// The pages that changed; a page stands in it once.
     pub pages: PageSet,
+    /// What it says of volumes, for [`crate::volume::Volumes`]; empty if no file has changed.
+    pub files: Vec<u8>,
 }
 
 /// What an acknowledgement of a complete checkpoint says.
@@ -87,6 +92,7 @@ struct Open {
     sums: CheckpointEnd,
     state: Vec<u8>,
     pages: PageSet,
+    files: Vec<u8>,
     /// Where a page of this checkpoint stands in `pages.bytes`; `None`: it was dropped.
     placed: PageMap<Option<usize>>,
 }
@@ -131,6 +137,10 @@ impl Assembly {
             Message::PageChunk(payload) => self.chunk(frame, |open, shared| {
                 PageReader { at: frame.at + HEADER, whole: payload.len(), rest: payload }
                     .read(open, shared)
+            }),
+            Message::VolumeChunk(payload) => self.chunk(frame, |open, shared| {
+                let cap = shared.limits.volume_bytes;
+                files::decode_piece(frame.at + HEADER, payload, cap, &mut open.files)
             }),
             Message::CheckpointEnd(end) => self.end(frame, end),
             other => Err(out_of_place(frame, other.kind(), "it is no part of a checkpoint")),
@@ -220,6 +230,7 @@ impl Assembly {
             sums: CheckpointEnd::default(),
             state: Vec::new(),
             pages: PageSet::default(),
+            files: Vec::new(),
             placed: PageMap::default(),
         }));
         Ok(Progress::Partial)
@@ -242,6 +253,7 @@ impl Assembly {
         let open = expect_open(&mut self.open, frame)?;
         open.sums.digest = open.digest.digest();
         open.sums.state_bytes = open.state.len() as u64;
+        open.sums.volume_bytes = open.files.len() as u64;
         let at = frame.at + HEADER;
         if open.sums != *end {
             let what = format!("announces {end:?}, received {:?}", open.sums);
@@ -259,12 +271,13 @@ impl Assembly {
             }
         };
         let Some(open) = self.open.take() else { return Ok(Progress::Partial) };
-        let Open { generation, epoch, full, provisional, mut pages, sums, state: bytes, .. } =
-            *open;
+        let Open {
+            generation, epoch, full, provisional, mut pages, files, sums, state: bytes, ..
+        } = *open;
         by_index(&mut pages, &state);
         self.state = bytes;
         self.last = Some((generation, epoch));
-        let checkpoint = Arc::new(Checkpoint { generation, epoch, full, state, pages });
+        let checkpoint = Arc::new(Checkpoint { generation, epoch, full, state, pages, files });
         self.complete = Some(checkpoint.clone());
         let receipt = Receipt { generation, epoch, digest: sums.digest, provisional };
         Ok(Progress::Complete(receipt, checkpoint))

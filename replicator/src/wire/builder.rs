@@ -6,6 +6,7 @@
 
 use super::codec::{self, Seal};
 use super::delta::{Coding, Page, PageCoder};
+use super::files;
 use super::message::{CheckpointEnd, Kind};
 use super::shadow::{PageKey, Shadow};
 use super::state::{PIECE, encode_piece};
@@ -47,6 +48,17 @@ pub enum BuildError {
     /// The state is larger than the backup takes.
     #[error("the state has {len} bytes, at most {cap} are carried; socket queues are its bulk")]
     StateTooLarge {
+        /// Its length.
+        len: usize,
+        /// The limit.
+        cap: usize,
+    },
+    /// What the checkpoint says of volumes is larger than the backup takes.
+    #[error(
+        "{len} bytes of files have changed, at most {cap} are carried in one checkpoint; the first \
+         one carries all files of replicated volumes"
+    )]
+    FilesTooLarge {
         /// Its length.
         len: usize,
         /// The limit.
@@ -176,6 +188,24 @@ impl CheckpointBuilder {
             }
         }
         self.flush(&mut send);
+        Ok(())
+    }
+
+    /// Adds what the checkpoint says of volumes ([`crate::volume::Volumes::take`]), once.
+    pub fn files(&mut self, all: &[u8], mut send: impl FnMut(Bytes)) -> Result<(), BuildError> {
+        let cap = self.limits.volume_bytes;
+        if all.len() > cap {
+            return Err(BuildError::FilesTooLarge { len: all.len(), cap });
+        }
+        for offset in (0..all.len()).step_by(files::PIECE) {
+            let mut out = Vec::with_capacity(codec::HEADER + files::PIECE);
+            codec::open(&mut out);
+            files::encode_piece(all, offset, &mut out);
+            let seal = self.seal(&mut out, Kind::VolumeChunk);
+            self.count_chunk(&seal, out.len());
+            send(out.into());
+        }
+        self.sums.volume_bytes = all.len() as u64;
         Ok(())
     }
 

@@ -194,7 +194,10 @@ pub fn encode(generation: Generation, epoch: Epoch, message: &Message) -> Result
         Message::Hello(m) => put(&mut out, m),
         Message::Welcome(m) => put(&mut out, m),
         Message::CheckpointBegin { full, provisional } => flags = begin_flags(*full, *provisional),
-        Message::StateChunk(b) | Message::PageChunk(b) | Message::Input(b) => {
+        Message::StateChunk(b)
+        | Message::PageChunk(b)
+        | Message::VolumeChunk(b)
+        | Message::Input(b) => {
             out.extend_from_slice(b);
         }
         Message::CheckpointEnd(m) => put(&mut out, m),
@@ -288,6 +291,7 @@ impl Head {
             }
             Kind::StateChunk => Message::StateChunk(payload),
             Kind::PageChunk => Message::PageChunk(payload),
+            Kind::VolumeChunk => Message::VolumeChunk(payload),
             Kind::CheckpointEnd => {
                 Message::CheckpointEnd(get::<CheckpointEnd>(at, kind, &payload)?)
             }
@@ -413,6 +417,7 @@ mod tests {
             Message::CheckpointBegin { full: false, provisional: false },
             Message::StateChunk(Bytes::from_static(b"state")),
             Message::PageChunk(Bytes::from_static(b"pages")),
+            Message::VolumeChunk(Bytes::from_static(b"files")),
             Message::CheckpointEnd(CheckpointEnd { digest: u64::MAX, ..Default::default() }),
             Message::Ack { digest: 9 },
             Message::Input(Bytes::from_static(b"in")),
@@ -515,7 +520,7 @@ mod tests {
         };
         assert_eq!(with(&|o| o[5] = 0).fault, Fault::Kind { found: 0 });
         assert_eq!(with(&|o| o[5] = 99).to_string(), "at byte 5: message kind 99 is unknown");
-        assert_eq!(with(&|o| o[4] = 2).fault, Fault::Version { found: 2 });
+        assert_eq!(with(&|o| o[4] = 99).fault, Fault::Version { found: 99 });
         assert_eq!(with(&|o| o[6] = 1).fault, Fault::Flags { kind: Kind::Ack, found: 1 });
         let longer = with(&|o| {
             o.push(0);

@@ -5,7 +5,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 /// Version of the whole format. A peer with another one is refused.
-pub const PROTOCOL: u8 = 1;
+pub const PROTOCOL: u8 = 2;
 
 /// Which end of the replication a host is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -58,6 +58,8 @@ pub struct CheckpointEnd {
     pub pages: u64,
     /// Length of the state before compression.
     pub state_bytes: u64,
+    /// Length of what it says of volumes, before compression.
+    pub volume_bytes: u64,
 }
 
 /// A sign of life.
@@ -123,11 +125,12 @@ pub enum Kind {
     Refuse = 9,
     Bye = 10,
     Heartbeat = 11,
+    VolumeChunk = 12,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Kind; 11] = [
+    pub const ALL: [Kind; 12] = [
         Kind::Hello,
         Kind::Welcome,
         Kind::CheckpointBegin,
@@ -139,6 +142,7 @@ impl Kind {
         Kind::Refuse,
         Kind::Bye,
         Kind::Heartbeat,
+        Kind::VolumeChunk,
     ];
 
     /// The kind with this number.
@@ -152,6 +156,7 @@ impl Kind {
             Self::Hello => 16 << 10,
             Self::StateChunk => 64 << 10,
             Self::PageChunk => 512 << 10,
+            Self::VolumeChunk => 192 << 10,
             Self::Input => 256 << 10,
             Self::Welcome | Self::Refuse => 4 << 10,
             Self::CheckpointBegin | Self::Bye | Self::Heartbeat => 64,
@@ -178,6 +183,8 @@ pub enum Message {
     StateChunk(Bytes),
     /// Coded pages; see [`super::Assembly`].
     PageChunk(Bytes),
+    /// Part of what the checkpoint says of volumes, coded; see [`super::Assembly`].
+    VolumeChunk(Bytes),
     /// The checkpoint is complete.
     CheckpointEnd(CheckpointEnd),
     /// The backup holds every byte of the epoch; with the digest that it computed.
@@ -204,6 +211,7 @@ impl Message {
             Self::CheckpointBegin { .. } => Kind::CheckpointBegin,
             Self::StateChunk(_) => Kind::StateChunk,
             Self::PageChunk(_) => Kind::PageChunk,
+            Self::VolumeChunk(_) => Kind::VolumeChunk,
             Self::CheckpointEnd(_) => Kind::CheckpointEnd,
             Self::Ack { .. } => Kind::Ack,
             Self::Input(_) => Kind::Input,

@@ -7,6 +7,7 @@
 //!   CheckpointBegin {full, provisional}       ->
 //!   PageChunk ...  (any number, pre-copy too) ->
 //!   StateChunk ...                            ->
+//!   VolumeChunk ...                           ->
 //!   CheckpointEnd {digest, counts}            ->
 //!                                             <-  Ack {epoch, digest}
 //!   Input {open epoch, bytes}                 ->  (a stream of its own)
@@ -24,6 +25,7 @@ pub mod assembly;
 pub mod builder;
 pub mod codec;
 pub mod delta;
+mod files;
 pub mod message;
 pub mod pulse;
 pub mod shadow;

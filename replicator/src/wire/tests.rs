@@ -146,6 +146,12 @@ fn apply(memory: &mut Memory, checkpoint: &Checkpoint) {
     });
 }
 
+/// What the checkpoint of an epoch says of volumes: nothing, a little, several pieces.
+fn of_files(epoch: u64) -> Vec<u8> {
+    let len = [0, 100, 0, 100, 300_000][epoch as usize % 5];
+    (0..len).map(|i| (i as u64 * epoch) as u8).collect()
+}
+
 /// One checkpoint as frames, in two rounds of pages.
 fn send(
     builder: &mut CheckpointBuilder,
@@ -158,6 +164,7 @@ fn send(
     for set in sets {
         builder.pages(set, &[1, 7], |b| frames.push(b)).unwrap();
     }
+    builder.files(&of_files(epoch), |b| frames.push(b)).unwrap();
     let finished = builder.finish(state, |b| frames.push(b)).unwrap();
     frames.push(finished.end);
     assert_eq!(finished.bytes, frames.iter().map(|f| f.len() as u64).sum::<u64>());
@@ -184,7 +191,10 @@ fn receive(assembly: &mut Assembly, bytes: &[Bytes]) -> (Receipt, std::sync::Arc
         assert_eq!(assembly.push(f).unwrap(), Progress::Partial);
     }
     match assembly.push(last).unwrap() {
-        Progress::Complete(receipt, checkpoint) => (receipt, checkpoint),
+        Progress::Complete(receipt, checkpoint) => {
+            assert!(checkpoint.files == of_files(receipt.epoch.0));
+            (receipt, checkpoint)
+        }
         Progress::Partial => panic!("the end completes nothing"),
     }
 }
@@ -352,6 +362,15 @@ fn caps_hold() {
         small.finish(&model.state, |_| {}),
         Err(BuildError::StateTooLarge { cap: 4096, .. })
     ));
+    let limits = Limits { volume_bytes: 200_000, ..Limits::default() };
+    let mut small = CheckpointBuilder::new(limits);
+    small.begin(GENERATION, Epoch(4), true);
+    let error = small.files(&of_files(4), |_| {}).expect_err("more than the limit");
+    assert!(matches!(error, BuildError::FilesTooLarge { len: 300_000, cap: 200_000 }));
+    let sent = frames(&send(&mut builder, 4, true, &[], &model.state).0);
+    let mut assembly = Assembly::new(limits);
+    let errors = sent.iter().filter_map(|f| assembly.push(f).err()).collect::<Vec<_>>();
+    assert!(errors[0].to_string().contains("more of files than allowed"), "{}", errors[0]);
 }
 
 /// Damage below the checksums: only a hostile peer can send it. Chunks are edited in place and
@@ -361,13 +380,15 @@ fn hostile_chunks_give_errors_and_nothing_else() {
     let mut model = Model::new(13);
     let sets = [model.full(), model.change()];
     let mut builder = CheckpointBuilder::new(Limits::default());
-    let good = frames(&send(&mut builder, 1, true, &sets, &model.state).0);
+    let good = frames(&send(&mut builder, 4, true, &sets, &model.state).0);
     let mut rng = fastrand::Rng::with_seed(4);
     for round in 0..3000 {
         let mut assembly = Assembly::new(Limits { pages: 4096, ..Limits::default() });
         let mut bad = good.clone();
         let victim = rng.usize(1..bad.len() - 1);
-        if let Message::PageChunk(b) | Message::StateChunk(b) = &mut bad[victim].message {
+        if let Message::PageChunk(b) | Message::StateChunk(b) | Message::VolumeChunk(b) =
+            &mut bad[victim].message
+        {
             let mut bytes = b.to_vec();
             if !bytes.is_empty() {
                 for _ in 0..rng.usize(1..4) {
