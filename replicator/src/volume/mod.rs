@@ -21,6 +21,7 @@
 
 mod dirty;
 mod disk;
+mod fuse;
 mod journal;
 mod live;
 mod ranges;
@@ -31,6 +32,7 @@ mod tests;
 mod tree;
 
 pub use disk::{Attributes, Shape, Time};
+pub use fuse::{Fsync, ServeOptions, Served};
 pub use journal::Journals;
 pub use live::{Change, Found, Opened, Volume};
 pub use record::{Blob, Node, Record};
