@@ -32,6 +32,7 @@ fn spec(dir: &Path, command: &[&str]) -> ContainerSpec {
         cgroup_procs: None,
         program: env!("CARGO_BIN_EXE_container-init").into(),
         clocks: None,
+        tmpfs: Vec::new(),
     }
 }
 

@@ -16,6 +16,7 @@ use super::primary::{SharedStatus, lock};
 use super::status::{FailoverPhases, Phase, Role};
 use super::stop::{self, RealTime, become_stop_thread};
 use super::takeover::{self, Takeover};
+use super::volumes::Files;
 use super::worker::{Life, Outcome, Place};
 use crate::chain::chain;
 use crate::frames::gate::{Gate, GateConfig};
@@ -32,8 +33,9 @@ use replicator::restore::Spare;
 use replicator::sys::sched;
 use replicator::sys::unix_diag::UnixDiag;
 use replicator::transport::admission::Notice;
-use replicator::transport::link::PrimaryConfig;
+use replicator::transport::link::{LinkError, PrimaryConfig};
 use replicator::transport::{BackupEndpoint, Event, PrimaryLink, Pulse, SharedBackup};
+use replicator::volume::Volumes;
 use replicator::wire::Checkpoint;
 use replicator::wire::message::{Bye, RefuseCode};
 use replicator::young::Door;
@@ -94,6 +96,7 @@ pub(super) struct Standby {
     pub(super) endpoint: Arc<BackupEndpoint>,
     pub(super) judge: Judge,
     pub(super) memory: Memory,
+    files: Option<Arc<Files>>,
     log: Mutex<Late>,
     pub(super) status: SharedStatus,
     pub(super) runtime: tokio::runtime::Handle,
@@ -122,6 +125,7 @@ impl Standby {
             endpoint,
             judge,
             memory,
+            files: place.files.clone(),
             log: Mutex::default(),
             status: place.status.clone(),
             runtime: place.runtime.clone(),
@@ -147,6 +151,10 @@ impl Standby {
     /// The container runs on here, in a generation of its own.
     pub(super) fn moved_on(&self, generation: Generation) {
         self.memory.keep(generation);
+        if let Some(Err(error)) = self.files.as_ref().map(|files| files.mark(generation)) {
+            tracing::error!(container = self.name, %error,
+                "files that are newer than the other host's do not say so");
+        }
         self.core.handle(Input::Demoted(Generation::default()));
         self.core.begin(generation);
     }
@@ -222,6 +230,12 @@ fn heard(shell: &Standby, event: Event) {
         }
         Event::Bye { bye, .. } => {
             tracing::info!(container = shell.name, ?bye, "the primary says goodbye");
+        }
+        Event::Lost(error @ LinkError::Files { .. }) => {
+            tracing::error!(container = shell.name, %error, "not protected here");
+            let mut status = lock(&shell.status);
+            (status.phase, status.protected) = (Phase::Failed, false);
+            status.reason = Some(error.to_string());
         }
         Event::Lost(error) => {
             tracing::info!(container = shell.name, %error, "connection to the primary is over");
@@ -314,6 +328,8 @@ pub(super) async fn beat(shell: Arc<Standby>) {
 /// The warm spare and its place in the network.
 pub(super) struct Warm {
     pub(super) spare: Spare,
+    /// The files of its replicated volumes.
+    pub(super) files: Option<Arc<Volumes>>,
     pub(super) gate: Arc<Gate>,
     pub(super) last: Option<(Arc<Checkpoint>, Instant)>,
     /// For connections that are not accepted yet, if this kernel can restore them.
@@ -325,6 +341,7 @@ pub(super) struct Warm {
 /// begins here.
 pub(super) async fn find_out(
     standby: Arc<Standby>,
+    files: Option<Arc<Files>>,
     config: PrimaryConfig,
     orders: mpsc::UnboundedSender<Order>,
 ) {
@@ -335,6 +352,12 @@ pub(super) async fn find_out(
         match PrimaryLink::inquire(config.clone()).await {
             Ok((RefuseCode::Vacant, newest)) => {
                 let base = newest.max(standby.core.newest());
+                if let Some(Err(error)) = files.as_ref().map(|f| f.check_are_newest(base)) {
+                    tracing::error!(container = standby.name, %error, "not begun");
+                    let mut status = lock(&standby.status);
+                    (status.phase, status.reason) = (Phase::Failed, Some(error.to_string()));
+                    return;
+                }
                 let generation = standby.judge.begin(&standby, base).await;
                 if standby.core.begin(generation) {
                     standby.memory.keep(generation);
@@ -385,6 +408,9 @@ impl Applier {
         self.shell.applier.store(nix::unistd::gettid().as_raw(), Ordering::Release);
         while let Some(begun) = self.stand_by() {
             let led = begun.and_then(|life| self.place.lead(life, Some(&self.shell)));
+            if let Some(files) = &self.place.files {
+                files.give_way();
+            }
             let newest = self.shell.core.newest();
             match led {
                 Ok(Outcome::Moved(_)) => {
@@ -489,12 +515,13 @@ impl Applier {
             },
         )?;
         lock(&self.shell.status).pid = Some(pid);
+        let files = self.place.files.as_ref().map(|files| files.copy()).transpose()?;
         let door = Door::load();
         if let Err(error) = &door {
             tracing::warn!(container = self.shell.name, %error,
                 "connections that are not accepted yet will be reset by a failover");
         }
-        self.warm = Some(Warm { spare, gate: Arc::new(gate), last: None, door: door.ok() });
+        self.warm = Some(Warm { spare, files, gate: Arc::new(gate), last: None, door: door.ok() });
         Ok(())
     }
 
@@ -518,6 +545,20 @@ impl Applier {
             return self.give_up(checkpoint.epoch, &error);
         }
         let received = Instant::now();
+        if let Some(files) = &warm.files
+            && let Err(error) =
+                files.carry_out(checkpoint.generation, checkpoint.epoch, &checkpoint.files)
+        {
+            let context = format!("the files of epoch {}", checkpoint.epoch);
+            let error = anyhow::Error::new(error).context(context);
+            return self.give_up(checkpoint.epoch, &error);
+        }
+        if checkpoint.full
+            && let Some(Err(error)) =
+                self.place.files.as_ref().map(|files| files.mark(checkpoint.generation))
+        {
+            return self.give_up(checkpoint.epoch, &error);
+        }
         match warm.spare.apply(&checkpoint.state, &checkpoint.pages) {
             Ok(()) => {
                 metrics::histogram!("nilicon_apply_seconds", "container" => self.shell.name.clone())
@@ -569,12 +610,23 @@ impl Applier {
             apply: ms(fenced.elapsed()),
             ..FailoverPhases::default()
         };
+        // Before anything is opened by its path.
+        let files = match (&self.place.files, warm.files.take()) {
+            (Some(files), Some(volumes)) => {
+                Some(files.go_on(generation, volumes, warm.spare.pid())?)
+            }
+            _ => None,
+        };
         let place = &self.place.network;
         let takeover = Takeover { place, generation, from, suspected, phases };
         let gate = warm.gate.clone();
         let logged = || self.shell.replay_to(&gate, from);
         let (record, tree) = takeover::run(&takeover, &mut warm, logged)?;
         drop(real_time);
+        // What the checkpoint has open without a name is open by now.
+        if let Some(Err(error)) = files.as_ref().map(|files| files.volumes.sweep()) {
+            tracing::warn!(container = self.shell.name, %error, "files without a name stay");
+        }
         self.shell.core.handle(Input::Running);
         let name = &self.shell.name;
         {
@@ -591,7 +643,7 @@ impl Applier {
         capturer.watch_network()?;
         let Warm { spare, gate, .. } = warm;
         let launched = spare.into_launched();
-        Ok(Life { launched, capturer, gate, signals, generation, from: Some(from) })
+        Ok(Life { files, launched, capturer, gate, signals, generation, from: Some(from) })
     }
 }
 

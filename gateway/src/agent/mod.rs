@@ -16,6 +16,7 @@ mod ship;
 pub mod status;
 mod stop;
 mod takeover;
+pub mod volumes;
 mod worker;
 mod young;
 
@@ -27,7 +28,7 @@ use journal::Memory;
 use judge::Judge;
 use metrics_exporter_prometheus::PrometheusBuilder;
 use netns_tools::cgroup::Cgroup;
-use netns_tools::topology::{Container, Device, Protect, Topology, Workload};
+use netns_tools::topology::{Container, Device, Protect, Topology, VolumeKind, Workload};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, pthread_sigmask};
 use primary::{SharedStatus, lock};
 use replicator::Generation;
@@ -48,6 +49,7 @@ use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tokio::sync::{Notify, mpsc};
+use volumes::Files;
 use worker::{Duty, Place, Seen};
 
 /// Threads of the runtime that carries checkpoints and heartbeats, and their nice value: clients
@@ -191,6 +193,7 @@ impl Agent {
             options: self.options.clone(),
             network: network::Place::of(&self.options.topology, name, container)?,
             spec,
+            files: Files::of(&self.options.topology, &self.options.host, name, container)?,
             cgroup,
             ready: container.ready.clone(),
             protect: protect.cloned(),
@@ -210,7 +213,9 @@ impl Agent {
         let times = place.times(Seen::FromBackup);
         let memory = Memory::recall(lab, host, &name)?;
         let config = replicator::protocol::backup::Config { times };
-        let core = Backup::new(config, memory.newest(), Duration::ZERO);
+        let of_files = place.files.as_ref().map_or(Generation::default(), |f| f.generation());
+        let core = Backup::new(config, memory.newest().max(of_files), Duration::ZERO);
+        let journals = place.files.as_ref().map(|files| files.journals());
         let (tell, notices) = mpsc::unbounded_channel();
         let depth = backup::DEPTH as u32;
         let clocks = SharedClocks::default();
@@ -235,7 +240,9 @@ impl Agent {
                 }
                 let _ = tell.send(notice);
             };
-            SharedBackup::new(core, Instant::now(), &name, host, depth, tell).with_pulses_at(port)
+            SharedBackup::new(core, Instant::now(), &name, host, depth, tell)
+                .with_pulses_at(port)
+                .with_journals(journals)
         });
         let endpoint = BackupEndpoint::bind(BackupConfig {
             bind: SocketAddr::new(address, protect.port),
@@ -252,7 +259,8 @@ impl Agent {
         self.runtime.spawn(backup::beat(shell.clone()));
         if protect.primary == *host {
             let question = place.link_config(protect, Generation::default(), WireRole::Backup)?;
-            self.runtime.spawn(backup::find_out(shell.clone(), question, orders_in));
+            let files = place.files.clone();
+            self.runtime.spawn(backup::find_out(shell.clone(), files, question, orders_in));
         }
         place.duty.stands_by(shell.clone());
         let part = Part::of(&place);
@@ -284,6 +292,8 @@ impl Agent {
         if !container.environment.contains_key("PATH") {
             env.push(("PATH".into(), path));
         }
+        let ephemeral = container.volumes.iter().filter(|v| v.kind == VolumeKind::Ephemeral);
+        let tmpfs = ephemeral.map(|v| PathBuf::from(&v.path)).collect();
         let cgroup = Cgroup::create(lab, &self.options.host, name)?;
         let spec = ContainerSpec {
             name: name.to_owned(),
@@ -295,6 +305,7 @@ impl Agent {
             cgroup_procs: Some(cgroup.path().join("cgroup.procs")),
             program,
             clocks: None,
+            tmpfs,
         };
         Ok((spec, cgroup))
     }

@@ -215,6 +215,13 @@ impl Shell {
         lock(&self.base).full
     }
 
+    /// Whether nothing is kept for the next checkpoint, as there is nobody to send it to: it will
+    /// be a full one.
+    pub(super) fn begins_anew(&self) -> bool {
+        use State::{Alone, Connecting, Severed};
+        matches!(lock(&self.core).state(), Alone { .. } | Connecting { .. } | Severed { .. })
+    }
+
     /// Whether the backup holds a copy that it could take over with, or is given none.
     pub(super) fn is_settled(&self) -> bool {
         matches!(lock(&self.core).state(), State::Protected { synced: true })
@@ -550,7 +557,8 @@ impl Shell {
             stop_us_by_stage: StopStages {
                 hold: us(t.hold),
                 freeze: us(t.freeze),
-                seal: us(t.seal),
+                seal: us(t.seal.saturating_sub(taken.volumes)),
+                volumes: us(taken.volumes),
                 memory: us(t.memory),
                 threads: us(t.threads),
                 files: us(t.files),

@@ -106,6 +106,7 @@ fn ship(
     };
     send(builder.begin_as(taken.generation, taken.epoch, taken.full, taken.provisional));
     builder.pages(&taken.pages, &taken.state.owners(), &mut send)?;
+    builder.files(&taken.files, &mut send)?;
     let finished = builder.finish(&taken.state, &mut send)?;
     sent?;
     shell.note(taken, finished.bytes);

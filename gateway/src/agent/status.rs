@@ -182,10 +182,17 @@ pub struct StopStages {
     pub memory: u64,
     pub threads: u64,
     pub files: u64,
+    #[serde(default)]
+    pub volumes: u64,
     pub thaw: u64,
 }
 
 impl StopStages {
+    /// What volumes took, for a line of stages; nothing if there was none.
+    pub fn of_volumes(&self) -> String {
+        if self.volumes == 0 { String::new() } else { format!("volumes {}, ", self.volumes) }
+    }
+
     /// Each stage as `figure` says, which is given the way to it.
     pub fn each(mut figure: impl FnMut(fn(&Self) -> u64) -> u64) -> Self {
         Self {
@@ -195,6 +202,7 @@ impl StopStages {
             memory: figure(|s| s.memory),
             threads: figure(|s| s.threads),
             files: figure(|s| s.files),
+            volumes: figure(|s| s.volumes),
             thaw: figure(|s| s.thaw),
         }
     }

@@ -26,6 +26,7 @@ use replicator::image::pages::PageSet;
 use replicator::protocol::LinkId;
 use replicator::protocol::primary::{Input, State as Stand};
 use replicator::sys::sched;
+use replicator::volume::{VolumeError, Volumes};
 use replicator::{Epoch, Generation};
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -54,6 +55,8 @@ const NO_STOP: Duration = Duration::from_secs(1);
 const IDLE: Duration = Duration::from_millis(200);
 /// Pages in one round of pre-copy that make another round worth its while.
 const ANOTHER_ROUND: usize = 2_000;
+/// Bytes of a buffer for files that are kept for the next checkpoint: a full copy is many times that.
+const FILES_KEPT: usize = 1 << 20;
 /// Most rounds of pre-copy before one stop.
 const MAX_ROUNDS: usize = 4;
 
@@ -74,8 +77,12 @@ pub(super) struct Taken {
     pub(super) state: State,
     /// The pages.
     pub(super) pages: PageSet,
+    /// What has changed of replicated volumes.
+    pub(super) files: Vec<u8>,
     /// How long the stages of the stop took.
     pub(super) times: StopTimes,
+    /// How much of sealing output was spent on volumes.
+    pub(super) volumes: Duration,
     /// When output was sealed.
     pub(super) sealed: Option<Instant>,
     /// Time since the stop before.
@@ -132,6 +139,10 @@ pub(super) fn drain_signals(signals: &SignalFd) {
 
 struct GateBoundary<'a> {
     gate: &'a Gate,
+    volumes: Option<&'a Volumes>,
+    /// How long they took.
+    volumes_took: Duration,
+    volumes_failed: Option<VolumeError>,
     hold: Option<InputHold<'a>>,
     /// Output does not wait, so there is nothing to seal.
     control: bool,
@@ -149,6 +160,15 @@ impl Boundary for GateBoundary<'_> {
     }
 
     fn seal(&mut self, epoch: Epoch) {
+        if let Some(volumes) = self.volumes {
+            let begin = Instant::now();
+            // Output that nothing stands for is not sealed.
+            if let Err(error) = volumes.seal() {
+                self.volumes_failed = Some(error);
+                return;
+            }
+            self.volumes_took = begin.elapsed();
+        }
         if self.control {
             self.sealed = Some(Instant::now());
             return;
@@ -188,6 +208,11 @@ pub(super) struct StopLoop {
     pub(super) buffers: Vec<Taken>,
     /// The last checkpoint of a switchover: the container stands still.
     pub(super) still: Option<Standing>,
+    /// Its replicated volumes.
+    pub(super) volumes: Option<Arc<Volumes>>,
+    /// They could not be read: what was taken of them, and pages of the stop, is lost, so that no
+    /// checkpoint may follow.
+    pub(super) seal_failed: Option<VolumeError>,
 }
 
 /// A container that stands still after its last checkpoint here.
@@ -206,6 +231,11 @@ pub(super) enum Ending {
     Told,
     /// The container holds something that cannot be protected.
     Unprotectable(CaptureError),
+}
+
+/// A volume that cannot be read ends protection.
+fn of_volumes(error: VolumeError) -> CaptureError {
+    CaptureError::Unsupported { object: "a replicated volume".into(), reason: error.to_string() }
 }
 
 impl StopLoop {
@@ -243,6 +273,9 @@ impl StopLoop {
             self.plugged = true;
         }
         self.capturer.let_go_after(NO_STOP);
+        if let Some(volumes) = self.volumes.as_ref().filter(|_| self.shell.begins_anew()) {
+            volumes.forget_changes();
+        }
         let next = if self.buffers.is_empty() || !self.shell.may_begin_stop() {
             pace::Next::After(IDLE)
         } else if self.shell.hands_over() {
@@ -312,6 +345,8 @@ impl StopLoop {
             match self.from_ship.try_recv() {
                 Ok(mut taken) => {
                     taken.pages.clear();
+                    taken.files.clear();
+                    taken.files.shrink_to(FILES_KEPT);
                     self.buffers.push(taken);
                 }
                 Err(TryRecvError::Empty | TryRecvError::Disconnected) => return,
@@ -326,8 +361,17 @@ impl StopLoop {
         (taken.provisional, taken.generation) = (provisional, generation);
         if full {
             self.capturer.begin_full();
+            if let Some(volumes) = &self.volumes {
+                volumes.begin_full();
+            }
         }
         let result = self.prepare_and_stop(&mut taken, last);
+        if let Some(error) = self.seal_failed.take() {
+            if last {
+                self.capturer.go_on()?;
+            }
+            return Err(of_volumes(error));
+        }
         match result {
             Ok(()) => {}
             Err(CaptureError::Ended) => return Err(CaptureError::Ended),
@@ -375,6 +419,12 @@ impl StopLoop {
             drain_signals(&self.signals);
             self.capturer.pump()?;
         }
+        if let Some(volumes) = &self.volumes {
+            if let Err(error) = volumes.precopy() {
+                self.seal_failed = Some(error);
+                return Err(CaptureError::Transient("volumes cannot be read"));
+            }
+        }
         // What is provisional has no output that waits for it.
         if !taken.provisional {
             self.shell.protect_output(&self.gate, self.epoch);
@@ -384,6 +434,9 @@ impl StopLoop {
         }
         let mut boundary = GateBoundary {
             gate: &self.gate,
+            volumes: self.volumes.as_deref(),
+            volumes_took: Duration::ZERO,
+            volumes_failed: None,
             hold: None,
             control: self.shell.is_control() || taken.provisional,
             last,
@@ -396,11 +449,19 @@ impl StopLoop {
         taken.times =
             self.capturer.stop(self.epoch, &mut boundary, &mut taken.state, &mut taken.pages)?;
         drop(real_time);
+        if let Some(error) = boundary.volumes_failed {
+            self.seal_failed = Some(error);
+            return Err(CaptureError::Transient("volumes cannot be read"));
+        }
+        taken.volumes = boundary.volumes_took;
         if let Some(error) = boundary.error {
             tracing::error!(%error, "output cannot be sealed");
             return Err(CaptureError::Transient("output cannot be sealed"));
         }
         taken.sealed = boundary.sealed;
+        if let Some(volumes) = &self.volumes {
+            volumes.take(&mut taken.files);
+        }
         young::add(&mut taken.state, boundary.young, boundary.partings, &self.gate);
         Ok(())
     }
@@ -450,6 +511,9 @@ impl StopLoop {
             sleep_on(&mut fds, IDLE)?;
             self.shell.awake();
             drain_signals(&self.signals);
+            if let Some(volumes) = &self.volumes {
+                volumes.forget_changes();
+            }
         }
         Ok(Ending::Told)
     }

@@ -9,6 +9,7 @@ use super::primary::{self, LinkSettings, SharedStatus, Shell, lock};
 use super::ship;
 use super::status::{Phase, Role};
 use super::stop::{Ending, StopLoop, Taken, become_stop_thread, drain_signals, sleep_on};
+use super::volumes::{Files, InUse};
 use crate::chain::chain;
 use crate::frames::commit::Unprotected;
 use crate::frames::gate::{Gate, GateConfig, ThreadSetup};
@@ -69,6 +70,8 @@ pub(super) struct Place {
     pub(super) options: Arc<AgentOptions>,
     pub(super) network: NetworkPlace,
     pub(super) spec: ContainerSpec,
+    /// Its replicated volumes here.
+    pub(super) files: Option<Arc<Files>>,
     pub(super) cgroup: Cgroup,
     pub(super) ready: Option<Ready>,
     pub(super) protect: Option<Protect>,
@@ -120,6 +123,8 @@ impl Duty {
 
 /// A container that the calling thread has under ptrace.
 pub(super) struct Life {
+    /// Before the container, so that they end after it.
+    pub(super) files: Option<InUse>,
     pub(super) launched: Launched,
     pub(super) capturer: Capturer,
     pub(super) gate: Arc<Gate>,
@@ -149,6 +154,8 @@ impl Place {
         let signals = become_stop_thread()?;
         let mut launched = container::launch(&self.spec, container::Role::Start)?;
         let pid = launched.pid;
+        // Mounted before the mounts are looked at, and before the command sees anything.
+        let files = self.files.as_ref().map(|files| files.begin(generation, pid)).transpose()?;
         // Opened while pid 1 still waits: a command that ends at once takes its /proc entry along.
         let network = Namespace::of_process(pid)?;
         let mut capturer = Capturer::adopt(pid, network.enter(UnixDiag::open)??)?;
@@ -170,7 +177,7 @@ impl Place {
         if self.protect.is_some() {
             self.look_before(&mut capturer);
         }
-        Ok(Life { launched, capturer, gate, signals, generation, from: None })
+        Ok(Life { files, launched, capturer, gate, signals, generation, from: None })
     }
 
     /// Runs an unprotected container from its begin to its end.
@@ -203,7 +210,7 @@ impl Place {
     /// Runs a container until it, its time here or the agent ends. Afterwards it is gone from
     /// here.
     pub(super) fn lead(&self, life: Life, standby: Option<&Arc<Standby>>) -> Result<Outcome> {
-        let Life { mut launched, capturer, gate, signals, generation, from } = life;
+        let Life { files, mut launched, capturer, gate, signals, generation, from } = life;
         let (pid, name) = (launched.pid, &self.network.name);
         let (writer, reader) = input_log::channel(LOG_BYTES, LOG_FRAMES);
         gate.log_input(Some(writer));
@@ -252,6 +259,8 @@ impl Place {
             plugged,
             buffers: (0..BUFFERS).map(|_| Taken::default()).collect(),
             still: None,
+            volumes: files.as_ref().map(|files| files.volumes.clone()),
+            seal_failed: None,
         };
         let mut ending = stops.run();
         if let Ok(Ending::Unprotectable(why)) = ending {
@@ -278,6 +287,9 @@ impl Place {
         };
         if let (Outcome::Moved(newest), Some(standby)) = (&outcome, standby) {
             // From now on whoever runs it may make this side its backup.
+            if let Some(files) = &self.files {
+                files.give_way();
+            }
             standby.give_way(*newest);
         }
         match shell.state() {

@@ -126,8 +126,15 @@ fn of_epochs(epochs: &EpochReport) -> String {
     let s = epochs.stop_us_by_stage;
     let _ = writeln!(
         out,
-        "  a median stop: hold {} us, freeze {}, seal {}, memory {}, threads {}, files {}, thaw {}",
-        s.hold, s.freeze, s.seal, s.memory, s.threads, s.files, s.thaw
+        "  a median stop: hold {} us, freeze {}, seal {}, memory {}, threads {}, files {}, {}thaw {}",
+        s.hold,
+        s.freeze,
+        s.seal,
+        s.memory,
+        s.threads,
+        s.files,
+        s.of_volumes(),
+        s.thaw
     );
     let k = epochs.capture_us_by_kind;
     let _ = writeln!(

@@ -34,6 +34,8 @@ pub(super) struct Vma {
     /// Why it cannot be part of a checkpoint, if so.
     pub(super) refused: Option<&'static str>,
     vsyscall: bool,
+    /// The device of the file that it maps, major above minor.
+    pub(super) device: u64,
     /// The object that it maps, whose number in `mapping` is not known by reading alone.
     pub(super) object: Option<Object>,
     /// The file that is mapped shared, as the object that it is if it may be written.
@@ -188,6 +190,7 @@ fn parse(line: &str, own: &[u64]) -> Option<Vma> {
         },
         refused,
         vsyscall: name == "[vsyscall]",
+        device,
         object,
         file,
     })

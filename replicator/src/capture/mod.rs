@@ -685,7 +685,8 @@ impl Capturer {
             } else {
                 tracked.space.round(&mut self.pages, &mut self.objects, true)?;
             }
-            refuse_mappings(*pid, tracked.space.vmas(), &mut self.refusals)?;
+            let volumes = self.tmpfs.volumes();
+            refuse_mappings(*pid, tracked.space.vmas(), volumes, &mut self.refusals)?;
             let mappings = tracked.space.mappings();
             let stuck = guards::refuse_stuck(*pid, &threads, tracked.space.vmas());
             self.refusals.admit(stuck)?;
@@ -882,13 +883,23 @@ impl Lap {
     }
 }
 
+/// Refuses mappings that cannot be part of a checkpoint. Those of files in a volume (one of these
+/// devices) neither, but for shared ones through which the file is written: a spare maps files while
+/// its volumes are not mounted.
 fn refuse_mappings(
     pid: i32,
     vmas: &[maps::Vma],
+    volumes: &[u64],
     refusals: &mut refusals::Refusals,
 ) -> Result<(), CaptureError> {
     for v in vmas {
-        if let Some(why) = v.refused {
+        let is_file = matches!(v.mapping.source, Source::File { .. });
+        let of_volume = is_file && volumes.contains(&v.device);
+        let why = of_volume.then_some(
+            "a file of a replicated volume, mapped to be read or privately; keep programs and \
+             libraries outside of it, and let the program read its data (no mmap)",
+        );
+        if let Some(why) = v.refused.or(why) {
             let object =
                 format!("mapping {:#x}-{:#x} of pid {pid}", v.mapping.start, v.mapping.end);
             let error = CaptureError::unsupported(object, why.into());

@@ -20,6 +20,8 @@ const MOST: usize = 100_000;
 pub(super) struct Mounts {
     all: Vec<Mount>,
     devices: Vec<u64>,
+    /// Devices of file systems that we serve ([`crate::volume`]).
+    volumes: Vec<u64>,
 }
 
 #[derive(Debug)]
@@ -33,9 +35,12 @@ impl Mounts {
     /// Those of the container whose init this is.
     pub(super) fn find(root: i32) -> Result<Self, CaptureError> {
         let read = |path: &str| fs::read_to_string(path).map_err(|e| CaptureError::proc(path, e));
-        let ours: Vec<u64> = tmpfs(&read("/proc/thread-self/mountinfo")?).map(|m| m.1).collect();
-        let mut me = Self::default();
-        for (point, device) in tmpfs(&read(&format!("/proc/{root}/mountinfo"))?) {
+        let ours: Vec<u64> =
+            whole("tmpfs", &read("/proc/thread-self/mountinfo")?).map(|m| m.1).collect();
+        let theirs = read(&format!("/proc/{root}/mountinfo"))?;
+        let volumes = whole("fuse", &theirs).chain(whole("fuse.nilicon", &theirs));
+        let mut me = Self { volumes: volumes.map(|m| m.1).collect(), ..Self::default() };
+        for (point, device) in whole("tmpfs", &theirs) {
             if ours.contains(&device) {
                 continue;
             }
@@ -50,6 +55,11 @@ impl Mounts {
     /// Their devices, major above minor.
     pub(super) fn devices(&self) -> &[u64] {
         &self.devices
+    }
+
+    /// Devices of the container's volumes, major above minor.
+    pub(super) fn volumes(&self) -> &[u64] {
+        &self.volumes
     }
 
     /// All names in them, directories first; the files become known objects.
@@ -116,15 +126,17 @@ impl Mount {
     }
 }
 
-/// Mount points and devices of the whole tmpfs mounts in a mountinfo, see proc_pid_mountinfo(5).
-fn tmpfs(mountinfo: &str) -> impl Iterator<Item = (String, u64)> {
-    mountinfo.lines().filter_map(|line| {
+/// Mount points and devices of file systems of a kind that a mountinfo has as a whole, see
+/// proc_pid_mountinfo(5).
+fn whole(kind: &str, mountinfo: &str) -> impl Iterator<Item = (String, u64)> {
+    mountinfo.lines().filter_map(move |line| {
         let (left, right) = line.split_once(" - ")?;
         let mut fields = left.split(' ').skip(2);
         let (major, minor) = fields.next()?.split_once(':')?;
         let (root, point) = (fields.next()?, fields.next()?);
         let device = major.parse::<u64>().ok()? << 32 | minor.parse::<u64>().ok()?;
-        (right.starts_with("tmpfs ") && root == "/").then(|| (point.to_owned(), device))
+        let is_kind = right.split(' ').next() == Some(kind);
+        (is_kind && root == "/").then(|| (point.to_owned(), device))
     })
 }
 
@@ -135,6 +147,6 @@ mod tests {
         let text = "22 1 0:21 / /dev/shm rw,nosuid shared:3 - tmpfs tmpfs rw,size=65536k\n\
                     23 1 0:22 / /proc rw - proc proc rw\n\
                     24 1 0:21 /inner /bound rw - tmpfs tmpfs rw\n";
-        assert_eq!(super::tmpfs(text).collect::<Vec<_>>(), [("/dev/shm".to_owned(), 21)]);
+        assert_eq!(super::whole("tmpfs", text).collect::<Vec<_>>(), [("/dev/shm".to_owned(), 21)]);
     }
 }

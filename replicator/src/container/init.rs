@@ -58,6 +58,7 @@ fn run(control: &mut UnixStream) -> Result<(), Failure> {
     let Some(Order { spec, role }) = order else { return Ok(()) };
     descriptors::close_on_exec_from(3).map_err(failed("close inherited descriptors"))?;
     enter_namespaces(&spec.hostname)?;
+    spec.tmpfs.iter().try_for_each(|at| mount_tmpfs(at))?;
     let console = OpenOptions::new()
         .create(true)
         .append(true)
@@ -111,6 +112,15 @@ fn enter_namespaces(hostname: &str) -> Result<(), Failure> {
     // A session of its own: with a number inside the namespace, a spare can be given the same.
     setsid().map_err(failed("start a session"))?;
     Ok(())
+}
+
+/// A tmpfs of the container's own.
+fn mount_tmpfs(at: &std::path::Path) -> Result<(), Failure> {
+    std::fs::create_dir_all(at)
+        .map_err(failed(format_args!("make the directory {}", at.display())))?;
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    mount(Some("tmpfs"), at, Some("tmpfs"), flags, Some("mode=0755"))
+        .map_err(failed(format_args!("mount a tmpfs at {}", at.display())))
 }
 
 /// Becomes the command; gives the reason if that fails.

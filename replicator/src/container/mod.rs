@@ -55,6 +55,8 @@ pub struct ContainerSpec {
     pub program: PathBuf,
     /// What the container's clocks are to read now; none: the host's.
     pub clocks: Option<Clocks>,
+    /// Directories on which it gets a tmpfs of its own; made if they are not there.
+    pub tmpfs: Vec<PathBuf>,
 }
 
 /// What a new container is for.

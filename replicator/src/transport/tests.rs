@@ -10,6 +10,7 @@ use crate::image::pages::{Content, PAGE, PageSet, Run};
 use crate::image::{Mapping, Process, Source, State};
 use crate::protocol::LinkId;
 use crate::protocol::backup::{self, Backup};
+use crate::volume::Journals;
 use crate::wire::message::{Bye, Hello, RefuseCode, Role};
 use crate::wire::{Checkpoint, CheckpointBuilder, Limits};
 use crate::{Epoch, Generation};
@@ -67,12 +68,21 @@ struct Beta {
 
 impl Beta {
     fn start(identity: Identity, newest: Generation) -> Self {
+        Self::with_journals(identity, newest, None)
+    }
+
+    fn with_journals(
+        identity: Identity,
+        newest: Generation,
+        journals: Option<Arc<Journals>>,
+    ) -> Self {
         let origin = Instant::now();
         let (notices_in, notices) = std_mpsc::channel();
         // Nothing here is about time: nobody gives the core a tick.
         let core = Backup::new(backup::Config::default(), newest, Duration::ZERO);
         let notify = move |n| notices_in.send(n).unwrap_or_default();
-        let shared = Arc::new(SharedBackup::new(core, origin, "web", "beta", 4, notify));
+        let shared = SharedBackup::new(core, origin, "web", "beta", 4, notify);
+        let shared = Arc::new(shared.with_journals(journals));
         let bind = "127.0.0.1:0".parse().unwrap();
         let limits = Limits::default();
         let peer_host = "alpha".into();
@@ -391,6 +401,93 @@ fn acknowledgements_wait_when_the_applier_is_behind() {
         assert_eq!(beta.checkpoints.blocking_recv().unwrap().epoch, Epoch(epoch));
     }
     assert_eq!((wait_ack(&events).1, wait_ack(&events).1), (Epoch(5), Epoch(6)));
+}
+
+/// Sends a checkpoint that says something of volumes; gives its digest.
+fn send_files(link: &PrimaryLink, builder: &mut CheckpointBuilder, epoch: u64) -> u64 {
+    let push = |b: Bytes| link.send(b).unwrap();
+    push(builder.begin(Generation(1), Epoch(epoch), epoch == 1));
+    builder.files(&epoch.to_le_bytes(), push).unwrap();
+    let finished = builder.finish(&state(1, epoch), push).unwrap();
+    push(finished.end);
+    finished.digest
+}
+
+/// Names of the files in a directory that end with this.
+fn ending(dir: &Path, end: &str) -> usize {
+    let entries = std::fs::read_dir(dir).expect("it is there");
+    entries.filter(|e| e.as_ref().unwrap().file_name().to_str().unwrap().ends_with(end)).count()
+}
+
+/// VO-4
+#[test]
+fn files_are_kept_before_they_are_acknowledged() {
+    let dir = authority();
+    let kept = TempDir::new("kept");
+    let load = |host| Identity::load(dir.path(), host, HostRole::Host).unwrap();
+    let runtime = runtime();
+    let journals = Arc::new(Journals::new(kept.path(), false));
+    let (mut beta, link, events) = runtime.block_on(async {
+        let beta = Beta::with_journals(load("beta"), Generation(0), Some(journals.clone()));
+        let (link, events) = connect(alpha(&beta, load("alpha"), 1)).await.unwrap();
+        (beta, link, events)
+    });
+    let mut builder = CheckpointBuilder::new(Limits::default());
+    for epoch in 1..=3 {
+        let digest = send_files(&link, &mut builder, epoch);
+        assert_eq!(wait_ack(&events), (Generation(1), Epoch(epoch), digest));
+        assert_eq!(ending(kept.path(), &format!("-{epoch:016x}")), 1, "epoch {epoch}");
+    }
+    for epoch in 1..=3u64 {
+        let got = beta.checkpoints.blocking_recv().unwrap();
+        assert_eq!((got.epoch, &got.files[..]), (Epoch(epoch), &epoch.to_le_bytes()[..]));
+    }
+    // One that comes after the promotion is neither acknowledged nor kept.
+    beta.shared.handle(backup::Input::Promote);
+    let verdict = crate::protocol::arbiter::Verdict::Granted;
+    beta.shared.handle(backup::Input::Verdict { generation: Generation(2), verdict });
+    send_files(&link, &mut builder, 4);
+    // What comes behind it has arrived.
+    let said = tokio::time::timeout(Duration::from_secs(60), link.bye(Bye::Stop, Epoch(4)));
+    let _ = runtime.block_on(said).expect("in time");
+    assert_eq!(ending(kept.path(), &format!("-{:016x}", 4)), 0);
+    assert!(beta.checkpoints.try_recv().is_err());
+}
+
+/// VO-4
+#[test]
+fn what_cannot_be_kept_is_not_acknowledged() {
+    let dir = authority();
+    let load = |host| Identity::load(dir.path(), host, HostRole::Host).unwrap();
+    let runtime = runtime();
+    // Nothing can be made in a file.
+    let journals = Journals::new(&dir.path().join("ca.pem").join("files"), false);
+    for journals in [None, Some(Arc::new(journals))] {
+        let (mut beta, link, events) = runtime.block_on(async {
+            let beta = Beta::with_journals(load("beta"), Generation(0), journals);
+            let (link, events) = connect(alpha(&beta, load("alpha"), 1)).await.unwrap();
+            (beta, link, events)
+        });
+        let mut builder = CheckpointBuilder::new(Limits::default());
+        send(
+            &link,
+            &mut builder,
+            &mut AckLedger::new(Generation(1)),
+            Epoch(1),
+            &PageSet::default(),
+            &state(1, 1),
+        );
+        assert_eq!(wait_ack(&events).1, Epoch(1));
+        send_files(&link, &mut builder, 2);
+        let rest: Vec<PrimaryEvent> = events.iter().collect();
+        let [PrimaryEvent::Lost(why)] = &rest[..] else { panic!("{rest:?}") };
+        assert!(why.contains("cannot keep the files of epoch 2"), "{why}");
+        let lost = beta.event(|e| matches!(e, Event::Lost(_)));
+        assert!(matches!(lost, Event::Lost(LinkError::Files { epoch: Epoch(2), .. })), "{lost:?}");
+        assert_eq!(beta.shared.state(), backup::State::Waiting, "nobody promotes from its copy");
+        assert_eq!(beta.checkpoints.blocking_recv().unwrap().epoch, Epoch(1));
+        assert!(beta.checkpoints.try_recv().is_err());
+    }
 }
 
 #[test]

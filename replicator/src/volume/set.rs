@@ -15,6 +15,9 @@ use crate::{Epoch, Generation};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
+/// Bytes of a buffer that are kept for the next checkpoint: a full copy is many times that.
+const KEPT: usize = 1 << 20;
+
 /// The volumes of a container on one host.
 #[derive(Debug)]
 pub struct Volumes {
@@ -112,6 +115,7 @@ impl Volumes {
                 out.extend_from_slice(&(index as u16).to_le_bytes());
                 out.extend_from_slice(&(part.len() as u64).to_le_bytes());
                 out.append(part);
+                part.shrink_to(KEPT);
             }
         }
     }

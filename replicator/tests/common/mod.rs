@@ -51,6 +51,7 @@ pub fn spec(dir: &Path, command: &[&str]) -> ContainerSpec {
         cgroup_procs: None,
         program: env!("CARGO_BIN_EXE_container-init").into(),
         clocks: None,
+        tmpfs: Vec::new(),
     }
 }
 

@@ -111,8 +111,15 @@ fn of_epochs(epochs: &EpochFigures) -> String {
 
 fn of_stages(s: &StopStages) -> String {
     format!(
-        "hold {}, freeze {}, seal {}, memory {}, threads {}, files {}, thaw {} us",
-        s.hold, s.freeze, s.seal, s.memory, s.threads, s.files, s.thaw
+        "hold {}, freeze {}, seal {}, memory {}, threads {}, files {}, {}thaw {} us",
+        s.hold,
+        s.freeze,
+        s.seal,
+        s.memory,
+        s.threads,
+        s.files,
+        s.of_volumes(),
+        s.thaw
     )
 }
 

@@ -1,0 +1,144 @@
+//! Files that are part of each checkpoint: after a failover they are those of the moment that the
+//! memory is of.
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use nilicon_tests::{Bed, Sketch, is_installed, until};
+use serde_json::Value;
+
+/// Redis with an append-only file in a replicated volume; the test puts its directory for `@`.
+const REDIS_AOF: &str = "command: [redis-server, --port, \"6379\", --bind, 0.0.0.0, --save, \"\", \
+    --protected-mode, \"no\", --dir, @/seen, --appendonly, \"yes\", --appendfsync, RULE]\n    \
+    ready: { tcp: 6379 }\n    volume-directory: @/kept\n    volumes:\n      \
+    - { path: @/seen, kind: replicated }";
+
+/// A lab of it.
+fn bed(tag: &str, rule: &str, loaded: bool) -> Bed {
+    let sketch = Sketch::of(&REDIS_AOF.replace("RULE", rule));
+    let bed = Bed::new(tag, &if loaded { sketch.loaded() } else { sketch });
+    bed.write(&bed.text().replace('@', &bed.directory().display().to_string()));
+    bed
+}
+
+/// The directories of a host's volumes.
+fn kept(bed: &Bed, host: &str) -> Vec<PathBuf> {
+    let base = bed.directory().join("kept").join(&bed.name).join(host).join("store");
+    let entries = std::fs::read_dir(&base).expect("the host has volumes");
+    let paths = entries.map(|entry| entry.expect("an entry").path().join("tree"));
+    paths.filter(|path| path.is_dir()).collect()
+}
+
+/// All that a reader sees of a tree: kind, mode, owner, time of the last change, contents.
+fn seen(root: &Path) -> BTreeMap<PathBuf, (u32, u32, i64, i64, Vec<u8>)> {
+    let mut all = BTreeMap::new();
+    let mut todo = vec![PathBuf::new()];
+    while let Some(inside) = todo.pop() {
+        let path = root.join(&inside);
+        let meta = path.symlink_metadata().expect("it is there");
+        let kind = meta.file_type();
+        let mut contents = Vec::new();
+        if kind.is_dir() {
+            let entries = std::fs::read_dir(&path).expect("it can be listed");
+            todo.extend(entries.map(|e| inside.join(e.expect("an entry").file_name())));
+        } else if kind.is_symlink() {
+            contents = path.read_link().expect("a link").into_os_string().into_encoded_bytes();
+        } else if !kind.is_fifo() && !kind.is_socket() {
+            contents = std::fs::read(&path).expect("it can be read");
+        }
+        let time = (meta.mtime(), meta.mtime_nsec());
+        all.insert(inside, (meta.mode(), meta.uid(), time.0, time.1, contents));
+    }
+    all
+}
+
+/// What redis-check-aof says of the append-only files in a directory of Redis.
+fn check_aof(directory: &Path) -> String {
+    let manifest = directory.join("appendonlydir/appendonly.aof.manifest");
+    let done = std::process::Command::new("redis-check-aof").arg(&manifest).output();
+    let done = done.expect("redis-check-aof runs");
+    let text = String::from_utf8_lossy(&done.stdout).into_owned();
+    assert!(done.status.success(), "{}: {text}", manifest.display());
+    text
+}
+
+fn redis(bed: &Bed, command: &[&str]) -> String {
+    let line: Vec<&str> =
+        ["redis-cli", "-h", "10.77.0.10"].iter().chain(command).copied().collect();
+    bed.exec("client", &line).expect_success().stdout.trim().to_owned()
+}
+
+/// What the container on a host sees of its volume.
+fn inside(bed: &Bed, store: &Value) -> PathBuf {
+    let pid = store["pid"].as_i64().unwrap_or_else(|| panic!("no pid in {store:#}"));
+    let at = bed.directory().join("seen");
+    Path::new("/proc")
+        .join(pid.to_string())
+        .join("root")
+        .join(at.strip_prefix("/").expect("a path"))
+}
+
+/// VO-4, VO-5
+#[test]
+fn an_append_only_file_is_of_the_moment_that_the_memory_is_of() {
+    if !is_installed("redis-server") || !is_installed("redis-check-aof") {
+        return;
+    }
+    for rule in ["always", "everysec"] {
+        let bed = bed(&format!("aof{}", &rule[..2]), rule, true);
+        let faults = ["--duration", "5s", "--fault", "kill-host:alpha@2s", "-o", "json"];
+        let report = bed.run("run", &faults).expect_success().json();
+        assert_eq!(report["recovered"], true, "{report:#}");
+        for figure in ["lost_writes", "wrong_replies", "broken_connections"] {
+            assert_eq!(report["clients"][0][figure], 0, "{rule}: {figure}: {report:#}");
+        }
+        assert_eq!(report["failover"]["host"], "beta", "{report:#}");
+        bed.expect_gone();
+    }
+}
+
+/// VO-4, VO-5
+#[test]
+fn the_files_of_both_hosts_are_the_same_and_whole() {
+    if !is_installed("redis-server") || !is_installed("redis-check-aof") {
+        return;
+    }
+    let bed = bed("vol", "always", false);
+    bed.deploy();
+    for i in 0..50 {
+        assert_eq!(redis(&bed, &["set", &format!("key{i}"), &format!("value{i}")]), "OK");
+    }
+    // A rewrite makes, renames and removes files while they are open.
+    redis(&bed, &["bgrewriteaof"]);
+    let done = |info: String| info.contains("aof_rewrite_in_progress:0").then_some(());
+    until("the rewrite to end", || done(redis(&bed, &["info", "persistence"])));
+    assert_eq!(redis(&bed, &["set", "last", "of all"]), "OK");
+    let store = bed.store().expect("it runs");
+    let (here, there) = (kept(&bed, "alpha"), kept(&bed, "beta"));
+    assert_eq!((here.len(), there.len()), (1, 1));
+    let primary = seen(&inside(&bed, &store));
+    assert!(primary.len() > 3, "{:?}", primary.keys());
+    assert!(primary == seen(&here[0]), "the primary's directory is not what the container sees");
+    // It was acknowledged, so the backup has it; it is carried out in a moment.
+    until("the backup to be as far", || (seen(&there[0]) == primary).then_some(()));
+    check_aof(&there[0]);
+
+    bed.fault("kill-host:alpha");
+    let store = bed.until_store("it runs on beta", |store| {
+        store["primary"] == "beta" && store["phase"] != "promoting"
+    });
+    assert_eq!(redis(&bed, &["get", "last"]), "of all");
+    assert_eq!(redis(&bed, &["get", "key49"]), "value49");
+    assert_eq!(redis(&bed, &["set", "after", "the failover"]), "OK");
+    assert!(seen(&inside(&bed, &store)) == seen(&there[0]), "the container sees other files");
+    check_aof(&there[0]);
+
+    // The old primary comes back, and gets a full copy, with what came later.
+    bed.fault("revive-host:alpha");
+    bed.until_store("it is protected again", |store| store["protected"] == true);
+    assert_eq!(redis(&bed, &["set", "more", "of it"]), "OK");
+    until("the new backup to be as far", || (seen(&here[0]) == seen(&there[0])).then_some(()));
+    check_aof(&here[0]);
+    bed.destroy();
+}
