@@ -142,3 +142,31 @@ fn the_files_of_both_hosts_are_the_same_and_whole() {
     check_aof(&here[0]);
     bed.destroy();
 }
+
+/// What is in a tmpfs of its own is carried as memory is; nothing of it is on a disk.
+#[test]
+fn an_ephemeral_volume_goes_on_with_the_container() {
+    if !is_installed("redis-server") {
+        return;
+    }
+    let sketch =
+        Sketch::of(&REDIS_AOF.replace("RULE", "always").replace("replicated", "ephemeral"));
+    let bed = Bed::new("tmp", &sketch);
+    bed.write(&bed.text().replace('@', &bed.directory().display().to_string()));
+    bed.deploy();
+    assert_eq!(redis(&bed, &["set", "a", "b"]), "OK");
+    let before = seen(&inside(&bed, &bed.store().expect("it runs")));
+    bed.fault("kill-host:alpha");
+    let store = bed.until_store("it runs on beta", |store| {
+        store["primary"] == "beta" && store["phase"] != "promoting"
+    });
+    assert_eq!(redis(&bed, &["get", "a"]), "b");
+    let after = seen(&inside(&bed, &store));
+    let contents = |all: &BTreeMap<PathBuf, (u32, u32, i64, i64, Vec<u8>)>| {
+        all.iter().map(|(path, seen)| (path.clone(), seen.0, seen.4.clone())).collect::<Vec<_>>()
+    };
+    assert_eq!(contents(&before), contents(&after));
+    assert!(before.len() > 3, "{:?}", before.keys());
+    assert!(!bed.directory().join("kept").exists());
+    bed.destroy();
+}

@@ -63,6 +63,9 @@ pub(super) enum Verb {
     /// Shows, compares and verifies images.
     #[command(subcommand)]
     Image(ImageVerb),
+    /// Looks at the files of replicated volumes.
+    #[command(subcommand)]
+    Volume(VolumeVerb),
     /// Makes the keys and certificates by which hosts know each other.
     #[command(subcommand)]
     Pki(PkiVerb),
@@ -411,6 +414,25 @@ impl From<Namespaces> for Place {
             Namespaces::New => Place::New,
         }
     }
+}
+
+/// `volume`.
+#[derive(Debug, Subcommand)]
+pub(super) enum VolumeVerb {
+    /// Compares the files of both hosts of each container of a lab, and names the first difference;
+    /// code 1 if there is one. What is written meanwhile is a difference.
+    Verify {
+        #[command(flatten)]
+        topology: TopologyArg,
+    },
+    /// Prints a digest of each volume on a host of this machine: to compare with the other host's.
+    Digest {
+        #[command(flatten)]
+        topology: TopologyArg,
+        /// The host.
+        #[arg(long)]
+        host: String,
+    },
 }
 
 /// `image`.

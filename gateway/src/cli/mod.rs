@@ -30,6 +30,7 @@ mod signals;
 mod switchover;
 mod text;
 mod view;
+mod volume;
 mod witness;
 
 use std::path::{Path, PathBuf};
@@ -74,6 +75,7 @@ fn dispatch(verb: &Verb) -> Result<ExitCode> {
         Verb::Check(args) => return check::check(args).map(verdict),
         Verb::Restore(args) => return oneshot::restore(args),
         Verb::Image(verb) => return image::image(verb).map(verdict),
+        Verb::Volume(verb) => return volume::volume(verb).map(verdict),
         Verb::Checkpoint(args) => oneshot::checkpoint(args)?,
         Verb::Deploy(args) => deploy::deploy(args)?,
         Verb::Destroy(args) => deploy::destroy(args)?,

@@ -74,6 +74,7 @@ pub fn conceive(plan: &Conception) -> Result<Launched, LaunchError> {
         name: plan.name.clone(),
         control,
         clock_offsets,
+        tmpfs: vec![super::SHM.to_owned()],
         reaped: false,
     })
 }

@@ -139,6 +139,8 @@ pub struct Launched {
     name: String,
     control: UnixStream,
     clock_offsets: ClockOffsets,
+    /// Where it has a tmpfs of its own.
+    tmpfs: Vec<String>,
     reaped: bool,
 }
 
@@ -212,8 +214,18 @@ pub fn launch(spec: &ContainerSpec, role: Role) -> Result<Launched, LaunchError>
         .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         .map_err(|(doing, e)| host(doing)(e))? as i32;
     let name = spec.name.clone();
-    let mut launched =
-        Launched { pid, root: 1, ends_all: true, name, control, clock_offsets, reaped: false };
+    let own = spec.tmpfs.iter().map(|at| at.to_string_lossy().into_owned());
+    let tmpfs = std::iter::once(SHM.to_owned()).chain(own).collect();
+    let mut launched = Launched {
+        pid,
+        root: 1,
+        ends_all: true,
+        name,
+        control,
+        clock_offsets,
+        tmpfs,
+        reaped: false,
+    };
     if let Some(path) = &spec.cgroup_procs {
         let doing = format!("write its pid to {}", path.display());
         std::fs::write(path, pid.to_string()).map_err(host(&doing))?;
@@ -265,6 +277,11 @@ impl Launched {
     /// How far the container's clocks are ahead of the host's.
     pub fn clock_offsets(&self) -> ClockOffsets {
         self.clock_offsets
+    }
+
+    /// Where it has a tmpfs of its own.
+    pub(crate) fn tmpfs(&self) -> &[String] {
+        &self.tmpfs
     }
 
     /// The other end of pid 1's standard input, for passing descriptors to a spare.

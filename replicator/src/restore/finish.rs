@@ -9,7 +9,6 @@ use super::tcp::{self, Connected, Peer, Segment};
 use super::{
     advice, filters, install, locks, process, settings, sockets, space, sysv, timers, tree,
 };
-use crate::container::SHM;
 use crate::image::net::{TcpConnection, TcpState};
 use crate::image::task::{TimeUnit, Wait};
 use crate::image::{Description, Kind, Mapping, Process, Regs, Source, State, Thread, VdsoPart};
@@ -166,7 +165,7 @@ impl Spare {
         let init = self.pid();
         tree::rename_all(init, &self.held, &self.state.tmpfs)
             .doing(1, "name the files of a tmpfs")?;
-        tree::remove_others(init, &[SHM.to_owned()], &self.state.tmpfs)
+        tree::remove_others(init, self.launched.tmpfs(), &self.state.tmpfs)
             .doing(1, "remove files of a tmpfs")?;
         self.host_names()?;
         sysv::make_all(init, &self.state).doing(1, "make System V objects")?;

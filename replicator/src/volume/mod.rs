@@ -19,6 +19,7 @@
 //! Invariants: VO-1 the backup's directory is that of a whole checkpoint, or will be as soon as
 //! its journal is read; VO-2 a journal may be applied any number of times.
 
+mod compare;
 mod dirty;
 mod disk;
 mod fuse;
@@ -31,6 +32,7 @@ mod set;
 mod tests;
 mod tree;
 
+pub use compare::{difference, digest};
 pub use disk::{Attributes, Shape, Time};
 pub use fuse::{Fsync, ServeOptions, Served};
 pub use journal::Journals;

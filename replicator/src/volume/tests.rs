@@ -2,7 +2,7 @@
 //! whatever was written while it was read, and wherever the process was killed.
 
 use super::disk::LEFT;
-use super::{Change, Ino, Journals, Node, Opened, Shape, VolumeError, Volumes};
+use super::{Change, Ino, Journals, Node, Opened, Shape, VolumeError, Volumes, difference, digest};
 use crate::{Epoch, Generation};
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
@@ -338,6 +338,10 @@ fn epochs_that_are_kept_are_carried_out_in_order_or_taken_back() {
     journals.shut().expect("it is removed");
     journals.keep(Generation(2), Epoch(18), &payloads[8]).expect("it is not kept");
     assert_eq!(contents(&open(&there.0).expect("nothing is done")), wanted);
+    let tree = |base: &Scratch| base.0.join("data");
+    assert_ne!(digest(&tree(&here)).expect("read"), digest(&tree(&there)).expect("read"));
+    let found = difference(&tree(&here), &tree(&there)).expect("read");
+    assert_eq!(found.as_deref(), Some("/a: other contents"));
     journals.reopen();
     journals.keep(Generation(2), Epoch(19), &payloads[8]).expect("it is kept");
     assert!(journal_in(&there.0).is_some());
