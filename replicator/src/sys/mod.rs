@@ -13,6 +13,7 @@ pub mod locks;
 pub mod loopback;
 pub mod memory;
 pub mod messages;
+pub mod mount;
 pub mod namespace;
 pub mod packet;
 pub mod pagemap;

@@ -131,7 +131,13 @@ impl Disk {
             Shape::Character(number) => device(SFlag::S_IFCHR, *number)?,
             Shape::Block(number) => device(SFlag::S_IFBLK, *number)?,
         }
-        self.mark(path, ino)
+        self.mark(path, ino).inspect_err(|_| {
+            // One that has no number is none of ours.
+            if !is_dead() {
+                let is_directory = *shape == Shape::Directory;
+                let _ = if is_directory { fs::remove_dir(&full) } else { fs::remove_file(&full) };
+            }
+        })
     }
 
     /// Writes a file's number on it.

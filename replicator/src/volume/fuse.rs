@@ -1,8 +1,33 @@
 //! A volume as a file system: a FUSE server of this process, mounted in a container.
+//!
+//! ```text
+//!  start: /dev/fuse ─► fsopen, fsmount ─► detached mount     threads answer requests
+//!  attach: move_mount into the container's namespace
+//!  drop: unmounted there ─► the connection is aborted ─► the threads end
+//! ```
+//! Invariants: no request waits for a checkpoint, so that a stop, which waits for the requests of
+//! the threads that it stops, never waits for itself; each change is in the volume before it is
+//! answered (no write-back cache), so that a seal misses none but stores through a mapping, and
+//! [`Served::flush`] has those written.
 
-use super::{Volume, VolumeError};
-use std::path::Path;
+mod requests;
+
+use super::{Ino, Volume, VolumeError};
+use crate::sys::SysError;
+use crate::sys::mount::{self, Place, Setup};
+use fuser::{BackgroundSession, Config, Session, SessionACL};
+use nix::fcntl::OFlag;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use requests::Requests;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+/// Threads that answer requests of one volume. One may wait for the disk (fsync: local).
+const THREADS: usize = 4;
 
 /// When fsync(2) answers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -27,8 +52,18 @@ pub struct ServeOptions {
 #[derive(Debug)]
 pub struct Served {
     name: String,
+    root: PathBuf,
     volume: Arc<Volume>,
-    options: ServeOptions,
+    mount: OwnedFd,
+    device: u64,
+    /// What is written to this file ends the connection with the kernel.
+    abort: File,
+    place: Option<Place>,
+    session: Option<BackgroundSession>,
+}
+
+fn system(e: SysError) -> (String, io::Error) {
+    (format!("{} on {}", e.call, e.object), e.source)
 }
 
 impl Served {
@@ -38,19 +73,122 @@ impl Served {
         volume: Arc<Volume>,
         options: ServeOptions,
     ) -> Result<Self, VolumeError> {
-        Ok(Self { name: name.to_owned(), volume, options })
+        let root = volume.root();
+        let failed = |(what, source): (String, io::Error)| VolumeError::Io {
+            root: root.clone(),
+            doing: format!("serving it as {name:?}: {what}"),
+            source,
+        };
+        // Each file that is open in the container is open here.
+        if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+            && soft < hard
+        {
+            let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+        }
+        let device = File::options().read(true).write(true).open("/dev/fuse");
+        let device = device.map_err(|e| failed(("opening /dev/fuse".into(), e)))?;
+        let mount = new_mount(name, &device, options).map_err(|e| failed(system(e)))?;
+        let requests = Requests::new(volume.clone(), options.fsync);
+        let mut config = Config::default();
+        config.acl = SessionACL::All;
+        config.n_threads = Some(THREADS);
+        config.clone_fd = true;
+        let session = Session::from_fd(requests, device.into(), SessionACL::All, config)
+            .and_then(Session::spawn)
+            .map_err(|e| failed(("talking to the kernel's FUSE".into(), e)))?;
+        // From here on an early return drops the mount, and that ends the session.
+        let (mount, device) = number(mount).map_err(|e| failed(("its device".into(), e)))?;
+        let abort = abort_file(device).map_err(|e| failed(system(e)))?;
+        let (name, session) = (name.to_owned(), Some(session));
+        Ok(Self { name, root, volume, mount, device, abort, place: None, session })
     }
 
     /// Attaches the mount at `at` in the mount namespace, and under the root, of process `pid`.
     /// Makes the mount point if it is missing. May be called once.
     pub fn attach(&mut self, pid: i32, at: &Path) -> Result<(), VolumeError> {
-        let source = std::io::Error::from_raw_os_error(libc::ENOSYS);
-        let doing = format!(
-            "attaching {} to {} of pid {pid} ({:?})",
-            self.name,
-            at.display(),
-            self.options
-        );
-        Err(VolumeError::Io { root: self.volume.root(), doing, source })
+        let what = format!("mounting {:?} at {} of pid {pid}", self.name, at.display());
+        if self.place.is_some() {
+            let source = io::Error::from_raw_os_error(libc::EBUSY);
+            return Err(self.failed(format!("{what}: it is mounted already"), source));
+        }
+        let place = mount::attach(self.mount.as_fd(), pid, at).map_err(|e| {
+            let (call, source) = system(e);
+            self.failed(format!("{what}: {call}"), source)
+        })?;
+        self.place = Some(place);
+        Ok(())
     }
+
+    /// The device number that stat(2) in the container has for all files of the volume; with the
+    /// inode number, which is the file's [`Ino`], it tells which file a descriptor refers to.
+    pub fn device(&self) -> u64 {
+        self.device
+    }
+
+    /// Opens a file by its number, by way of the mount, whether it has a name or not.
+    pub fn open(&self, ino: Ino, flags: OFlag) -> Result<OwnedFd, VolumeError> {
+        mount::open_by_node(self.mount.as_fd(), ino.0, flags).map_err(|e| {
+            let (call, source) = system(e);
+            self.failed(format!("opening file {ino}: {call}"), source)
+        })
+    }
+
+    /// Has a file's bytes that were stored through mappings written to the volume.
+    pub fn flush(&self, ino: Ino) -> Result<(), VolumeError> {
+        let file = File::from(self.open(ino, OFlag::O_RDONLY)?);
+        file.sync_data().map_err(|e| self.failed(format!("writing back file {ino}"), e))
+    }
+
+    fn failed(&self, doing: String, source: io::Error) -> VolumeError {
+        VolumeError::Io { root: self.root.clone(), doing, source }
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        if let Some(place) = &self.place
+            && let Err(e) = mount::detach(place)
+        {
+            // Most often the process is no more, and its namespace with it.
+            tracing::debug!(volume = self.name, "not unmounted: {e}");
+        }
+        if let Err(e) = self.abort.write_all(b"1") {
+            tracing::warn!(volume = self.name, "the FUSE connection could not be ended: {e}");
+            return;
+        }
+        if let Some(Err(e)) = self.session.take().map(BackgroundSession::join) {
+            tracing::warn!(volume = self.name, "the FUSE threads ended with an error: {e}");
+        }
+        self.volume.forget_all();
+    }
+}
+
+fn new_mount(name: &str, device: &File, options: ServeOptions) -> Result<OwnedFd, SysError> {
+    let setup = Setup::begin("fuse")?;
+    setup.set("source", name)?;
+    setup.set("subtype", "nilicon")?;
+    setup.set("fd", &device.as_raw_fd().to_string())?;
+    setup.set("rootmode", "40000")?;
+    setup.set("user_id", "0")?;
+    setup.set("group_id", "0")?;
+    setup.flag("allow_other")?;
+    setup.flag("default_permissions")?;
+    let read_only = if options.read_only { mount::MOUNT_ATTR_RDONLY } else { 0 };
+    setup.mount(mount::MOUNT_ATTR_NODEV | read_only)
+}
+
+fn number(mount: OwnedFd) -> io::Result<(OwnedFd, u64)> {
+    let mount = File::from(mount);
+    let device = mount.metadata()?.dev();
+    Ok((mount.into(), device))
+}
+
+/// The file of fusectl that ends the connection of this device.
+fn abort_file(device: u64) -> Result<File, SysError> {
+    let control = Setup::begin("fusectl")?.mount(0)?;
+    let connection = (nix::sys::stat::major(device) << 20) | nix::sys::stat::minor(device);
+    let path = format!("{connection}/abort");
+    let flags = OFlag::O_WRONLY | OFlag::O_CLOEXEC;
+    let file = nix::fcntl::openat(&control, path.as_str(), flags, nix::sys::stat::Mode::empty());
+    file.map(File::from).map_err(|e| SysError::errno("openat", path, e as i32))
 }

@@ -20,6 +20,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+pub(super) use change::DEFAULT_ACL;
 pub use change::{Change, Found};
 
 /// Bytes in one record at most.
@@ -46,6 +47,21 @@ impl Opened {
             }
         }
         Ok(got)
+    }
+
+    /// Where the next data or hole is: lseek(2) with SEEK_DATA or SEEK_HOLE.
+    pub fn seek(&self, offset: i64, whence: i32) -> io::Result<i64> {
+        let whence = match whence {
+            libc::SEEK_DATA => Whence::SeekData,
+            libc::SEEK_HOLE => Whence::SeekHole,
+            _ => return Err(io::Error::from_raw_os_error(libc::EINVAL)),
+        };
+        lseek64(&*self.file, offset, whence).map_err(io::Error::from)
+    }
+
+    /// Has the disk write the file; with `data` only what is needed to read it again.
+    pub fn sync(&self, data: bool) -> io::Result<()> {
+        if data { self.file.sync_data() } else { self.file.sync_all() }
     }
 }
 

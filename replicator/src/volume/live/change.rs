@@ -5,8 +5,9 @@ use super::super::record::Node;
 use super::{Inner, Opened, Volume};
 use crate::volume::Ino;
 use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::statvfs::{Statvfs, statvfs};
 use std::ffi::{OsStr, OsString};
-use std::fs::Metadata;
+use std::fs::{File, Metadata};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -34,6 +35,9 @@ pub struct Change {
     pub atime: Option<Time>,
     pub mtime: Option<Time>,
 }
+
+/// Where the access list is kept that new files of a directory get.
+pub(in crate::volume) const DEFAULT_ACL: &str = "system.posix_acl_default";
 
 fn code<T>(errno: i32) -> io::Result<T> {
     Err(io::Error::from_raw_os_error(errno))
@@ -65,6 +69,12 @@ impl Volume {
             return inner.drop_unused(ino);
         }
         Ok(())
+    }
+
+    /// There is no kernel any more that knows any of the files. Those without a name stay until
+    /// [`Volume::sweep`].
+    pub fn forget_all(&self) {
+        self.inner().tree.known.values_mut().for_each(|known| known.lookups = 0);
     }
 
     /// Removes files that have no name and that nobody has open.
@@ -217,6 +227,28 @@ impl Volume {
         all.into_iter().map(|(name, ino)| Ok((name, inner.found(ino, false)?))).collect()
     }
 
+    /// The names in a directory, in order.
+    pub fn names_in(&self, ino: Ino) -> io::Result<Vec<OsString>> {
+        match self.inner().tree.children(ino) {
+            Some(children) => Ok(children.keys().cloned().collect()),
+            None => code(libc::ENOTDIR),
+        }
+    }
+
+    /// Has the disk write a directory.
+    pub fn sync_directory(&self, ino: Ino) -> io::Result<()> {
+        let path = {
+            let inner = self.inner();
+            inner.disk.at(&inner.known_path(ino)?)
+        };
+        File::open(path)?.sync_all()
+    }
+
+    /// How much room the disk has.
+    pub fn room(&self) -> io::Result<Statvfs> {
+        statvfs(&self.root()).map_err(io::Error::from)
+    }
+
     /// The directory that a directory is in; itself for the root and for one that was removed.
     pub fn parent(&self, ino: Ino) -> Ino {
         let inner = self.inner();
@@ -309,15 +341,21 @@ impl Inner {
         let (uid, gid) = if inherits { (owner.0, above.gid()) } else { owner };
         let is_directory = *shape == Shape::Directory;
         let mode = if inherits && is_directory { mode | libc::S_ISGID } else { mode };
+        // A list of the directory for new files says, with the mode, what this one gets.
+        let listed = !matches!(shape, Shape::Symlink(_))
+            && self.disk.get_xattr(&self.tree.path(parent), OsStr::new(DEFAULT_ACL)).is_ok();
         let ino = Ino(self.next);
         self.next += 1;
-        self.disk.make(&path, ino, shape, 0o600)?;
+        self.disk.make(&path, ino, shape, if listed { mode & 0o777 } else { 0o600 })?;
         self.tree.add(ino, is_directory);
         self.tree.link(parent, name, ino);
         self.dirty.entry(parent, name);
         self.dirty.node(ino);
         self.disk.owner(&path, Some(uid), Some(gid))?;
-        if !matches!(shape, Shape::Symlink(_)) {
+        if listed {
+            let given = self.disk.meta(&path)?.mode() & 0o777;
+            self.disk.mode(&path, given | mode & 0o7000)?;
+        } else if !matches!(shape, Shape::Symlink(_)) {
             self.disk.mode(&path, mode & 0o7777)?;
         }
         self.found(ino, remember)
@@ -397,7 +435,12 @@ impl Inner {
             }
             _ => return code(libc::EINVAL),
         }
-        self.disk.rename(&path, &new_path)?;
+        if let Err(e) = self.disk.rename(&path, &new_path) {
+            if let Some(old) = old {
+                self.give_back(to, old, &new_path)?;
+            }
+            return Err(e);
+        }
         self.tree.unlink(from.0, from.1);
         self.tree.link(to.0, to.1, ino);
         self.note_renamed(from, to, ino);
@@ -405,6 +448,17 @@ impl Inner {
             Some(old) => self.drop_unused(old),
             None => Ok(()),
         }
+    }
+
+    /// A file gets the name back that it lost for one that could not take it.
+    fn give_back(&mut self, at: (Ino, &OsStr), ino: Ino, path: &Path) -> io::Result<()> {
+        if self.tree.links(ino) > 0 {
+            self.disk.link(&self.tree.path(ino), path)?;
+        } else {
+            self.disk.rename(&loose(ino), path)?;
+        }
+        self.tree.link(at.0, at.1, ino);
+        Ok(())
     }
 
     fn note_renamed(&mut self, from: (Ino, &OsStr), to: (Ino, &OsStr), ino: Ino) {

@@ -1,0 +1,683 @@
+//! What the kernel asks of a volume, request by request. Permissions, locks, the sticky bit and
+//! all caching are the kernel's part (`default_permissions`); here is what becomes of the rest.
+//!
+//! The kernel counts what it was told of: each answer with a file in it counts once, and
+//! [`Volume::forget`] takes back. While the count is above zero, a file without a name stays.
+
+use super::Fsync;
+use crate::volume::live::DEFAULT_ACL;
+use crate::volume::{Change, Found, Ino, Opened, Shape, Time, Volume};
+use fuser::{
+    AccessFlags, BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags,
+    Generation, INodeNo, InitFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr,
+    ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek,
+    ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+};
+use std::collections::HashMap;
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// How long the kernel may believe an answer. Nobody else changes the files.
+const FOREVER: Duration = Duration::from_secs(1 << 24);
+
+/// Bytes in one request at most.
+const LARGEST: u32 = 1 << 20;
+
+/// Answers requests for one volume.
+#[derive(Debug)]
+pub(super) struct Requests {
+    volume: Arc<Volume>,
+    fsync: Fsync,
+    /// Files that are open, and how often. The kernel's handle of one is its number.
+    files: Mutex<HashMap<Ino, (Opened, u64)>>,
+    /// What was in each open directory when it was read from the start.
+    listings: Mutex<HashMap<u64, Arc<Vec<OsString>>>>,
+    next: AtomicU64,
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn ino(node: INodeNo) -> Ino {
+    Ino(node.0)
+}
+
+fn moment((seconds, nanoseconds): Time) -> SystemTime {
+    let part = Duration::from_nanos(nanoseconds.unsigned_abs());
+    match u64::try_from(seconds) {
+        Ok(seconds) => UNIX_EPOCH + Duration::from_secs(seconds) + part,
+        Err(_) => UNIX_EPOCH - Duration::from_secs(seconds.unsigned_abs()) + part,
+    }
+}
+
+fn time(asked: TimeOrNow) -> Time {
+    let moment = match asked {
+        TimeOrNow::SpecificTime(moment) => moment,
+        TimeOrNow::Now => SystemTime::now(),
+    };
+    match moment.duration_since(UNIX_EPOCH) {
+        Ok(after) => (after.as_secs() as i64, after.subsec_nanos().into()),
+        Err(e) if e.duration().subsec_nanos() == 0 => (-(e.duration().as_secs() as i64), 0),
+        Err(e) => {
+            let before = e.duration();
+            (-(before.as_secs() as i64) - 1, 1_000_000_000 - i64::from(before.subsec_nanos()))
+        }
+    }
+}
+
+fn attributes(found: &Found) -> FileAttr {
+    let meta = &found.meta;
+    FileAttr {
+        ino: INodeNo(found.ino.0),
+        size: meta.size(),
+        blocks: meta.blocks(),
+        atime: moment((meta.atime(), meta.atime_nsec())),
+        mtime: moment((meta.mtime(), meta.mtime_nsec())),
+        ctime: moment((meta.ctime(), meta.ctime_nsec())),
+        crtime: UNIX_EPOCH,
+        kind: FileType::from_std(meta.file_type()).unwrap_or(FileType::RegularFile),
+        perm: (meta.mode() & 0o7777) as u16,
+        nlink: found.links,
+        uid: meta.uid(),
+        gid: meta.gid(),
+        rdev: meta.rdev() as u32,
+        blksize: 4096,
+        flags: 0,
+    }
+}
+
+/// A mode without the bits that a write by somebody else takes away; none if it has none of them.
+fn without_privileges(mode: u32) -> Option<u32> {
+    let group = if mode & libc::S_IXGRP != 0 { libc::S_ISGID } else { 0 };
+    let left = mode & !(libc::S_ISUID | group);
+    (left != mode).then_some(left & 0o7777)
+}
+
+fn entry(reply: ReplyEntry, result: io::Result<Found>) {
+    match result {
+        Ok(found) => reply.entry(&FOREVER, &attributes(&found), Generation(0)),
+        Err(e) => reply.error(e.into()),
+    }
+}
+
+fn done(reply: ReplyEmpty, result: io::Result<()>) {
+    match result {
+        Ok(()) => reply.ok(),
+        Err(e) => reply.error(e.into()),
+    }
+}
+
+fn value(reply: ReplyXattr, size: u32, result: io::Result<Vec<u8>>) {
+    match result {
+        Err(e) => reply.error(e.into()),
+        Ok(bytes) if size == 0 => reply.size(bytes.len() as u32),
+        Ok(bytes) if bytes.len() > size as usize => reply.error(Errno::ERANGE),
+        Ok(bytes) => reply.data(&bytes),
+    }
+}
+
+impl Requests {
+    pub(super) fn new(volume: Arc<Volume>, fsync: Fsync) -> Self {
+        let (files, listings, next) = Default::default();
+        Self { volume, fsync, files, listings, next }
+    }
+
+    fn file(&self, ino: Ino) -> io::Result<Opened> {
+        let opened = locked(&self.files).get(&ino).map(|(opened, _)| opened.clone());
+        opened.ok_or_else(|| io::Error::from_raw_os_error(libc::EBADF))
+    }
+
+    fn open_file(&self, ino: Ino) -> io::Result<()> {
+        let mut files = locked(&self.files);
+        match files.get_mut(&ino) {
+            Some((_, times)) => *times += 1,
+            None => {
+                files.insert(ino, (self.volume.open_file(ino)?, 1));
+            }
+        }
+        Ok(())
+    }
+
+    fn close_file(&self, ino: Ino) {
+        let mut files = locked(&self.files);
+        if let Some((_, times)) = files.get_mut(&ino) {
+            *times -= 1;
+            if *times == 0 {
+                files.remove(&ino);
+            }
+        }
+    }
+
+    /// What of a mode the umask leaves. An access list for new files takes its place.
+    fn masked(&self, parent: Ino, mode: u32, umask: u32) -> u32 {
+        match self.volume.get_xattr(parent, OsStr::new(DEFAULT_ACL)) {
+            Ok(_) => mode,
+            Err(_) => mode & !umask,
+        }
+    }
+
+    fn make(
+        &self,
+        req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        shape: &Shape,
+        mode: u32,
+        umask: u32,
+    ) -> io::Result<Found> {
+        let mode = self.masked(ino(parent), mode, umask);
+        self.volume.make(ino(parent), name, shape, mode, (req.uid(), req.gid()), true)
+    }
+
+    fn make_and_open(
+        &self,
+        req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        umask: u32,
+    ) -> io::Result<Found> {
+        let found = self.make(req, parent, name, &Shape::File, mode, umask)?;
+        if let Err(e) = self.open_file(found.ino) {
+            let _ = self.volume.unlink(ino(parent), name, false);
+            let _ = self.volume.forget(found.ino, 1);
+            return Err(e);
+        }
+        Ok(found)
+    }
+
+    /// The names in a directory, as they were when it was read from the start.
+    fn listing(&self, directory: Ino, handle: u64, offset: u64) -> io::Result<Arc<Vec<OsString>>> {
+        let mut listings = locked(&self.listings);
+        if offset > 0
+            && let Some(names) = listings.get(&handle)
+        {
+            return Ok(names.clone());
+        }
+        let names = Arc::new(self.volume.names_in(directory)?);
+        listings.insert(handle, names.clone());
+        Ok(names)
+    }
+
+    /// What follows `offset` in a directory; `put` is given each entry with the offset behind it,
+    /// and says whether there is no room. Offset 0 is ".", 1 is "..", the rest are the names.
+    fn list(
+        &self,
+        directory: Ino,
+        handle: u64,
+        offset: u64,
+        remember: bool,
+        mut put: impl FnMut(&OsStr, u64, &Found) -> bool,
+    ) -> io::Result<()> {
+        let names = self.listing(directory, handle, offset)?;
+        let mut at = offset;
+        loop {
+            let dots = match at {
+                0 => Some((OsStr::new("."), directory)),
+                1 => Some((OsStr::new(".."), self.volume.parent(directory))),
+                _ => None,
+            };
+            if let Some((name, ino)) = dots {
+                if put(name, at + 1, &self.volume.stat(ino)?) {
+                    return Ok(());
+                }
+                at += 1;
+                continue;
+            }
+            let Some(name) = names.get(at as usize - 2) else { return Ok(()) };
+            // One that is gone meanwhile is left out.
+            if let Ok(found) = self.volume.lookup(directory, name, remember)
+                && put(name, at + 1, &found)
+            {
+                if remember {
+                    self.volume.forget(found.ino, 1)?;
+                }
+                return Ok(());
+            }
+            at += 1;
+        }
+    }
+
+    fn sync(&self, result: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        match self.fsync {
+            // Whoever is outside hears of it when the epoch that holds the data is committed.
+            Fsync::Commit => Ok(()),
+            Fsync::Local => result(),
+        }
+    }
+}
+
+impl Filesystem for Requests {
+    fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        let _ = config.set_max_write(LARGEST);
+        let _ = config.set_max_readahead(LARGEST);
+        let _ = config.set_max_background(64);
+        // KILLPRIV_V2: without it each write is preceded by a question for capabilities.
+        // EXPORT_SUPPORT: files are found by number. The rest: fewer questions.
+        let needed = InitFlags::FUSE_HANDLE_KILLPRIV_V2 | InitFlags::FUSE_EXPORT_SUPPORT;
+        config.add_capabilities(needed).map_err(|missing| {
+            io::Error::other(format!("the kernel's FUSE has no {missing:?} (kernel 5.11 has)"))
+        })?;
+        for wanted in [
+            InitFlags::FUSE_POSIX_ACL | InitFlags::FUSE_DONT_MASK,
+            InitFlags::FUSE_DO_READDIRPLUS | InitFlags::FUSE_READDIRPLUS_AUTO,
+            InitFlags::FUSE_PARALLEL_DIROPS,
+            InitFlags::FUSE_ASYNC_DIO,
+            InitFlags::FUSE_CACHE_SYMLINKS,
+            InitFlags::FUSE_EXPLICIT_INVAL_DATA,
+            InitFlags::FUSE_ATOMIC_O_TRUNC,
+        ] {
+            let _ = config.add_capabilities(wanted);
+        }
+        Ok(())
+    }
+
+    fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        // These two are asked for when a file is opened by its number.
+        let result = match name.as_encoded_bytes() {
+            b"." => self.volume.by_number(ino(parent), true),
+            b".." => self.volume.by_number(self.volume.parent(ino(parent)), true),
+            _ => self.volume.lookup(ino(parent), name, true),
+        };
+        match result {
+            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => nothing_there(reply),
+            other => entry(reply, other),
+        }
+    }
+
+    fn forget(&self, _req: &Request, node: INodeNo, times: u64) {
+        if let Err(e) = self.volume.forget(ino(node), times) {
+            tracing::warn!(ino = node.0, "a file that nobody has any more stays: {e}");
+        }
+    }
+
+    fn getattr(&self, _: &Request, node: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        match self.volume.stat(ino(node)) {
+            Ok(found) => reply.attr(&FOREVER, &attributes(&found)),
+            Err(e) => reply.error(e.into()),
+        }
+    }
+
+    fn setattr(
+        &self,
+        req: &Request,
+        node: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        atime: Option<TimeOrNow>,
+        mtime: Option<TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        _fh: Option<FileHandle>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _flags: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        let (atime, mtime) = (atime.map(time), mtime.map(time));
+        let mode = mode.map(|m| m & 0o7777);
+        let mut change = Change { mode, uid, gid, size, atime, mtime };
+        let result = (|| {
+            if size.is_some() && mode.is_none() && req.uid() != 0 {
+                change.mode = without_privileges(self.volume.stat(ino(node))?.meta.mode());
+            }
+            self.volume.change(ino(node), &change)
+        })();
+        match result {
+            Ok(found) => reply.attr(&FOREVER, &attributes(&found)),
+            Err(e) => reply.error(e.into()),
+        }
+    }
+
+    fn readlink(&self, _req: &Request, node: INodeNo, reply: ReplyData) {
+        match self.volume.read_link(ino(node)) {
+            Ok(target) => reply.data(target.as_encoded_bytes()),
+            Err(e) => reply.error(e.into()),
+        }
+    }
+
+    fn mknod(
+        &self,
+        req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        umask: u32,
+        device: u32,
+        reply: ReplyEntry,
+    ) {
+        let shape = match mode & libc::S_IFMT {
+            0 | libc::S_IFREG => Shape::File,
+            libc::S_IFIFO => Shape::Fifo,
+            libc::S_IFSOCK => Shape::Socket,
+            libc::S_IFCHR => Shape::Character(device.into()),
+            libc::S_IFBLK => Shape::Block(device.into()),
+            _ => return reply.error(Errno::EINVAL),
+        };
+        entry(reply, self.make(req, parent, name, &shape, mode, umask));
+    }
+
+    fn mkdir(
+        &self,
+        req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        umask: u32,
+        reply: ReplyEntry,
+    ) {
+        entry(reply, self.make(req, parent, name, &Shape::Directory, mode, umask));
+    }
+
+    fn unlink(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        done(reply, self.volume.unlink(ino(parent), name, false));
+    }
+
+    fn rmdir(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        done(reply, self.volume.unlink(ino(parent), name, true));
+    }
+
+    fn symlink(
+        &self,
+        req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        target: &Path,
+        reply: ReplyEntry,
+    ) {
+        let shape = Shape::Symlink(target.as_os_str().to_owned());
+        entry(reply, self.make(req, parent, name, &shape, 0o777, 0));
+    }
+
+    fn rename(
+        &self,
+        _req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        new_parent: INodeNo,
+        new_name: &OsStr,
+        flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        let (from, to) = (ino(parent), ino(new_parent));
+        done(reply, self.volume.rename(from, name, to, new_name, flags.bits()));
+    }
+
+    fn link(&self, _: &Request, node: INodeNo, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        entry(reply, self.volume.link(ino(node), ino(parent), name, true));
+    }
+
+    fn open(&self, req: &Request, node: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        let result = self.open_file(ino(node)).and_then(|()| {
+            if flags.0 & libc::O_TRUNC == 0 {
+                return Ok(());
+            }
+            let mut change = Change { size: Some(0), ..Change::default() };
+            let changed = self.volume.stat(ino(node)).and_then(|found| {
+                if req.uid() != 0 {
+                    change.mode = without_privileges(found.meta.mode());
+                }
+                self.volume.change(ino(node), &change)
+            });
+            changed.map(drop).inspect_err(|_| self.close_file(ino(node)))
+        });
+        match result {
+            Ok(()) => reply.opened(FileHandle(node.0), kept()),
+            Err(e) => reply.error(e.into()),
+        }
+    }
+
+    fn create(
+        &self,
+        req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        umask: u32,
+        _flags: i32,
+        reply: ReplyCreate,
+    ) {
+        match self.make_and_open(req, parent, name, mode, umask) {
+            Ok(found) => {
+                let handle = FileHandle(found.ino.0);
+                reply.created(&FOREVER, &attributes(&found), Generation(0), handle, kept());
+            }
+            Err(e) => reply.error(e.into()),
+        }
+    }
+
+    fn read(
+        &self,
+        _req: &Request,
+        node: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        let mut buffer = vec![0; size as usize];
+        match self.file(ino(node)).and_then(|opened| opened.read(offset, &mut buffer)) {
+            Ok(n) => reply.data(&buffer[..n]),
+            Err(e) => reply.error(e.into()),
+        }
+    }
+
+    fn write(
+        &self,
+        _req: &Request,
+        node: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        data: &[u8],
+        write_flags: WriteFlags,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        let result = (|| {
+            self.volume.write(&self.file(ino(node))?, offset, data)?;
+            if write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID) {
+                let mode = without_privileges(self.volume.stat(ino(node))?.meta.mode());
+                if mode.is_some() {
+                    self.volume.change(ino(node), &Change { mode, ..Change::default() })?;
+                }
+            }
+            Ok::<_, io::Error>(())
+        })();
+        match result {
+            Ok(()) => reply.written(data.len() as u32),
+            Err(e) => reply.error(e.into()),
+        }
+    }
+
+    fn release(
+        &self,
+        _req: &Request,
+        node: INodeNo,
+        _fh: FileHandle,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        _flush: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.close_file(ino(node));
+        reply.ok();
+    }
+
+    fn fsync(&self, _: &Request, node: INodeNo, _: FileHandle, data: bool, reply: ReplyEmpty) {
+        done(reply, self.sync(|| self.file(ino(node))?.sync(data)));
+    }
+
+    fn opendir(&self, _req: &Request, _node: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        let handle = self.next.fetch_add(1, Ordering::Relaxed);
+        reply.opened(FileHandle(handle), FopenFlags::empty());
+    }
+
+    fn readdir(
+        &self,
+        _req: &Request,
+        node: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectory,
+    ) {
+        let listed = self.list(ino(node), fh.0, offset, false, |name, next, found| {
+            let kind = FileType::from_std(found.meta.file_type());
+            let kind = kind.unwrap_or(FileType::RegularFile);
+            reply.add(INodeNo(found.ino.0), next, kind, name)
+        });
+        match listed {
+            Ok(()) => reply.ok(),
+            Err(e) => reply.error(e.into()),
+        }
+    }
+
+    fn readdirplus(
+        &self,
+        _req: &Request,
+        node: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectoryPlus,
+    ) {
+        let listed = self.list(ino(node), fh.0, offset, true, |name, next, found| {
+            let attr = attributes(found);
+            reply.add(attr.ino, next, name, &FOREVER, &attr, Generation(0))
+        });
+        match listed {
+            Ok(()) => reply.ok(),
+            Err(e) => reply.error(e.into()),
+        }
+    }
+
+    fn releasedir(
+        &self,
+        _req: &Request,
+        _node: INodeNo,
+        fh: FileHandle,
+        _flags: OpenFlags,
+        reply: ReplyEmpty,
+    ) {
+        locked(&self.listings).remove(&fh.0);
+        reply.ok();
+    }
+
+    fn fsyncdir(&self, _: &Request, node: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        done(reply, self.sync(|| self.volume.sync_directory(ino(node))));
+    }
+
+    fn statfs(&self, _req: &Request, _node: INodeNo, reply: ReplyStatfs) {
+        match self.volume.room() {
+            Ok(s) => reply.statfs(
+                s.blocks(),
+                s.blocks_free(),
+                s.blocks_available(),
+                s.files(),
+                s.files_free(),
+                s.block_size() as u32,
+                s.name_max() as u32,
+                s.fragment_size() as u32,
+            ),
+            Err(e) => reply.error(e.into()),
+        }
+    }
+
+    fn setxattr(
+        &self,
+        _req: &Request,
+        node: INodeNo,
+        name: &OsStr,
+        value: &[u8],
+        flags: i32,
+        _position: u32,
+        reply: ReplyEmpty,
+    ) {
+        done(reply, self.volume.set_xattr(ino(node), name, value, flags));
+    }
+
+    fn getxattr(&self, _: &Request, node: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        value(reply, size, self.volume.get_xattr(ino(node), name));
+    }
+
+    fn listxattr(&self, _req: &Request, node: INodeNo, size: u32, reply: ReplyXattr) {
+        let names = self.volume.list_xattrs(ino(node)).map(|names| {
+            let ended = |n: OsString| [n.as_encoded_bytes(), b"\0"].concat();
+            names.into_iter().flat_map(ended).collect::<Vec<u8>>()
+        });
+        value(reply, size, names);
+    }
+
+    fn removexattr(&self, _req: &Request, node: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        done(reply, self.volume.remove_xattr(ino(node), name));
+    }
+
+    fn access(&self, _req: &Request, _node: INodeNo, _mask: AccessFlags, reply: ReplyEmpty) {
+        reply.ok();
+    }
+
+    fn fallocate(
+        &self,
+        _req: &Request,
+        node: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        let opened = self.file(ino(node));
+        done(reply, opened.and_then(|o| self.volume.allocate(&o, offset, length, mode)));
+    }
+
+    fn lseek(
+        &self,
+        _req: &Request,
+        node: INodeNo,
+        _fh: FileHandle,
+        offset: i64,
+        whence: i32,
+        reply: ReplyLseek,
+    ) {
+        match self.file(ino(node)).and_then(|opened| opened.seek(offset, whence)) {
+            Ok(at) => reply.offset(at),
+            Err(e) => reply.error(e.into()),
+        }
+    }
+}
+
+/// What was read of a file stays in memory when it is opened again; a close asks nothing.
+fn kept() -> FopenFlags {
+    FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH
+}
+
+/// The kernel may remember that there is no such name.
+fn nothing_there(reply: ReplyEntry) {
+    let none = FileAttr {
+        ino: INodeNo(0),
+        size: 0,
+        blocks: 0,
+        atime: UNIX_EPOCH,
+        mtime: UNIX_EPOCH,
+        ctime: UNIX_EPOCH,
+        crtime: UNIX_EPOCH,
+        kind: FileType::RegularFile,
+        perm: 0,
+        nlink: 0,
+        uid: 0,
+        gid: 0,
+        rdev: 0,
+        blksize: 0,
+        flags: 0,
+    };
+    reply.entry(&FOREVER, &none, Generation(0));
+}
