@@ -224,11 +224,15 @@ const _: () = assert!(std::mem::size_of::<Handle>() == 20);
 pub fn open_by_node(mount: BorrowedFd<'_>, node: u64, flags: OFlag) -> SysResult<OwnedFd> {
     /// FILEID_INO64_GEN of linux/exportfs.h, as FUSE writes it: high word, low word, generation.
     const KIND: i32 = 0x81;
+    // A mount's own descriptor is only a path, and that is not enough here.
+    let at = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let inside = nix::fcntl::openat(mount, ".", at, mode())
+        .map_err(|e| SysError::errno("openat", "the root of the mount", e as i32))?;
     let mut handle = Handle { bytes: 12, kind: KIND, node: [(node >> 32) as u32, node as u32, 0] };
     let flags = (flags | OFlag::O_CLOEXEC).bits();
     // SAFETY: a handle with the length that it states.
     let fd = unsafe {
-        libc::syscall(libc::SYS_open_by_handle_at, mount.as_raw_fd(), &raw mut handle, flags)
+        libc::syscall(libc::SYS_open_by_handle_at, inside.as_raw_fd(), &raw mut handle, flags)
     };
     Ok(owned(check(fd, "open_by_handle_at", || format!("file {node}"))?))
 }

@@ -28,6 +28,9 @@ const FOREVER: Duration = Duration::from_secs(1 << 24);
 /// Bytes in one request at most.
 const LARGEST: u32 = 1 << 20;
 
+/// Bytes of a name at most: the kernel's FUSE takes longer ones, and no disk does.
+const NAME_MAX: usize = 255;
+
 /// Answers requests for one volume.
 #[derive(Debug)]
 pub(super) struct Requests {
@@ -279,6 +282,9 @@ impl Filesystem for Requests {
     }
 
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        if name.len() > NAME_MAX {
+            return reply.error(Errno::ENAMETOOLONG);
+        }
         // These two are asked for when a file is opened by its number.
         let result = match name.as_encoded_bytes() {
             b"." => self.volume.by_number(ino(parent), true),
