@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use nilicon_tests::{Bed, Sketch, is_installed, until};
+use nilicon_tests::{Bed, Sketch, is_installed, nilicon, until};
 use serde_json::Value;
 
 /// Redis with an append-only file in a replicated volume; the test puts its directory for `@`.
@@ -69,14 +69,18 @@ fn redis(bed: &Bed, command: &[&str]) -> String {
     bed.exec("client", &line).expect_success().stdout.trim().to_owned()
 }
 
-/// What the container on a host sees of its volume.
+/// What the container sees of its volume where it runs.
 fn inside(bed: &Bed, store: &Value) -> PathBuf {
-    let pid = store["pid"].as_i64().unwrap_or_else(|| panic!("no pid in {store:#}"));
+    let host = store["primary"].as_str().unwrap_or_else(|| panic!("it runs nowhere: {store:#}"));
+    let group = format!("/{}/{host}", bed.name);
+    let processes = std::fs::read_dir("/proc").expect("processes");
+    let mut roots = processes.map(|entry| entry.expect("an entry").path()).filter(|process| {
+        let groups = std::fs::read_to_string(process.join("cgroup")).unwrap_or_default();
+        groups.contains(&group)
+    });
+    let process = roots.next().unwrap_or_else(|| panic!("no process in {group}"));
     let at = bed.directory().join("seen");
-    Path::new("/proc")
-        .join(pid.to_string())
-        .join("root")
-        .join(at.strip_prefix("/").expect("a path"))
+    process.join("root").join(at.strip_prefix("/").expect("a path"))
 }
 
 /// VO-4, VO-5
@@ -123,6 +127,8 @@ fn the_files_of_both_hosts_are_the_same_and_whole() {
     // It was acknowledged, so the backup has it; it is carried out in a moment.
     until("the backup to be as far", || (seen(&there[0]) == primary).then_some(()));
     check_aof(&there[0]);
+    let done = nilicon(&["volume", "verify", &bed.file]).expect_success();
+    assert!(done.stdout.contains("the same on alpha and beta"), "{done}");
 
     bed.fault("kill-host:alpha");
     let store = bed.until_store("it runs on beta", |store| {
@@ -132,6 +138,9 @@ fn the_files_of_both_hosts_are_the_same_and_whole() {
     assert_eq!(redis(&bed, &["get", "key49"]), "value49");
     assert_eq!(redis(&bed, &["set", "after", "the failover"]), "OK");
     assert!(seen(&inside(&bed, &store)) == seen(&there[0]), "the container sees other files");
+    let done = nilicon(&["volume", "verify", &bed.file]);
+    assert_eq!(done.code, Some(1), "the old primary's files are behind: {done}");
+    assert!(done.stdout.contains("appendonly.aof"), "{done}");
     check_aof(&there[0]);
 
     // The old primary comes back, and gets a full copy, with what came later.
