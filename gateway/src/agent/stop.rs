@@ -419,11 +419,11 @@ impl StopLoop {
             drain_signals(&self.signals);
             self.capturer.pump()?;
         }
-        if let Some(volumes) = &self.volumes {
-            if let Err(error) = volumes.precopy() {
-                self.seal_failed = Some(error);
-                return Err(CaptureError::Transient("volumes cannot be read"));
-            }
+        if let Some(volumes) = &self.volumes
+            && let Err(error) = volumes.precopy()
+        {
+            self.seal_failed = Some(error);
+            return Err(CaptureError::Transient("volumes cannot be read"));
         }
         // What is provisional has no output that waits for it.
         if !taken.provisional {

@@ -448,8 +448,11 @@ fn files_are_kept_before_they_are_acknowledged() {
     beta.shared.handle(backup::Input::Verdict { generation: Generation(2), verdict });
     send_files(&link, &mut builder, 4);
     // What comes behind it has arrived.
-    let said = tokio::time::timeout(Duration::from_secs(60), link.bye(Bye::Stop, Epoch(4)));
-    let _ = runtime.block_on(said).expect("in time");
+    let _ = runtime
+        .block_on(async {
+            tokio::time::timeout(Duration::from_secs(60), link.bye(Bye::Stop, Epoch(4))).await
+        })
+        .expect("in time");
     assert_eq!(ending(kept.path(), &format!("-{:016x}", 4)), 0);
     assert!(beta.checkpoints.try_recv().is_err());
 }
