@@ -14,6 +14,24 @@ const REDIS_AOF: &str = "command: [redis-server, --port, \"6379\", --bind, 0.0.0
     ready: { tcp: 6379 }\n    volume-directory: @/kept\n    volumes:\n      \
     - { path: @/seen, kind: replicated }";
 
+/// A server that adds a row to a database, in WAL mode, for each connection and answers with their
+/// number and what the database's own check says; the test puts the directory of the volume for `@`.
+const DATABASE: &str = "\
+import socket, sqlite3
+database = sqlite3.connect('@/data.db', isolation_level=None)
+database.execute('pragma journal_mode=wal')
+database.execute('create table if not exists rows (n integer primary key)')
+server = socket.create_server(('0.0.0.0', 7000))
+while True:
+    peer, _ = server.accept()
+    peer.recv(64)
+    database.execute('insert into rows default values')
+    count = database.execute('select count(*) from rows').fetchone()[0]
+    check = database.execute('pragma integrity_check').fetchone()[0]
+    peer.sendall(f'{count} {check}'.encode())
+    peer.close()
+";
+
 /// A lab of it.
 fn bed(tag: &str, rule: &str, loaded: bool) -> Bed {
     let sketch = Sketch::of(&REDIS_AOF.replace("RULE", rule));
@@ -177,5 +195,43 @@ fn an_ephemeral_volume_goes_on_with_the_container() {
     assert_eq!(contents(&before), contents(&after));
     assert!(before.len() > 3, "{:?}", before.keys());
     assert!(!bed.directory().join("kept").exists());
+    bed.destroy();
+}
+
+/// VO-5: a database whose index of the log is shared memory in a file of the volume.
+#[test]
+fn a_database_in_wal_mode_goes_on_whole() {
+    if !is_installed("python3") {
+        return;
+    }
+    let sketch = Sketch::of(
+        "command: [python3, @/server.py]\n    ready: { tcp: 7000 }\n    \
+         volume-directory: @/kept\n    volumes:\n      - { path: @/seen, kind: replicated }",
+    );
+    let bed = Bed::new("db", &sketch);
+    let directory = bed.directory().display().to_string();
+    bed.write(&bed.text().replace('@', &directory));
+    let program = DATABASE.replace('@', &format!("{directory}/seen"));
+    std::fs::write(bed.directory().join("server.py"), program).expect("written");
+    let ask = |word: &str| {
+        let call = "import socket, sys; s = socket.create_connection(('10.77.0.10', 7000)); \
+                    s.sendall(sys.argv[1].encode()); print(s.recv(64).decode())";
+        bed.exec("client", &["python3", "-c", call, word]).expect_success().stdout.trim().to_owned()
+    };
+    bed.deploy();
+    // Whether it accepts was asked by a connection of its own.
+    let first = ask("add");
+    let base: u64 = first.split(' ').next().and_then(|n| n.parse().ok()).expect("a number");
+    for n in 1..20 {
+        assert_eq!(ask("add"), format!("{} ok", base + n));
+    }
+    bed.fault("kill-host:alpha");
+    bed.until_store("it runs on beta", |s| s["primary"] == "beta" && s["phase"] != "promoting");
+    for n in 20..40 {
+        assert_eq!(ask("add"), format!("{} ok", base + n));
+    }
+    bed.fault("revive-host:alpha");
+    bed.until_store("it is protected again", |store| store["protected"] == true);
+    assert_eq!(ask("add"), format!("{} ok", base + 40));
     bed.destroy();
 }
