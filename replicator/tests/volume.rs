@@ -450,7 +450,7 @@ fn thread_in_namespace(holder: &Process) -> i32 {
         .expect("one has")
 }
 
-/// VO-4
+/// VO-8
 #[test]
 fn what_processes_had_at_the_stop_is_what_arrives() {
     if cannot() {
@@ -494,7 +494,7 @@ fn a_read_only_volume_refuses_changes() {
     assert_eq!(error.raw_os_error(), Some(libc::EROFS));
 }
 
-/// VO-6
+/// VO-10
 #[test]
 fn stores_through_a_mapping_are_written_when_asked_for() {
     if cannot() || !Path::new("/usr/bin/python3").exists() {
@@ -528,7 +528,7 @@ fn stores_through_a_mapping_are_written_when_asked_for() {
     assert_eq!(m.volumes.list().len(), 1);
 }
 
-/// VO-5
+/// VO-9
 #[test]
 fn a_server_ends_while_files_are_open_and_work_is_done() {
     if cannot() {
@@ -582,7 +582,7 @@ fn small_disk(at: &Path) {
     mount(Some("small"), at, Some("tmpfs"), none, Some("size=400k")).expect("a tmpfs");
 }
 
-/// VO-7
+/// VO-11
 #[test]
 fn a_full_disk_is_one_error_and_no_damage() {
     if cannot() {
