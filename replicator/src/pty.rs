@@ -171,16 +171,15 @@ pub(crate) fn fill(
         }
         pty::set_attributes(peer, &mode)?;
         for line in &t.lines {
-            write_all(master, &line.bytes)?;
+            pty::feed(peer, &line.bytes)?;
             if line.end_of_file {
-                write_all(master, &[end])?;
+                pty::feed(peer, &[end])?;
             }
         }
-        write_all(master, &t.typed)?;
-        pty::events(peer)?;
+        pty::feed(peer, &t.typed)?;
     }
     if t.stopped {
-        stop(master, peer, termios)?;
+        stop(peer, termios)?;
     }
     pty::set_attributes(peer, termios)?;
     if t.packets {
@@ -190,7 +189,7 @@ pub(crate) fn fill(
 }
 
 /// Stops output as it was: by the character for it, so that another lets it go on.
-fn stop(master: BorrowedFd<'_>, peer: BorrowedFd<'_>, termios: &Termios) -> SysResult<()> {
+fn stop(peer: BorrowedFd<'_>, termios: &Termios) -> SysResult<()> {
     if flags(termios, IFLAG) & libc::IXON == 0 {
         return pty::set_flow(peer, false);
     }
@@ -200,8 +199,7 @@ fn stop(master: BorrowedFd<'_>, peer: BorrowedFd<'_>, termios: &Termios) -> SysR
     set_flags(&mut mode, IFLAG, libc::IXON);
     mode[CHARACTERS + libc::VSTOP] = STOP;
     pty::set_attributes(peer, &mode)?;
-    write_all(master, &[STOP])?;
-    pty::events(peer).map(drop)
+    pty::feed(peer, &[STOP])
 }
 
 /// What its other end is like, given whether anybody is known to have it.

@@ -138,6 +138,17 @@ pub fn set_flow(fd: BorrowedFd<'_>, on: bool) -> SysResult<()> {
     control(fd, libc::TCXONC, action as usize as *mut c_void, "TCXONC").map(drop)
 }
 
+/// Puts bytes into the input of the other end as if they had been typed (TIOCSTI). When it returns they
+/// have been through the line discipline with the attributes of this moment; what is written to the
+/// master goes through it some time later. Needs CAP_SYS_ADMIN.
+pub fn feed(peer: BorrowedFd<'_>, bytes: &[u8]) -> SysResult<()> {
+    for byte in bytes {
+        let at = (&raw const *byte).cast_mut().cast();
+        control(peer, libc::TIOCSTI, at, "TIOCSTI")?;
+    }
+    Ok(())
+}
+
 /// What poll(2) says at once, POLLPRI included.
 pub fn events(fd: BorrowedFd<'_>) -> SysResult<i16> {
     let events = libc::POLLIN | libc::POLLOUT | libc::POLLPRI;
