@@ -178,7 +178,12 @@ impl Capturer {
         // A leader is not gone before its threads are, and the first of a pid namespace not
         // before all others: so ask for all of them in turn.
         let mut left = self.tracer.all();
-        while !left.is_empty() {
+        let deadline = Instant::now() + PATIENCE;
+        while let Some(&tid) = left.first() {
+            if Instant::now() > deadline {
+                let object = format!("tid {tid}, which was killed and has not ended");
+                return Err(SysError::errno("wait", object, libc::ETIMEDOUT).into());
+            }
             left.retain(|tid| match ptrace::poll_wait(*tid) {
                 Ok(Some((_, status))) => !status.is_end(),
                 _ => std::path::Path::new(&format!("/proc/{tid}")).exists(),
