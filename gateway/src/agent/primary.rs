@@ -290,6 +290,13 @@ impl Shell {
         self.follow_state();
     }
 
+    /// Says why it is not protected, unless that was said when its backup was told goodbye.
+    fn say_why(&self, why: String) {
+        if !self.retired.load(Ordering::Acquire) {
+            lock(&self.status).reason = Some(why);
+        }
+    }
+
     /// A checkpoint could be taken.
     pub(super) fn unfreeze(&self) {
         if lock(&self.frozen).take().is_some() {
@@ -377,7 +384,7 @@ impl Shell {
                 let then =
                     if alone { "it goes on unprotected" } else { "no output leaves meanwhile" };
                 tracing::warn!(container = self.name, reason = %why, "the backup is gone; {then}");
-                lock(&self.status).reason = Some(why.to_string());
+                self.say_why(why.to_string());
             }
             Action::Hold => {
                 tracing::info!(container = self.name, "the backup has caught up");
@@ -666,7 +673,7 @@ pub(super) async fn keep_connected(
             }
             Err(error) => {
                 tracing::info!(container = shell.name, %error, "no backup yet");
-                lock(&shell.status).reason = Some(format!("no backup: {error}"));
+                shell.say_why(format!("no backup: {error}"));
                 shell.handle(Input::Lost(link));
             }
         }
