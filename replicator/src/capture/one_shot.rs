@@ -255,6 +255,7 @@ pub fn about(root: i32, release: &str) -> Result<Info, CaptureError> {
         processes: 0,
         namespaces: super::namespaces_of(root)?,
         notes: Vec::new(),
+        tmpfs: super::tmpfs::own_mounts(root)?,
     })
 }
 

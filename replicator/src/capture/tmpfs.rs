@@ -5,6 +5,7 @@
 
 use super::CaptureError;
 use super::objects::{Class, Key, Objects};
+use crate::image::info::TmpfsMount;
 use crate::image::object::Attributes;
 use crate::image::tree::{EntryKind, TmpfsEntry};
 use crate::sys::SysError;
@@ -124,6 +125,33 @@ impl Mount {
         }
         Ok(())
     }
+}
+
+/// The tmpfs mounts that a tree with this root has and its host has not, outer ones first.
+pub(super) fn own_mounts(root: i32) -> Result<Vec<TmpfsMount>, CaptureError> {
+    let mounts = Mounts::find(root)?;
+    let path = format!("/proc/{root}/mountinfo");
+    let text = fs::read_to_string(&path).map_err(|e| CaptureError::proc(&path, e))?;
+    let mut all = Vec::new();
+    for mount in &mounts.all {
+        let is_it = |line: &&str| line.split(' ').nth(4) == Some(&mount.point);
+        // The last of several at one place is the one that is seen.
+        let Some(line) = text.lines().rfind(is_it) else { continue };
+        let meta = mount.directory.metadata().map_err(|e| CaptureError::proc(&mount.point, e))?;
+        all.push(TmpfsMount {
+            point: mount.point.clone(),
+            options: line.split(' ').nth(5).unwrap_or_default().to_owned(),
+            limits: limits(line.rsplit(' ').next().unwrap_or_default()),
+            attributes: Attributes { mode: meta.mode() & 0o7777, uid: meta.uid(), gid: meta.gid() },
+        });
+    }
+    Ok(all)
+}
+
+/// What limits a tmpfs, among its options in mountinfo; see tmpfs(5).
+fn limits(options: &str) -> String {
+    let is_limit = |o: &&str| ["size=", "nr_inodes=", "huge="].iter().any(|l| o.starts_with(l));
+    options.split(',').filter(is_limit).collect::<Vec<_>>().join(",")
 }
 
 /// Mount points and devices of file systems of a kind that a mountinfo has as a whole, see

@@ -6,7 +6,7 @@
 
 use super::{ClockOffsets, LaunchError, Launched};
 use crate::image::Clocks;
-use crate::image::info::NamespaceKind;
+use crate::image::info::{NamespaceKind, TmpfsMount};
 use crate::sys::birth::{Link, chain};
 use crate::sys::loopback;
 use nix::mount::{MsFlags, mount};
@@ -30,6 +30,8 @@ pub struct Conception {
     pub group: Option<i32>,
     /// Namespaces to be made new.
     pub new: Vec<NamespaceKind>,
+    /// The tmpfs mounts that a new mount namespace is to have.
+    pub tmpfs: Vec<TmpfsMount>,
     /// Host name of a new uts namespace.
     pub hostname: String,
     /// What the clocks of a new time namespace are to read.
@@ -74,7 +76,7 @@ pub fn conceive(plan: &Conception) -> Result<Launched, LaunchError> {
         name: plan.name.clone(),
         control,
         clock_offsets,
-        tmpfs: vec![super::SHM.to_owned()],
+        tmpfs: plan.tmpfs.iter().map(|m| m.point.clone()).chain([super::SHM.to_owned()]).collect(),
         reaped: false,
     })
 }
@@ -108,6 +110,12 @@ fn enter_new(plan: &Conception, offsets: ClockOffsets) -> Result<(), (&'static s
         let none: Option<&str> = None;
         mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
             .map_err(|e| ("make mounts private", e.into()))?;
+        for own in &plan.tmpfs {
+            mount_tmpfs(own).map_err(|e| {
+                let why = io::Error::other(format!("{}: {e}", own.point));
+                ("mount the tmpfs that it had (make its directory first)", why)
+            })?;
+        }
     }
     if has(Uts) {
         sethostname(&plan.hostname).map_err(|e| ("set the host name", e.into()))?;
@@ -118,4 +126,26 @@ fn enter_new(plan: &Conception, offsets: ClockOffsets) -> Result<(), (&'static s
         loopback::up(any.as_fd()).map_err(|e| ("bring lo up", io::Error::other(e.to_string())))?;
     }
     Ok(())
+}
+
+/// A tmpfs as it was.
+fn mount_tmpfs(own: &TmpfsMount) -> nix::Result<()> {
+    let mut flags = MsFlags::empty();
+    for option in own.options.split(',') {
+        flags |= match option {
+            "ro" => MsFlags::MS_RDONLY,
+            "nosuid" => MsFlags::MS_NOSUID,
+            "nodev" => MsFlags::MS_NODEV,
+            "noexec" => MsFlags::MS_NOEXEC,
+            "noatime" => MsFlags::MS_NOATIME,
+            "nodiratime" => MsFlags::MS_NODIRATIME,
+            _ => MsFlags::empty(),
+        };
+    }
+    let a = &own.attributes;
+    let mut data = format!("mode={:o},uid={},gid={}", a.mode, a.uid, a.gid);
+    if !own.limits.is_empty() {
+        data = format!("{data},{}", own.limits);
+    }
+    mount(Some("tmpfs"), own.point.as_str(), Some("tmpfs"), flags, Some(data.as_str()))
 }

@@ -1,5 +1,6 @@
 //! What an image says of itself: when and where it was taken, and in which namespaces the tree was.
 
+use super::object::Attributes;
 use serde::{Deserialize, Serialize};
 
 /// The head of an image, before any state.
@@ -27,6 +28,21 @@ pub struct Info {
     pub namespaces: Vec<Namespace>,
     /// What a restore finds cut off, in words.
     pub notes: Vec<String>,
+    /// The tmpfs mounts that the tree has and its host has not, outer ones first.
+    pub tmpfs: Vec<TmpfsMount>,
+}
+
+/// A tmpfs of the tree's own mount namespace. What is in it is part of the state.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TmpfsMount {
+    /// Where it is mounted.
+    pub point: String,
+    /// Options of the mount, as /proc/PID/mountinfo has them (`rw,nosuid,nodev`).
+    pub options: String,
+    /// What mount(2) is to be told of its limits (`size=1024k`).
+    pub limits: String,
+    /// Mode and owner of its root directory.
+    pub attributes: Attributes,
 }
 
 /// A namespace of the tree.

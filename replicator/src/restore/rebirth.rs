@@ -95,6 +95,15 @@ pub fn rebirth<R: Read>(reader: &mut Reader<R>, place: Place) -> Result<Reborn, 
         clocks: state.clocks,
         ..Conception::default()
     };
+    if plan.new.contains(&NamespaceKind::Mount) {
+        plan.tmpfs.clone_from(&reader.info().tmpfs);
+    } else if let Some(own) = reader.info().tmpfs.first() {
+        return Err(RebirthError::Place(format!(
+            "the tree has a tmpfs of its own at {}, and would find the caller's files there; restore it \
+             into a mount namespace of its own (--namespaces as-taken or new)",
+            own.point
+        )));
+    }
     if !plan.new.contains(&NamespaceKind::Time) && boot() != reader.info().boot {
         notes.push("the image is of another boot: its clocks may have gone back".into());
     }

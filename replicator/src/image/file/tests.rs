@@ -2,7 +2,7 @@
 
 use super::section::{self, Fault, HEAD};
 use super::{Draft, FileError, Kind, Reader, Summary, Writer};
-use crate::image::info::{Info, Namespace, NamespaceKind};
+use crate::image::info::{Info, Namespace, NamespaceKind, TmpfsMount};
 use crate::image::pages::{Content, PAGE, PageSet, Run};
 use crate::image::{Description, Fd, Process, State, Thread};
 use proptest::prelude::*;
@@ -20,6 +20,7 @@ fn info() -> Info {
         processes: 2,
         namespaces: vec![Namespace { kind: NamespaceKind::Pid, own: true, inode: 7 }],
         notes: vec!["a note".into()],
+        tmpfs: vec![TmpfsMount { point: "/tmp".into(), ..TmpfsMount::default() }],
     }
 }
 
