@@ -125,7 +125,12 @@ impl Pacer {
     /// The threads that make checkpoints have used so much processor time so far, in all.
     pub(super) fn worked(&mut self, total: Duration) {
         let (before, work) = self.work;
-        self.work = (total, average(work, (total - before) * PEERS));
+        self.work = (total, average(work, total.saturating_sub(before) * PEERS));
+    }
+
+    /// The same after a full copy, which says nothing of what an epoch takes.
+    pub(super) fn copied(&mut self, total: Duration) {
+        self.work.0 = total;
     }
 
     /// A stop was taken back; the next is tried after `pause`, whatever it costs.
@@ -297,6 +302,15 @@ mod tests {
         let end = epochs(&mut p, begin, 50, us(2000), false);
         let share = us(2000 * 50).as_secs_f64() / (end - begin).as_secs_f64();
         assert!((WORK_SHARE * 0.9..=WORK_SHARE).contains(&share), "{share}");
+    }
+
+    #[test]
+    fn the_full_copy_makes_no_epoch_longer() {
+        let mut p = pacer(us(300));
+        p.copied(us(900_000));
+        let begin = epochs(&mut p, us(0), 1, us(200), false);
+        p.copied(us(9_000_000));
+        assert!(epochs(&mut p, begin, 1, us(200), false) - begin < us(1000));
     }
 
     #[test]

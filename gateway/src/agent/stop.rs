@@ -399,8 +399,11 @@ impl StopLoop {
         // A full copy says nothing about the next epoch.
         let (stop, pages) = (taken.times.total, if full { 0 } else { taken.times.pages });
         self.pacer.stopped(now, self.capturer.cpu_time(), stop, pages);
-        if !full {
-            self.pacer.worked(sched::thread_time() + self.shell.shipping());
+        let work = sched::thread_time() + self.shell.shipping();
+        if full {
+            self.pacer.copied(work)
+        } else {
+            self.pacer.worked(work)
         }
         self.epoch = self.epoch.next();
         self.shell.taken();
