@@ -97,6 +97,8 @@ impl Capturer {
         let state = self.capture(&mut times, &mut super::Lap(Instant::now()))?;
         let mut notes = outside::check(&self.pids(), &mut self.refusals)?;
         notes.extend(outside::terminals(&self.pids(), &state)?);
+        notes.extend(outside::mounts(self.root)?);
+        notes.extend(outside::network(self.root)?);
         let undoes = self.processes.iter().filter(|(_, tracked)| tracked.threads.undoes());
         notes.extend(undoes.map(|(pid, _)| {
             format!(

@@ -5,7 +5,9 @@
 use super::refusals::Refusals;
 use super::{CaptureError, process};
 use crate::image::{Description, Kind, State};
-use std::collections::BTreeMap;
+use crate::sys::namespace::{in_network_of, is_ours};
+use crate::sys::route::RouteWatch;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 
 /// Standard input, output and error.
@@ -75,6 +77,61 @@ pub(super) fn terminals(tree: &[i32], state: &State) -> Result<Vec<String>, Capt
     Ok(notes)
 }
 
+/// Mounts of the tree's own namespace that are no part of an image, in words: all that the host has
+/// not, but for /proc and each tmpfs, which a restore makes.
+pub(super) fn mounts(root: i32) -> Result<Vec<String>, CaptureError> {
+    if is_ours(root, "mnt")? {
+        return Ok(Vec::new());
+    }
+    let read = |path: &str| fs::read_to_string(path).map_err(|e| CaptureError::proc(path, e));
+    let theirs = read(&format!("/proc/{root}/mountinfo"))?;
+    Ok(mounts_left_out(&theirs, &read("/proc/thread-self/mountinfo")?))
+}
+
+/// By the mountinfo of the tree and of its host, see proc_pid_mountinfo(5).
+fn mounts_left_out(theirs: &str, ours: &str) -> Vec<String> {
+    // Device, root, mount point and type.
+    let parts = |line: &str| -> Option<[String; 4]> {
+        let (left, right) = line.split_once(" - ")?;
+        let mut left = left.split(' ').skip(2).map(str::to_owned);
+        Some([left.next()?, left.next()?, left.next()?, right.split(' ').next()?.to_owned()])
+    };
+    let known: BTreeSet<_> = ours.lines().filter_map(parts).collect();
+    let is_left_out = |mount: &[String; 4]| {
+        let [_, inside, point, kind] = mount;
+        let is_made = (kind == "tmpfs" && inside == "/") || (kind == "proc" && point == "/proc");
+        !is_made && !known.contains(mount)
+    };
+    theirs
+        .lines()
+        .filter_map(parts)
+        .filter(is_left_out)
+        .map(|[_, _, point, kind]| {
+            format!(
+                "the mount at {point} ({kind}) is no part of an image: a restore finds there what its host has"
+            )
+        })
+        .collect()
+}
+
+/// What of the tree's own network is no part of an image, in words.
+pub(super) fn network(root: i32) -> Result<Vec<String>, CaptureError> {
+    if is_ours(root, "net")? {
+        return Ok(Vec::new());
+    }
+    let mut settings = in_network_of(root, RouteWatch::open)??.settings()?;
+    // What every new network has.
+    settings.retain(|s| s != "device lo" && !s.starts_with("rule with priority"));
+    let all: Vec<_> = settings.into_iter().collect();
+    Ok(match all.is_empty() {
+        true => Vec::new(),
+        false => vec![format!(
+            "its network ({}) is no part of an image: a restore into a new one finds nothing but lo",
+            all.join(", ")
+        )],
+    })
+}
+
 /// Number and link of each descriptor; none of a process that is gone meanwhile.
 fn links(pid: i32) -> Vec<(i32, String)> {
     let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fd")) else { return Vec::new() };
@@ -83,4 +140,29 @@ fn links(pid: i32) -> Vec<(i32, String)> {
         Some((number, fs::read_link(entry.path()).ok()?.to_string_lossy().into_owned()))
     };
     entries.flatten().filter_map(one).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mounts_that_only_the_tree_has_are_told() {
+        let line = |id: u32, device: &str, root: &str, point: &str, kind: &str| {
+            format!("{id} 1 {device} {root} {point} rw,nosuid shared:7 - {kind} source rw\n")
+        };
+        let host = line(20, "8:1", "/", "/", "ext4") + &line(21, "0:5", "/", "/proc", "proc");
+        let own = [
+            line(40, "8:1", "/", "/", "ext4"),
+            line(41, "0:77", "/", "/proc", "proc"),
+            line(42, "0:78", "/", "/scratch", "tmpfs"),
+            line(43, "0:78", "/part", "/elsewhere", "tmpfs"),
+            line(44, "8:1", "/data", "/srv", "ext4"),
+        ];
+        let told = mounts_left_out(&own.concat(), &host);
+        assert_eq!(told.len(), 2, "{told:?}");
+        assert!(told[0].starts_with("the mount at /elsewhere (tmpfs)"), "{told:?}");
+        assert!(told[1].starts_with("the mount at /srv (ext4)"), "{told:?}");
+        assert!(mounts_left_out("nonsense\n1 2 3 - \n", &host).is_empty());
+    }
 }
