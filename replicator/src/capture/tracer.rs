@@ -316,6 +316,7 @@ impl Tracer {
     /// Waits for the leader of a process whose other threads have stopped. It may have ended
     /// alone: then nothing comes, for as long as they live.
     fn wait_leader(&mut self, tid: i32) -> Result<(), CaptureError> {
+        let begin = Instant::now();
         for tries in 1.. {
             if let Some((_, status)) = ptrace::poll_wait(tid)? {
                 if self.handle_in_freeze(tid, status)? {
@@ -326,7 +327,16 @@ impl Tracer {
             if tries % 25 == 0 && is_zombie(tid)? {
                 return Err(leader_has_ended(tid));
             }
+            self.give_up_on_vfork(begin)?;
             std::thread::sleep(PAUSE);
+        }
+        Ok(())
+    }
+
+    /// A thread may have called vfork before we came: then it waits for a child that we have stopped.
+    fn give_up_on_vfork(&self, begin: Instant) -> Result<(), CaptureError> {
+        if self.is_gentle() && begin.elapsed() > VFORK_PATIENCE {
+            return Err(CaptureError::Transient("a thread does not stop"));
         }
         Ok(())
     }
@@ -335,11 +345,7 @@ impl Tracer {
         let begin = Instant::now();
         loop {
             if self.is_gentle() && ptrace::poll(tid)?.is_none() {
-                // It may have called vfork before we came: then it waits for a child that we have
-                // stopped.
-                if begin.elapsed() > VFORK_PATIENCE {
-                    return Err(CaptureError::Transient("a thread does not stop"));
-                }
+                self.give_up_on_vfork(begin)?;
                 std::thread::sleep(Duration::from_micros(50));
                 continue;
             }
@@ -404,13 +410,15 @@ impl Tracer {
 
     /// Lets the container go for good: it runs on without a tracer.
     pub(super) fn detach(&mut self) -> SysResult<()> {
-        for (&tid, thread) in &self.threads {
-            if !thread.stopped {
-                ignore_gone(ptrace::interrupt(tid))?;
-                // The end of a main thread is not told while others run.
-                while ptrace::poll_wait(tid)?.is_none() && !is_zombie(tid)? {
-                    std::thread::sleep(PAUSE);
-                }
+        // Those that stand still first: one in vfork stops only when its child goes on.
+        for (&tid, _) in self.threads.iter().filter(|(_, t)| t.stopped) {
+            ignore_gone(ptrace::detach(tid))?;
+        }
+        for (&tid, _) in self.threads.iter().filter(|(_, t)| !t.stopped) {
+            ignore_gone(ptrace::interrupt(tid))?;
+            // The end of a main thread is not told while others run.
+            while ptrace::poll_wait(tid)?.is_none() && !is_zombie(tid)? {
+                std::thread::sleep(PAUSE);
             }
             ignore_gone(ptrace::detach(tid))?;
         }
