@@ -69,7 +69,8 @@ fn expect_failover(report: &Value) {
     }
     let (total, outage) = (number(failover, "/total_ms"), number(failover, "/outage_ms"));
     assert!(0.0 < total && total <= outage, "{report:#}");
-    assert!(number(report, "/clients/0/gap_ms") >= outage * 0.5, "{report:#}");
+    // From suspicion until the container runs again nobody is answered.
+    assert!(number(report, "/clients/0/gap_ms") >= total, "{report:#}");
     assert_eq!(failover["connections"], report["clients"][0]["connections"], "{report:#}");
     assert_eq!(report["failovers"].as_array().map(Vec::len), Some(1));
     let store = &report["containers"][0];

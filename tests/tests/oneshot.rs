@@ -323,7 +323,13 @@ fn what_cannot_be_captured_runs_on_and_leaves_no_file() {
     let pid = child.id().to_string();
     let image = bench.0.join("image");
     let refused = nilicon(&["checkpoint", &pid, "--to", image.to_str().expect("a path")]);
-    let state = status(child.id() as i32, "State");
+    // It was let go a moment ago, and is about to sleep on.
+    let begin = Instant::now();
+    let sleeps = || status(child.id() as i32, "State").is_some_and(|s| s.starts_with('S'));
+    while !sleeps() && begin.elapsed() < PATIENCE {
+        std::thread::yield_now();
+    }
+    let is_asleep = sleeps();
     let checked =
         Command::new(binary()).args(["check", &pid, "-o", "json"]).output().expect("runs");
     let untouched = expect_untouched(&[child.id() as i32]);
@@ -334,7 +340,7 @@ fn what_cannot_be_captured_runs_on_and_leaves_no_file() {
         refused.contains("descriptor 0") && refused.contains("outside of the tree"),
         "{refused}"
     );
-    assert!(state.is_some_and(|s| s.starts_with('S')));
+    assert!(is_asleep);
     assert_eq!(untouched, Ok(()));
     assert_eq!(names_in(&bench.0), Vec::<String>::new());
     assert_eq!(checked.status.code(), Some(1));
