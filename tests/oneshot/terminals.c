@@ -47,9 +47,14 @@ static void lead(const char *name) {
     if (!front) {
         struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_RESTART};
         CHECK(sigaction(SIGINT, &action, 0) == 0 && sigaction(SIGWINCH, &action, 0) == 0);
-        put(report[1], "f", 1);
-        sigset_t none;
+        /* They come in the wait only, or one could come between the look and the wait. */
+        sigset_t none, both;
         sigemptyset(&none);
+        sigemptyset(&both);
+        sigaddset(&both, SIGINT);
+        sigaddset(&both, SIGWINCH);
+        CHECK(sigprocmask(SIG_BLOCK, &both, 0) == 0);
+        put(report[1], "f", 1);
         while (!interrupted || !resized) sigsuspend(&none);
         _exit(7);
     }

@@ -288,6 +288,9 @@ fn a_tree_that_uses_every_kind_at_once_never_notices() {
         assert!(!lives, "round {round}: it has outlived its checkpoint");
         let restored = nilicon(&["restore", image, "--detach"]);
         assert_eq!(restored.as_deref(), Ok(&*pid), "round {round}");
+        // A program speaks before it is told to only if it has failed.
+        let said = verdicts(&bench.0);
+        assert!(said.is_empty(), "round {round}: {said:#?}");
         if round == 1 || round == rounds {
             let taken = taken.split_once(": ").map_or("", |(_, taken)| taken);
             println!("round {round} ({:.1} s): {taken}", begin.elapsed().as_secs_f64());
@@ -296,6 +299,16 @@ fn a_tree_that_uses_every_kind_at_once_never_notices() {
     kill(Pid::from_raw(daemon.pid), Signal::SIGTERM).expect("told");
     assert_eq!(wait_for(&daemon.out, "its verdict").as_deref(), Ok("PASS"));
     println!("kind together ok, {rounds} times");
+}
+
+/// What the programs of the tree have said.
+fn verdicts(dir: &Path) -> Vec<String> {
+    let is_verdict = |name: &String| name.ends_with(".all");
+    let read = |name: String| {
+        let text = fs::read_to_string(dir.join(&name)).unwrap_or_else(|e| e.to_string());
+        format!("{name}: {}", text.trim_end())
+    };
+    names_in(dir).into_iter().filter(is_verdict).map(read).collect()
 }
 
 /// A program of the bench by its name, built.

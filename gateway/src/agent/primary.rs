@@ -290,18 +290,18 @@ impl Shell {
         self.follow_state();
     }
 
-    /// Says why it is not protected, unless that was said when its backup was told goodbye.
-    fn say_why(&self, why: String) {
-        if !self.retired.load(Ordering::Acquire) {
-            lock(&self.status).reason = Some(why);
-        }
-    }
-
     /// A checkpoint could be taken.
     pub(super) fn unfreeze(&self) {
         if lock(&self.frozen).take().is_some() {
             tracing::warn!(container = self.name, "can be protected again; output leaves");
             self.follow_state();
+        }
+    }
+
+    /// Says why it is not protected, unless that was said when its backup was told goodbye.
+    fn say_why(&self, why: String) {
+        if !self.retired.load(Ordering::Acquire) {
+            lock(&self.status).reason = Some(why);
         }
     }
 

@@ -266,13 +266,14 @@ impl Place {
         if let Ok(Ending::Unprotectable(why)) = ending {
             let reasons = reasons(&mut stops.capturer, &why);
             ending = match self.on_unprotectable() {
-                OnUnprotectable::Stop => {
-                    primary::count_unprotectable(&self.network.name, "stop");
-                    Err(anyhow!("{reasons}; it ends, as its policy (on-unprotectable) says"))
-                }
-                OnUnprotectable::Unprotected | OnUnprotectable::Freeze => {
+                OnUnprotectable::Unprotected => {
                     self.end_protection(&shell, &gate, &reasons);
                     stops.only_look_after()
+                }
+                // A freeze waits in the stops; what comes here will not pass.
+                OnUnprotectable::Freeze | OnUnprotectable::Stop => {
+                    primary::count_unprotectable(&self.network.name, "stop");
+                    Err(anyhow!("{reasons}; it ends, as its policy (on-unprotectable) says"))
                 }
             };
         }

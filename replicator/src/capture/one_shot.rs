@@ -75,6 +75,8 @@ impl Capturer {
                 }
                 Err(CaptureError::Transient(_)) if Instant::now() < deadline => {
                     self.tracer.thaw()?;
+                    // Who has stopped since nobody waited any longer goes on here, and needs the time.
+                    self.pump()?;
                     std::thread::sleep(RETRY);
                     self.pump()?;
                     self.begin_full();

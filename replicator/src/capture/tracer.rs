@@ -412,15 +412,29 @@ impl Tracer {
     pub(super) fn detach(&mut self) -> SysResult<()> {
         // Those that stand still first: one in vfork stops only when its child goes on.
         for (&tid, _) in self.threads.iter().filter(|(_, t)| t.stopped) {
-            ignore_gone(ptrace::detach(tid))?;
+            ignore_gone(ptrace::detach(tid, 0))?;
         }
-        for (&tid, _) in self.threads.iter().filter(|(_, t)| !t.stopped) {
+        let running = self.threads.iter().filter(|(_, t)| !t.stopped);
+        let mut left: Vec<i32> = running.map(|(tid, _)| *tid).collect();
+        for &tid in &left {
             ignore_gone(ptrace::interrupt(tid))?;
-            // The end of a main thread is not told while others run.
-            while ptrace::poll_wait(tid)?.is_none() && !is_zombie(tid)? {
-                std::thread::sleep(PAUSE);
+        }
+        // In any order, for the same reason: its child may be one of these.
+        while !left.is_empty() {
+            for tid in std::mem::take(&mut left) {
+                let signal = match ptrace::poll_wait(tid)? {
+                    Some((_, Status::Stopped { signal, event: 0 })) => signal,
+                    Some(_) => 0,
+                    // The end of a main thread is not told while others run.
+                    None if is_zombie(tid)? => 0,
+                    None => {
+                        left.push(tid);
+                        continue;
+                    }
+                };
+                ignore_gone(ptrace::detach(tid, signal))?;
             }
-            ignore_gone(ptrace::detach(tid))?;
+            std::thread::sleep(PAUSE);
         }
         self.threads.clear();
         Ok(())

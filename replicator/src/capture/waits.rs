@@ -4,12 +4,18 @@
 //! the kernel says      calls                                    what happens
 //! -516 (RESTARTBLOCK)  nanosleep, poll, futex with a time-out   the kernel goes on with them itself
 //! -514 (RESTARTNOHAND) select, pselect6, ppoll                  likewise: it has written what is left
-//! -4   (EINTR)         epoll_wait, semop, rt_sigtimedwait, ...  put back to their start by us, with
-//!                                                               the time that is left
+//! -4   (EINTR)         epoll_wait, semop, rt_sigtimedwait, ...  turned into -514 by us, with the time
+//!                                                               that is left
 //! ```
-//! A call that we put back carries a mark in the upper half of rax: the kernel looks at the lower
-//! half alone, keeps the whole in orig_rax, and overwrites rax with the result. So the next stop
+//! A call that we put back carries a mark in the upper half of orig_rax: the kernel looks at the
+//! lower half alone, puts the whole into rax to make the call again, and keeps it. So the next stop
 //! knows the wait again, and the program never sees the mark.
+//!
+//! Nobody but the kernel moves a thread back to its `syscall` instruction, and it does so when it lets
+//! the thread go on. A signal that comes before ends the call with EINTR, as it must: had the thread
+//! been moved back by us, its handler would run first, and the wait begin after it, on memory below
+//! the stack that the handler has used. An image has the call at its instruction, and in orig_rax the
+//! result (-512 to -514) that a restore puts there for the kernel.
 //!
 //! When a wait began is not known; it is counted from the first stop that sees it. So it may last
 //! up to an epoch longer than without us, and never shorter.
@@ -209,8 +215,8 @@ impl Interrupted {
             }
         };
         self.waits.insert(tid, Ongoing { mark, call, until, timeout });
-        rewind(regs, call);
-        regs[reg::RAX] |= u64::from(mark) << 32;
+        regs[reg::RAX] = RESTART_NO_HAND as u64;
+        regs[reg::ORIG_RAX] = call as u64 | u64::from(mark) << 32;
         ptrace::set_regs(tid, regs)
     }
 
@@ -229,36 +235,38 @@ impl Interrupted {
     pub(super) fn image(&self, tid: i32, live: &Regs) -> (Regs, Option<Wait>) {
         let mut regs = *live;
         let known = self.waits.get(&tid);
+        let mark = (live[reg::ORIG_RAX] >> 32) as u32;
+        let marked = known.filter(|w| mark != 0 && w.mark == mark);
+        let rax = live[reg::RAX] as i64;
         let mut wait = None;
-        match (number(live), live[reg::RAX] as i64) {
-            (Some(libc::SYS_restart_syscall), rax) if RESTARTS.contains(&rax) => match known {
+        regs[reg::ORIG_RAX] = u64::MAX;
+        match number(live) {
+            Some(libc::SYS_restart_syscall) if RESTARTS.contains(&rax) => match known {
                 Some(w) if w.mark == 0 => {
-                    rewind(&mut regs, w.call);
+                    rewind(&mut regs, w.call, rax);
                     wait = w.image(self.read_at);
                 }
                 // Begun before we came: what it was is not known.
                 _ => regs[reg::RAX] = EINTR as u64,
             },
-            (Some(call), rax) if RESTARTS.contains(&rax) => {
-                rewind(&mut regs, call);
-                wait = match (rax, timeout_of(call, live)) {
-                    (RESTART_BLOCK, _) => known.and_then(|w| w.image(self.read_at)),
-                    (RESTART_NO_HAND, Some(t)) => Some(t.image(None)),
+            Some(call) if RESTARTS.contains(&rax) => {
+                rewind(&mut regs, call, rax);
+                wait = match (marked, rax, timeout_of(call, live)) {
+                    (Some(w), ..) => w.image(self.read_at),
+                    (_, RESTART_BLOCK, _) => known.and_then(|w| w.image(self.read_at)),
+                    (_, RESTART_NO_HAND, Some(t)) => Some(t.image(None)),
                     _ => None,
                 };
             }
-            (Some(_), _) => {}
-            (None, rax) => {
-                if let Some(w) = known
-                    && w.mark != 0
-                    && (rax >> 32) as u32 == w.mark
-                {
-                    regs[reg::RAX] = w.call as u64;
+            // The kernel has moved it back already, and stopped it before it could make the call.
+            Some(_) if live[reg::RAX] == live[reg::ORIG_RAX] => {
+                if let Some(w) = marked {
+                    (regs[reg::RAX], regs[reg::ORIG_RAX]) = (w.call as u64, RESTART_NO_HAND as u64);
                     wait = w.image(self.read_at);
                 }
             }
+            _ => {}
         }
-        regs[reg::ORIG_RAX] = u64::MAX;
         (regs, wait)
     }
 
@@ -292,11 +300,13 @@ fn number(regs: &Regs) -> Option<i64> {
     (whole >= 0).then_some(i64::from(whole as i32))
 }
 
-/// Back to the `syscall` instruction (two bytes), with the number of the call in rax.
-fn rewind(regs: &mut Regs, call: i64) {
+/// Back to the `syscall` instruction (two bytes), with the number of the call in rax, and in orig_rax
+/// the result by which a kernel makes it again. What the kernel here would have gone on with itself is
+/// made again there.
+fn rewind(regs: &mut Regs, call: i64, result: i64) {
     regs[reg::RIP] -= 2;
     regs[reg::RAX] = call as u64;
-    regs[reg::ORIG_RAX] = u64::MAX;
+    regs[reg::ORIG_RAX] = if result == RESTART_BLOCK { RESTART_NO_HAND } else { result } as u64;
 }
 
 /// Where a call has its time-out, if that is relative and not for ever.
@@ -419,7 +429,7 @@ mod tests {
         let mut waits = Interrupted::default();
         let (regs, wait) = waits.image(7, &in_call(libc::SYS_read, -512));
         assert_eq!((regs[reg::RIP], regs[reg::RAX]), (0x1000, 0));
-        assert_eq!((regs[reg::ORIG_RAX], wait), (u64::MAX, None));
+        assert_eq!((regs[reg::ORIG_RAX] as i64, wait), (-512, None));
         // One that was begun before we came ends early.
         let restart = in_call(libc::SYS_restart_syscall, RESTART_BLOCK);
         assert_eq!(waits.image(7, &restart).0[reg::RAX] as i64, EINTR);
@@ -429,14 +439,37 @@ mod tests {
         waits.waits.insert(7, poll);
         let (regs, wait) = waits.image(7, &restart);
         assert_eq!((regs[reg::RIP], regs[reg::RAX]), (0x1000, libc::SYS_poll as u64));
+        assert_eq!(regs[reg::ORIG_RAX] as i64, RESTART_NO_HAND);
         assert_eq!(wait.and_then(|w| w.left), Some(100_000_000_000));
+    }
+
+    #[test]
+    fn a_call_that_was_put_back_is_known_whether_or_not_the_kernel_has_moved_it_back() {
+        let mut waits = Interrupted::default();
+        let until = Some(waits.read_at + Duration::from_secs(100));
+        let timeout = Some(Timeout { register: reg::R10, unit: TimeUnit::Milliseconds });
+        let call = libc::SYS_epoll_wait;
+        waits.waits.insert(7, Ongoing { mark: 3, call, until, timeout });
+        let marked = call as u64 | 3 << 32;
+        let mut live = in_call(0, RESTART_NO_HAND);
+        live[reg::ORIG_RAX] = marked;
+        let (put_back, wait) = waits.image(7, &live);
+        assert_eq!(wait.and_then(|w| w.left), Some(100_000_000_000));
+        (live[reg::RIP], live[reg::RAX]) = (live[reg::RIP] - 2, marked);
+        assert_eq!(waits.image(7, &live), (put_back, wait));
+        assert_eq!((put_back[reg::RIP], put_back[reg::RAX]), (0x1000, call as u64));
+        assert_eq!(put_back[reg::ORIG_RAX] as i64, RESTART_NO_HAND);
+        // It has ended since.
+        live[reg::RAX] = 1;
+        assert_eq!(waits.image(7, &live).1, None);
     }
 
     #[test]
     fn a_result_is_no_call() {
         let waits = Interrupted::default();
         let regs = in_call(-1, -512);
-        assert_eq!(waits.image(7, &regs), (regs, None));
+        let same = waits.image(7, &regs);
+        assert_eq!((same.0[reg::RIP], same.0[reg::RAX] as i64, same.1), (0x1002, -512, None));
         let done = in_call(libc::SYS_read, 5);
         assert_eq!(waits.image(7, &done).0[reg::RAX], 5);
     }

@@ -408,7 +408,7 @@ impl Spare {
     pub fn detach_all(&mut self) -> Result<(), RestoreError> {
         self.halt()?;
         // The first that run may end the others.
-        self.each_thread(|tid| match ptrace::detach(tid) {
+        self.each_thread(|tid| match ptrace::detach(tid, 0) {
             Err(e) if e.is_gone() => Ok(()),
             other => other,
         })
@@ -523,11 +523,22 @@ fn send_home(
     })
 }
 
+/// ERESTARTNOHAND, ERESTARTNOINTR and ERESTARTSYS of the kernel's linux/errno.h.
+const MADE_AGAIN: std::ops::RangeInclusive<i64> = -514..=-512;
+
 fn registers(tid: i32, thread: &Thread, rip: u64, elapsed: Duration) -> SysResult<()> {
     let mut regs = thread.regs;
     regs[reg::RIP] = rip;
-    // Not in a system call: nothing is to be restarted.
-    regs[reg::ORIG_RAX] = u64::MAX;
+    let result = regs[reg::ORIG_RAX];
+    regs[reg::ORIG_RAX] = if MADE_AGAIN.contains(&(result as i64)) {
+        // Behind its call, as if that had been interrupted just now: the kernel makes it again, or
+        // ends it with EINTR if a signal has come by then.
+        regs[reg::RIP] += 2;
+        std::mem::replace(&mut regs[reg::RAX], result)
+    } else {
+        // Not in a system call: nothing is to be restarted.
+        u64::MAX
+    };
     if let Some(wait) = thread.wait {
         shorten(tid, wait, elapsed, &mut regs);
     }

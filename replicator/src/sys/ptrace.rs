@@ -155,9 +155,9 @@ pub fn step(tid: i32) -> SysResult<()> {
     request(libc::PTRACE_SINGLESTEP, "PTRACE_SINGLESTEP", tid, 0, 0).map(drop)
 }
 
-/// Lets a stopped tracee go for good.
-pub fn detach(tid: i32) -> SysResult<()> {
-    request(libc::PTRACE_DETACH, "PTRACE_DETACH", tid, 0, 0).map(drop)
+/// Lets a stopped tracee go for good; it gets `signal`, the one that it was stopped by, or 0.
+pub fn detach(tid: i32, signal: i32) -> SysResult<()> {
+    request(libc::PTRACE_DETACH, "PTRACE_DETACH", tid, 0, signal as usize).map(drop)
 }
 
 /// The message of the last event (PTRACE_GETEVENTMSG): the new tid of a clone, for example.
