@@ -317,6 +317,32 @@ fn built(name: &str, bench: &Bench) -> PathBuf {
     compile(&source.expect("its source"), &bench.0)
 }
 
+/// It waits while the tree goes into the image and comes back, and is there before the wait is.
+#[test]
+fn a_signal_that_waits_at_a_restore_ends_the_wait_of_its_thread() {
+    let bench = Bench::new("pending");
+    let daemon = start(&built("interrupted", &bench)).expect("started");
+    let (pid, image) = (daemon.pid.to_string(), bench.0.join("image"));
+    let is = |wanted: &str| status(daemon.pid, "State").is_some_and(|s| s.starts_with(wanted));
+    let until = |wanted: &str| {
+        let begin = Instant::now();
+        while !is(wanted) {
+            assert!(begin.elapsed() < PATIENCE, "{wanted}: {:?}", status(daemon.pid, "State"));
+            std::thread::yield_now();
+        }
+    };
+    until("S");
+    kill(Pid::from_raw(daemon.pid), Signal::SIGSTOP).expect("told to stop");
+    until("T");
+    kill(Pid::from_raw(daemon.pid), Signal::SIGTERM).expect("told to end");
+    let image = image.to_str().expect("a path");
+    nilicon(&["checkpoint", &pid, "--to", image]).expect("an image");
+    assert_eq!(nilicon(&["restore", image, "--detach"]).as_deref(), Ok(&*pid));
+    until("T");
+    kill(Pid::from_raw(daemon.pid), Signal::SIGCONT).expect("told to go on");
+    assert_eq!(wait_for(&daemon.out, "its verdict").as_deref(), Ok("PASS"));
+}
+
 fn names_in(dir: &Path) -> Vec<String> {
     let entries = fs::read_dir(dir).expect("a directory").flatten();
     entries.map(|e| e.file_name().to_string_lossy().into_owned()).collect()
