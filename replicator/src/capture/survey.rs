@@ -65,7 +65,7 @@ impl Capturer {
 
     fn look(&mut self, host: bool) -> Result<(State, Vec<String>), CaptureError> {
         let mut times = super::StopTimes::default();
-        let state = self.capture(&mut times, &mut super::Lap(Instant::now()))?;
+        let state = self.capture(&mut times, &mut super::times::Lap(Instant::now()))?;
         let mut notes = Vec::new();
         if host {
             notes = outside::check(&self.pids(), &mut self.refusals)?;

@@ -1,0 +1,164 @@
+//! Taking a container's processes over, all of its tree at the start and each new one later: seized,
+//! their memory watched, what cannot be protected refused (CP-3).
+
+use super::memory::AddressSpace;
+use super::tracer::{self, Tracer};
+use super::{
+    CaptureError, Capturer, Glances, Tracked, advice, farewell, files, lineage, maps, namespaces,
+    objects, process, refusals, surroundings, sysv, threads, timers, tmpfs, waits,
+};
+use crate::image::pages::PageSet;
+use crate::sys::remote::{self, Batch, Call, SCRATCH};
+use crate::sys::unix_diag::UnixDiag;
+use crate::sys::{SysError, pidfd, uffd};
+use std::collections::BTreeMap;
+use std::os::fd::AsFd;
+
+impl Capturer {
+    /// Seizes the container whose init has this host pid, with all its descendants. From now on
+    /// the container dies with the calling thread's process.
+    ///
+    /// `diag` must have been opened in the container's network namespace.
+    pub fn adopt(root: i32, diag: UnixDiag) -> Result<Self, CaptureError> {
+        let mut me = Self::empty(root, diag)?;
+        me.seize_tree()?;
+        Ok(me)
+    }
+
+    /// Takes over processes that the calling thread has seized already and that run: (host pid,
+    /// host tids), the container's init first.
+    pub fn adopt_running(tree: &[(i32, Vec<i32>)], diag: UnixDiag) -> Result<Self, CaptureError> {
+        let root = tree.first().ok_or(CaptureError::Ended)?.0;
+        let mut me = Self::empty(root, diag)?;
+        for (pid, tids) in tree {
+            me.tracer.adopt_running(*pid, tids);
+        }
+        me.remains.find(&me.tracer.processes())?;
+        Ok(me)
+    }
+
+    pub(super) fn empty(root: i32, diag: UnixDiag) -> Result<Self, CaptureError> {
+        if process::ended(root)?.is_some() {
+            return Err(tracer::leader_has_ended(root));
+        }
+        let tmpfs = tmpfs::Mounts::find(root)?;
+        Ok(Self {
+            tracer: Tracer::new(),
+            processes: BTreeMap::new(),
+            objects: objects::Objects::new(tmpfs.devices()),
+            tmpfs,
+            namespaces: surroundings::Namespaces::of(root)?,
+            vdso: 0,
+            sysv: sysv::SystemV::open(root)?,
+            root,
+            offsets: clock_offsets(root)?,
+            diag,
+            files: files::Memory::default(),
+            pages: PageSet::default(),
+            batch: Batch::new(),
+            interrupted: waits::Interrupted::default(),
+            still: false,
+            glances: Glances::On,
+            refusals: refusals::Refusals::default(),
+            remains: lineage::Remains::default(),
+            farewells: farewell::Farewells::default(),
+        })
+    }
+
+    pub(super) fn seize_tree(&mut self) -> Result<(), CaptureError> {
+        let is_gone = |e: &SysError| e.is_gone() || e.code() == libc::ENOENT;
+        let mut todo = vec![self.root];
+        while let Some(pid) = todo.pop() {
+            let seized = self.tracer.seize(pid).and_then(|()| tracer::tids(pid));
+            let tids = match seized {
+                Err(e) if pid != self.root && is_gone(&e) => continue,
+                // One that has ended cannot be seized.
+                Err(e) if e.code() == libc::EPERM && tracer::has_ended(pid, pid) => {
+                    match tracer::tids(pid) {
+                        Ok(tids) if tids.len() > 1 => return Err(tracer::leader_has_ended(pid)),
+                        Ok(_) => self.remains.add(pid),
+                        // Its parent has just waited for it.
+                        Err(e) if is_gone(&e) => {}
+                        Err(e) => return Err(e.into()),
+                    }
+                    continue;
+                }
+                other => other?,
+            };
+            for tid in tids {
+                todo.extend(lineage::children(pid, tid));
+            }
+        }
+        if self.tracer.is_empty() { Err(CaptureError::Ended) } else { Ok(()) }
+    }
+
+    /// Watches every process that is not watched yet. All threads are stopped.
+    pub(super) fn attach_new(&mut self) -> Result<(), CaptureError> {
+        self.follow_changes();
+        for pid in self.pids() {
+            if !self.processes.contains_key(&pid) {
+                let attached = self.attach(pid);
+                if let Some(tracked) = self.refusals.admit(attached)? {
+                    self.processes.insert(pid, tracked);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn attach(&mut self, pid: i32) -> Result<Tracked, CaptureError> {
+        namespaces::check_same(self.root, pid)?;
+        self.namespaces.check(pid)?;
+        let attributes = process::read(pid, None)?;
+        let vmas = maps::read(pid, self.objects.own_devices())?;
+        let (start, end) = AddressSpace::vdso(&vmas).ok_or_else(|| {
+            CaptureError::unsupported(format!("pid {pid}"), "it has no vdso".into())
+        })?;
+        let gadget = remote::find_gadget(pid, start, end)?;
+        if self.vdso == 0 {
+            self.vdso = remote::fingerprint(pid, start, end)?;
+        }
+        // A child made by fork has inherited the scratch area of its parent.
+        if !vmas.iter().any(|v| v.mapping.start == SCRATCH) {
+            remote::map_scratch(pid, gadget).map_err(|e| match e.code() {
+                libc::EEXIST => CaptureError::unsupported(
+                    format!("pid {pid}"),
+                    format!("it maps memory at {SCRATCH:#x}, which nilicon needs for itself"),
+                ),
+                _ => e.into(),
+            })?;
+        }
+        let handle = pidfd::open(pid)?;
+        let flags = libc::O_CLOEXEC as u64 | uffd::USER_MODE_ONLY;
+        self.batch.push(Call::new(libc::SYS_userfaultfd, &[flags]));
+        let number = self.batch.run_all_ok(pid)?[0];
+        let uffd = pidfd::get_fd(handle.as_fd(), number as i32);
+        self.batch.push(Call::new(libc::SYS_close, &[number as u64]));
+        self.batch.run_all_ok(pid)?;
+        Ok(Tracked {
+            space: AddressSpace::new(pid, attributes.pid, uffd?)?,
+            advice: advice::Advices::default(),
+            handle,
+            threads: threads::Threads::open(pid, self.glances),
+            files: files::Files::open(pid, self.glances),
+            attributes,
+            is_doubtful: true,
+            timers: timers::Timers::open(pid)?,
+        })
+    }
+}
+
+/// What the time namespace of a process adds to the host's clocks, in nanoseconds.
+fn clock_offsets(pid: i32) -> Result<(i64, i64), CaptureError> {
+    let path = format!("/proc/{pid}/timens_offsets");
+    let text = match std::fs::read_to_string(&path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok((0, 0)),
+        other => other.map_err(|e| CaptureError::proc(&path, e))?,
+    };
+    let offset = |name: &str| -> i64 {
+        let line = text.lines().find(|l| l.starts_with(name)).unwrap_or("");
+        let mut fields = line.split_whitespace().skip(1).map(|f| f.parse::<i64>().unwrap_or(0));
+        fields.next().unwrap_or(0) * 1_000_000_000 + fields.next().unwrap_or(0)
+    };
+    Ok((offset("monotonic"), offset("boottime")))
+}

@@ -1,0 +1,92 @@
+//! What rarely changes of descriptors, read while the container runs so that the stop does not pay
+//! for it.
+
+use super::{Files, describe, numbers};
+use crate::capture::glance::Row;
+use crate::capture::objects::Objects;
+use crate::capture::{CaptureError, locks, options, remembered, tcp};
+use crate::sys::pidfd;
+use crate::sys::unix_diag::UnixDiag;
+use std::os::fd::{AsFd, BorrowedFd};
+
+impl Files {
+    /// Reads what rarely changes of sockets, while the container runs.
+    pub(in crate::capture) fn look_ahead(
+        &mut self,
+        pid: i32,
+        handle: BorrowedFd<'_>,
+        objects: &mut Objects,
+        diag: &UnixDiag,
+    ) -> Result<(), CaptureError> {
+        let Some(mut glance) = self.glance.take() else {
+            for number in numbers(pid)? {
+                self.look_ahead_at(pid, handle, number, None, objects, diag)?;
+            }
+            return Ok(());
+        };
+        let looked = glance.look().map_err(CaptureError::from).and_then(|()| {
+            glance.rows().try_for_each(|row| {
+                if self.is_up_to_date(&row) {
+                    return Ok(());
+                }
+                self.look_ahead_at(pid, handle, row.number(), Some(&row), objects, diag)
+            })
+        });
+        self.glance = Some(glance);
+        looked
+    }
+
+    /// Whether a look ahead would read nothing new.
+    fn is_up_to_date(&self, row: &Row<'_>) -> bool {
+        let Some(seen) = self.seen.get(&row.number()).filter(|s| s.is_of(row)) else {
+            return false;
+        };
+        if row.may_tell() || seen.link.ends_with(" (deleted)") {
+            return false;
+        }
+        match (row.tcp, &seen.remembered) {
+            (Some(tcp), Some(remembered)) => remembered.is_of(tcp),
+            (Some(_), None) => false,
+            _ => !seen.is_socket(),
+        }
+    }
+
+    fn look_ahead_at(
+        &mut self,
+        pid: i32,
+        handle: BorrowedFd<'_>,
+        number: i32,
+        row: Option<&Row<'_>>,
+        objects: &mut Objects,
+        diag: &UnixDiag,
+    ) -> Result<(), CaptureError> {
+        // A descriptor that is closed meanwhile is looked at in the stop, if it is there.
+        let Ok(info) = self.info(pid, number, row) else { return Ok(()) };
+        let Ok(seen) = self.look(pid, handle, number, &info) else { return Ok(()) };
+        let is_deleted = seen.link.ends_with(" (deleted)");
+        let link = seen.link.clone();
+        let Ok(dup) = pidfd::get_fd(handle, number) else { return Ok(()) };
+        seen.told = Some(locks::told(dup.as_fd())?);
+        if !seen.is_socket() && !is_deleted {
+            return Ok(());
+        }
+        if is_deleted {
+            // Known now, its contents are copied before the stop. What is wrong with it is
+            // said in the stop, if it is there still.
+            let name = link.trim_end_matches(" (deleted)");
+            let _ = describe::deleted(name, dup, &info, objects, "");
+            return Ok(());
+        }
+        let what = format!("descriptor {number} of pid {pid}");
+        if let Some(tcp) = row.and_then(|r| r.tcp) {
+            seen.remembered = remembered::remember(dup.as_fd(), tcp, &what, diag)?;
+        } else if seen.is_tcp() {
+            let ahead = tcp::ahead(dup.as_fd(), &what, Some(&mut seen.known), diag)?;
+            seen.ahead = ahead.map(|ahead| (info.flags, ahead));
+        } else {
+            let socket = (seen.domain, seen.kind, seen.protocol);
+            seen.options = Some(options::read(dup.as_fd(), socket, &what)?);
+        }
+        Ok(())
+    }
+}

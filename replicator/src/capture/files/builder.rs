@@ -1,0 +1,190 @@
+//! Descriptions as they are found in one checkpoint: each once, however many descriptors share it.
+
+use super::{Files, Holder, World};
+use crate::capture::fdinfo::{self, Info, Watched};
+use crate::capture::{CaptureError, farewell, locks, pipes, terminals, unix};
+use crate::image::{Description, EpollTarget, Kind, State};
+use crate::sys::pidfd;
+use std::cmp::Ordering;
+use std::collections::{HashMap, HashSet};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+/// Shared by all processes of a container while one checkpoint is taken. It holds duplicates of
+/// descriptors: to be dropped before the thaw.
+#[derive(Debug, Default)]
+pub(in crate::capture) struct Builder {
+    /// Host pid and number of the first descriptor of each description.
+    pub(in crate::capture) first: Vec<(i32, i32)>,
+    /// The descriptions of each inode, in the order of kcmp(2).
+    pub(in crate::capture) by_inode: HashMap<u64, Vec<u32>>,
+    pub(in crate::capture) pipes: HashMap<pipes::Key, u32>,
+    pub(super) unix: unix::Sockets,
+    pub(in crate::capture) terminals: terminals::Terminals,
+    /// Pids inside by pids outside.
+    pub(super) inner: HashMap<i32, i32>,
+    /// Descriptors that were in flight.
+    pub(super) held: Vec<OwnedFd>,
+    /// Duplicates of TCP sockets with bytes under way, and their inodes. They outlive the stop.
+    pub(super) sending: Vec<(u64, OwnedFd)>,
+    /// What epoll instances watch, by the index of the instance, in the order of their targets.
+    pub(in crate::capture) watched: Vec<(u32, Vec<Watched>)>,
+    /// The description of each file that a glance has shown.
+    pub(in crate::capture) by_file: HashMap<u64, u32>,
+    /// What glances have shown of epoll: the instance, the file watched, and how.
+    pub(super) watchers: Vec<(u64, u64, EpollTarget, u64)>,
+    /// Descriptors that a glance has told all of.
+    pub(in crate::capture) glanced: usize,
+}
+
+/// What is left of a [`Builder`] after the stop.
+#[derive(Debug)]
+pub(in crate::capture) struct Sockets {
+    /// Duplicates of TCP sockets with bytes under way, and their inodes.
+    pub(in crate::capture) sending: Vec<(u64, OwnedFd)>,
+    by_inode: HashMap<u64, Vec<u32>>,
+}
+
+impl Sockets {
+    /// Whether a descriptor with this inode was captured.
+    pub(in crate::capture) fn has(&self, inode: u64) -> bool {
+        self.by_inode.contains_key(&inode)
+    }
+}
+
+impl Builder {
+    /// `inner` are the pids inside by the pids outside.
+    pub(in crate::capture) fn new(inner: HashMap<i32, i32>) -> Self {
+        Self { inner, ..Self::default() }
+    }
+
+    /// All glances are taken: what they showed of epoll is put in order, each entry once.
+    pub(in crate::capture) fn sort_watchers(&mut self) {
+        self.watchers.sort_unstable_by_key(|(by, file, ..)| (*by, *file));
+        self.watchers.dedup_by_key(|(by, file, ..)| (*by, *file));
+    }
+
+    /// What glances have shown of one epoll instance.
+    pub(super) fn watchers_of(&self, instance: u64) -> &[(u64, u64, EpollTarget, u64)] {
+        let from = self.watchers.partition_point(|(by, ..)| *by < instance);
+        let len = self.watchers[from..].partition_point(|(by, ..)| *by == instance);
+        &self.watchers[from..from + len]
+    }
+
+    /// Keeps the duplicate of a connection that has bytes under way.
+    pub(super) fn keep(&mut self, inode: u64, dup: OwnedFd, kind: &Kind) {
+        if farewell::is_sending(kind) {
+            self.sending.push((inode, dup));
+        }
+    }
+
+    /// Adds a description that was not captured before; gives its index.
+    pub(super) fn add(
+        &mut self,
+        first: (i32, i32),
+        place: usize,
+        info: &Info,
+        kind: Kind,
+        state: &mut State,
+    ) -> u32 {
+        let flags = info.flags & !libc::O_CLOEXEC;
+        state.descriptions.push(Description { flags, kind });
+        self.first.push(first);
+        let at = state.descriptions.len() as u32 - 1;
+        self.by_inode.entry(info.inode).or_default().insert(place, at);
+        at
+    }
+
+    /// The description that this descriptor shares with one captured before, or its place among
+    /// those with the same inode.
+    pub(super) fn find(
+        &self,
+        pid: i32,
+        number: i32,
+        inode: u64,
+    ) -> Result<Result<u32, usize>, CaptureError> {
+        let Some(candidates) = self.by_inode.get(&inode) else { return Ok(Err(0)) };
+        let (mut low, mut high) = (0, candidates.len());
+        while low < high {
+            let middle = (low + high) / 2;
+            let (other_pid, other) = self.first[candidates[middle] as usize];
+            match pidfd::compare_files(pid, number, other_pid, other)? {
+                Ordering::Equal => return Ok(Ok(candidates[middle])),
+                Ordering::Less => high = middle,
+                Ordering::Greater => low = middle + 1,
+            }
+        }
+        Ok(Err(low))
+    }
+
+    /// Once the descriptors of all processes were captured: what is in flight, and what can be
+    /// checked only now. `init` is the host pid of the container's first process.
+    pub(in crate::capture) fn finish(
+        mut self,
+        init: i32,
+        state: &mut State,
+        mut world: World<'_>,
+    ) -> Result<Sockets, CaptureError> {
+        let mut at = 0;
+        // Descriptors in flight can be unix sockets, with a queue of their own.
+        while at < self.unix.len() {
+            let queue = self.unix.queue(at, state, &mut world.memory.empties, &self.inner)?;
+            let mut messages = Vec::with_capacity(queue.len());
+            for (mut message, rights) in queue {
+                for fd in rights {
+                    message.rights.push(self.in_flight(fd, init, state, &mut world)?);
+                }
+                messages.push(message);
+            }
+            state.unix_sockets[at].queue = messages;
+            at += 1;
+        }
+        self.unix.join(state)?;
+        self.terminals.finish(init, &self.inner, state)?;
+        self.name_watched(state)?;
+        // A duplicate would keep the file in the interest list after the program has closed it,
+        // and events would come for what the program knows no longer.
+        let watched: HashSet<u64> =
+            self.watched.iter().flat_map(|(_, all)| all).map(|w| w.inode).collect();
+        self.sending.retain(|(inode, _)| !watched.contains(inode));
+        Ok(Sockets { sending: self.sending, by_inode: self.by_inode })
+    }
+
+    /// The description behind a duplicate that travels in a message.
+    fn in_flight(
+        &mut self,
+        fd: OwnedFd,
+        init: i32,
+        state: &mut State,
+        world: &mut World<'_>,
+    ) -> Result<u32, CaptureError> {
+        let me = std::process::id() as i32;
+        let number = fd.as_raw_fd();
+        let info = fdinfo::info(me, number)?;
+        let place = match self.find(me, number, info.inode)? {
+            Ok(known) => return Ok(known),
+            Err(place) => place,
+        };
+        let handle = pidfd::open(me)?;
+        let holder = Holder { pid: me, handle: handle.as_fd(), place: init };
+        let what = "a descriptor that travels through a unix socket";
+        let mut files = Files::default();
+        let mut whole = world.with(self, state);
+        let kind = files.describe(holder, number, &info, &mut whole, what)?;
+        if info.locks.iter().any(|l| l.kind != "FLOCK" && l.kind != "OFDLCK") {
+            let why = "a lock or lease of a process that does not hold the descriptor any more";
+            return Err(CaptureError::unsupported(what.into(), why.into()));
+        }
+        if matches!(kind, Kind::Epoll(_)) {
+            let why = "an epoll instance that no process holds; let one keep it".into();
+            return Err(CaptureError::unsupported(what.into(), why));
+        }
+        let told = locks::told(fd.as_fd())?;
+        self.held.push(fd);
+        let at = self.add((me, number), place, &info, kind, state);
+        if let Some(told) = told {
+            locks::add_owner(told, at, &self.inner, what, state)?;
+        }
+        locks::add(&info.locks, at, 0, what, state)?;
+        Ok(at)
+    }
+}

@@ -1,0 +1,362 @@
+//! Descriptors of a process and the open file descriptions behind them.
+//!
+//! One read of /proc/PID/fdinfo/N a descriptor ([`fdinfo`]) tells most of it. The link in
+//! /proc/PID/fd is read when the inode behind a number changes. Two descriptors are one
+//! description when kcmp(2) says so; it also gives an order, so that a description is found among
+//! many by halving.
+//!
+//! Where the kernel can show all descriptors at one [`glance`](super::glance), fdinfo is read only
+//! of those that it says too little of, and TCP connections with nothing new in their queues cost
+//! no system call at all ([`remembered`](super::remembered)).
+
+mod ahead;
+mod builder;
+mod describe;
+mod seen;
+
+use super::fdinfo::{self, Info, Watched};
+use super::glance::{Glance, Row};
+use super::objects::Objects;
+use super::refusals::Refusals;
+use super::unix::Empties;
+use super::{CaptureError, Glances, farewell, inotify, locks, tcp};
+use crate::image::{EpollTarget, Fd, Kind, State};
+use crate::sys::unix_diag::UnixDiag;
+use crate::sys::{SysError, pidfd};
+use seen::Seen;
+use std::collections::HashMap;
+use std::fs;
+use std::os::fd::{AsFd, BorrowedFd};
+
+pub(super) use builder::Builder;
+
+/// Remembered between stops, one for a process.
+#[derive(Debug, Default)]
+pub(super) struct Files {
+    seen: HashMap<i32, Seen>,
+    glance: Option<Glance>,
+    /// What a glance tells is compared with what there is.
+    checked: bool,
+}
+
+/// Remembered between stops, one for a container.
+#[derive(Debug, Default)]
+pub(super) struct Memory {
+    empties: Empties,
+    paths: inotify::Paths,
+}
+
+/// A process that holds a descriptor, or this one with a duplicate.
+#[derive(Clone, Copy)]
+struct Holder<'a> {
+    pid: i32,
+    handle: BorrowedFd<'a>,
+    /// Whose root and working directory count.
+    place: i32,
+}
+
+/// What a checkpoint knows besides the state.
+pub(super) struct World<'a> {
+    pub(super) diag: &'a UnixDiag,
+    pub(super) objects: &'a mut Objects,
+    pub(super) memory: &'a mut Memory,
+}
+
+impl World<'_> {
+    fn with<'a>(&'a mut self, builder: &'a mut Builder, state: &'a mut State) -> Whole<'a> {
+        let World { diag, objects, memory } = self;
+        Whole { builder, state, diag, objects, memory }
+    }
+}
+
+/// What a description may add to.
+struct Whole<'a> {
+    builder: &'a mut Builder,
+    state: &'a mut State,
+    diag: &'a UnixDiag,
+    objects: &'a mut Objects,
+    memory: &'a mut Memory,
+}
+
+/// What a glance has shown of a descriptor, if that is all there is to say.
+struct Glanced {
+    kind: Kind,
+    watched: Vec<Watched>,
+}
+
+impl Files {
+    /// For the process with this host pid.
+    pub(super) fn open(pid: i32, glances: Glances) -> Self {
+        let glance = if glances == Glances::Off { None } else { Glance::open(pid) };
+        Self { glance, checked: glances == Glances::Checked, ..Self::default() }
+    }
+
+    /// In a stop: looks at all descriptors at once, if that is possible, and tells what epoll
+    /// instances watch.
+    pub(super) fn glance(&mut self, builder: &mut Builder) -> Result<(), CaptureError> {
+        let Some(glance) = &mut self.glance else { return Ok(()) };
+        glance.look()?;
+        for row in glance.rows() {
+            if let Some((by, fd, events, data)) = row.watcher() {
+                let target = EpollTarget { fd, events, data };
+                builder.watchers.push((by, row.file(), target, row.inode()));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether no connection within the container has moved on since [`Files::glance`].
+    pub(super) fn stands_still(&mut self) -> Result<bool, CaptureError> {
+        Ok(self.glance.as_mut().map_or(Ok(true), Glance::stands_still)?)
+    }
+
+    /// A descriptor of which the glance of this stop says all.
+    fn glanced(
+        &mut self,
+        handle: BorrowedFd<'_>,
+        row: &Row<'_>,
+        builder: &mut Builder,
+    ) -> Result<Option<Glanced>, CaptureError> {
+        let number = row.number();
+        let Some(seen) = self.seen.get_mut(&number).filter(|s| s.is_of(row)) else {
+            return Ok(None);
+        };
+        if row.may_be_locked() {
+            return Ok(None);
+        }
+        let mut watched = Vec::new();
+        let kind = match (row.tcp, seen.link.as_str()) {
+            (Some(tcp), _) => {
+                let Some(remembered) = seen.remembered.as_mut().filter(|r| r.is_of(tcp)) else {
+                    return Ok(None);
+                };
+                let kind = remembered.take(tcp, || pidfd::get_fd(handle, number))?;
+                if row.watcher().is_none() && farewell::is_sending(&kind) {
+                    builder.keep(row.inode(), pidfd::get_fd(handle, number)?, &kind);
+                }
+                kind
+            }
+            (None, "anon_inode:[eventpoll]") => {
+                let (instance, count) = row.as_epoll();
+                let entries = builder.watchers_of(instance);
+                if entries.len() != count {
+                    return Ok(None);
+                }
+                let file =
+                    |&(_, file, _, inode): &(u64, u64, EpollTarget, u64)| Watched { inode, file };
+                watched = entries.iter().map(file).collect();
+                Kind::Epoll(entries.iter().map(|(.., target, _)| *target).collect())
+            }
+            (None, "anon_inode:[eventfd]") => {
+                let (count, semaphore) = row.as_eventfd();
+                Kind::EventFd { count, semaphore }
+            }
+            _ => return Ok(None),
+        };
+        builder.glanced += 1;
+        Ok(Some(Glanced { kind, watched }))
+    }
+
+    /// A TCP connection that was looked at just before and is still the one of this number.
+    fn connection(
+        &mut self,
+        handle: BorrowedFd<'_>,
+        number: i32,
+        what: impl Fn() -> String,
+        builder: &mut Builder,
+        diag: &UnixDiag,
+    ) -> Result<Option<(Info, Kind)>, CaptureError> {
+        let Some(seen) = self.seen.get_mut(&number) else { return Ok(None) };
+        let Some((before, ahead)) = seen.ahead.take() else { return Ok(None) };
+        let dup = pidfd::get_fd(handle, number)?;
+        let stat =
+            nix::sys::stat::fstat(&dup).map_err(|e| SysError::errno("fstat", what(), e as i32))?;
+        if stat.st_ino != seen.inode {
+            return Ok(None);
+        }
+        // Whether it blocks is often changed right after it was accepted.
+        let flags = nix::fcntl::fcntl(&dup, nix::fcntl::FcntlArg::F_GETFL)
+            .map_err(|e| SysError::errno("F_GETFL", what(), e as i32))?;
+        let flags = flags | before & libc::O_CLOEXEC;
+        let kind = tcp::tcp(dup.as_fd(), &what(), Some(&ahead), diag)?;
+        builder.keep(seen.inode, dup, &kind);
+        Ok(Some((Info { flags, inode: seen.inode, ..Info::default() }, kind)))
+    }
+
+    /// Captures all descriptors of a process (host pid) into `state`.
+    pub(super) fn capture(
+        &mut self,
+        pid: i32,
+        handle: BorrowedFd<'_>,
+        builder: &mut Builder,
+        state: &mut State,
+        world: World<'_>,
+        refusals: &mut Refusals,
+    ) -> Result<Vec<Fd>, CaptureError> {
+        let holder = Holder { pid, handle, place: pid };
+        let glance = self.glance.take();
+        let mut whole = (builder, state, world, refusals);
+        let captured = match &glance {
+            Some(glance) => glance
+                .rows()
+                .filter_map(|row| {
+                    self.capture_one(holder, row.number(), Some(&row), &mut whole).transpose()
+                })
+                .collect(),
+            None => numbers(pid).and_then(|numbers| {
+                let one = |number| self.capture_one(holder, number, None, &mut whole).transpose();
+                numbers.into_iter().filter_map(one).collect()
+            }),
+        };
+        self.glance = glance;
+        let fds: Vec<Fd> = captured?;
+        self.seen.retain(|n, _| fds.binary_search_by_key(n, |fd| fd.number).is_ok());
+        Ok(fds)
+    }
+
+    /// Captures a descriptor; none if it was refused and the survey goes on.
+    fn capture_one(
+        &mut self,
+        holder: Holder<'_>,
+        number: i32,
+        row: Option<&Row<'_>>,
+        (builder, state, world, refusals): &mut (
+            &mut Builder,
+            &mut State,
+            World<'_>,
+            &mut Refusals,
+        ),
+    ) -> Result<Option<Fd>, CaptureError> {
+        let Holder { pid, handle, .. } = holder;
+        let what = || format!("descriptor {number} of pid {pid}");
+        let ready = match row {
+            Some(row) => self.glanced(handle, row, builder).map(|found| {
+                found.map(|Glanced { kind, watched }| {
+                    let (flags, inode) = (row.flags(), row.inode());
+                    (Info { flags, inode, watched, ..Info::default() }, kind)
+                })
+            }),
+            None => self.connection(handle, number, what, builder, world.diag),
+        };
+        let Some(ready) = refusals.admit(ready)? else { return Ok(None) };
+        let (info, ready) = match ready {
+            Some((info, kind)) => (info, Some(kind)),
+            None => (self.info(pid, number, row)?, None),
+        };
+        let known = row.and_then(|row| builder.by_file.get(&row.file()).copied());
+        // Only where there is another of the same inode is its place among them to be found.
+        let found = match (known, row) {
+            (Some(known), _) => Ok(known),
+            (None, Some(_)) if !builder.by_inode.contains_key(&info.inode) => Err(0),
+            _ => builder.find(pid, number, info.inode)?,
+        };
+        let description = match found {
+            Ok(known) => known,
+            Err(place) => {
+                if self.checked
+                    && let Some(kind) = &ready
+                {
+                    let mut whole = world.with(builder, state);
+                    self.check(holder, number, kind, &mut whole, &what())?;
+                }
+                let kind = match ready {
+                    Some(kind) => Ok(kind),
+                    None => {
+                        let mut whole = world.with(builder, state);
+                        self.describe(holder, number, &info, &mut whole, &what())
+                    }
+                };
+                let Some(kind) = refusals.admit(kind)? else { return Ok(None) };
+                let at = builder.add((pid, number), place, &info, kind, state);
+                if let Some(row) = row {
+                    builder.by_file.insert(row.file(), at);
+                }
+                if !info.watched.is_empty() {
+                    builder.watched.push((at, info.watched.clone()));
+                }
+                let told = match row {
+                    Some(row) if !row.may_tell() => None,
+                    _ => self.told(handle, number, info.flags)?,
+                };
+                if let Some(told) = told {
+                    let inner = &builder.inner;
+                    refusals.admit(locks::add_owner(told, at, inner, &what(), state))?;
+                }
+                at
+            }
+        };
+        if !info.locks.is_empty() {
+            let inside = builder.inner.get(&pid).copied().unwrap_or(0);
+            locks::add(&info.locks, description, inside, &what(), state)?;
+        }
+        let close_on_exec = info.flags & libc::O_CLOEXEC != 0;
+        Ok(Some(Fd { number, description, close_on_exec }))
+    }
+
+    /// Compares what a glance has told with what there is.
+    fn check(
+        &mut self,
+        holder: Holder<'_>,
+        number: i32,
+        glanced: &Kind,
+        whole: &mut Whole<'_>,
+        what: &str,
+    ) -> Result<(), CaptureError> {
+        let info = fdinfo::info(holder.pid, number)?;
+        let operations = self.seen.get(&number).map_or(0, |s| s.operations);
+        let info = Info { mount: 0, operations, ..info };
+        let there = self.describe(holder, number, &info, whole, what)?;
+        // The duplicate that it may have kept.
+        whole.builder.sending.retain(|(inode, _)| *inode != info.inode);
+        if alike(glanced, &there) {
+            return Ok(());
+        }
+        let why = format!("a glance shows {glanced:?}, and it is {there:?}");
+        Err(CaptureError::unsupported(what.to_owned(), why))
+    }
+
+    /// Who is told of events on a descriptor: as it was just before, or as it is.
+    fn told(
+        &mut self,
+        handle: BorrowedFd<'_>,
+        number: i32,
+        flags: i32,
+    ) -> Result<Option<locks::Told>, CaptureError> {
+        match self.seen.get(&number).and_then(|s| s.told) {
+            Some(known) if flags & libc::O_ASYNC == 0 => Ok(known),
+            _ => locks::told(pidfd::get_fd(handle, number)?.as_fd()),
+        }
+    }
+}
+
+/// Whether two looks at one thing agree, but for what passes between them.
+fn alike(glanced: &Kind, there: &Kind) -> bool {
+    match (glanced, there) {
+        (Kind::Epoll(a), Kind::Epoll(b)) => a.len() == b.len() && a.iter().all(|t| b.contains(t)),
+        (Kind::Tcp(a), Kind::Tcp(b)) => {
+            let mut a = a.clone();
+            let elapsed = b.timestamp.unwrap_or(0).wrapping_sub(a.timestamp.unwrap_or(0));
+            a.timestamp = b.timestamp;
+            // Whether it answers at once changes with the traffic.
+            a.options.quick_ack = b.options.quick_ack;
+            a == *b && elapsed < 10_000
+        }
+        (Kind::TcpListener(a), Kind::TcpListener(b)) => {
+            let mut a = a.clone();
+            a.options.quick_ack = b.options.quick_ack;
+            a == *b
+        }
+        (a, b) => a == b,
+    }
+}
+
+fn numbers(pid: i32) -> Result<Vec<i32>, CaptureError> {
+    let path = format!("/proc/{pid}/fd");
+    let mut all = Vec::with_capacity(64);
+    for entry in fs::read_dir(&path).map_err(|e| CaptureError::proc(&path, e))? {
+        let name = entry.map_err(|e| CaptureError::proc(&path, e))?.file_name();
+        all.extend(name.to_str().and_then(|n| n.parse::<i32>().ok()));
+    }
+    all.sort_unstable();
+    Ok(all)
+}

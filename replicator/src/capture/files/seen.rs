@@ -1,0 +1,137 @@
+//! What a descriptor number referred to at the last look: remembered as long as its inode and kind
+//! of file are the same.
+
+use super::Files;
+use crate::capture::fdinfo::{self, Info};
+use crate::capture::glance::Row;
+use crate::capture::remembered::Remembered;
+use crate::capture::{CaptureError, locks, tcp};
+use crate::image::net::RawOptions;
+use crate::sys::pidfd;
+use crate::sys::sockopt::get_i32;
+use std::fs;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt;
+
+/// What a descriptor number referred to at the last look.
+#[derive(Clone, Debug)]
+pub(super) struct Seen {
+    pub(super) inode: u64,
+    pub(super) mount: u64,
+    /// The kind of file, if a glance showed it.
+    pub(super) operations: u64,
+    pub(super) link: String,
+    pub(super) domain: i32,
+    pub(super) kind: i32,
+    pub(super) protocol: i32,
+    /// Flags and the rest of a TCP connection, if they were read just before this stop.
+    pub(super) ahead: Option<(i32, tcp::Ahead)>,
+    /// Options of another socket, if they were read just before this stop.
+    pub(super) options: Option<RawOptions>,
+    /// What is remembered of a TCP socket.
+    pub(super) known: tcp::Known,
+    /// st_mode of a file that has a path.
+    pub(super) mode: u32,
+    /// Who is told of events, if that was read.
+    pub(super) told: Option<Option<locks::Told>>,
+    /// If a glance showed a TCP socket.
+    pub(super) remembered: Option<Remembered>,
+}
+
+impl Seen {
+    /// Whether a glance shows the same kind of thing.
+    pub(super) fn is_of(&self, row: &Row<'_>) -> bool {
+        self.operations == row.operations() && self.inode == row.inode()
+    }
+
+    /// Whether what fdinfo has besides flags, offset and inode counts.
+    pub(super) fn needs_fdinfo(&self) -> bool {
+        self.link.starts_with("anon_inode:") || self.link.starts_with("pidfd:")
+    }
+
+    pub(super) fn is_tcp(&self) -> bool {
+        matches!(self.domain, libc::AF_INET | libc::AF_INET6)
+            && self.kind == libc::SOCK_STREAM
+            && self.protocol == libc::IPPROTO_TCP
+    }
+
+    pub(super) fn is_socket(&self) -> bool {
+        self.domain != 0
+    }
+}
+
+impl Files {
+    /// What fdinfo says of a descriptor, or as much of it as a glance does if that is enough.
+    pub(super) fn info(
+        &self,
+        pid: i32,
+        number: i32,
+        row: Option<&Row<'_>>,
+    ) -> Result<Info, CaptureError> {
+        let Some(row) = row else { return fdinfo::info(pid, number) };
+        let (operations, mount) = (row.operations(), 0);
+        let seen = self.seen.get(&number).filter(|s| s.is_of(row));
+        if row.may_be_locked() || seen.is_none_or(Seen::needs_fdinfo) {
+            return Ok(Info { mount, operations, ..fdinfo::info(pid, number)? });
+        }
+        let (pos, flags, inode) = (row.position(), row.flags(), row.inode());
+        Ok(Info { pos, flags, inode, mount, operations, ..Info::default() })
+    }
+
+    /// What the number refers to: remembered, or looked up when its inode is another.
+    pub(super) fn look(
+        &mut self,
+        pid: i32,
+        handle: BorrowedFd<'_>,
+        number: i32,
+        info: &Info,
+    ) -> Result<&mut Seen, CaptureError> {
+        let same = self.seen.get(&number).is_some_and(|s| {
+            s.inode == info.inode
+                && s.mount == info.mount
+                && s.operations == info.operations
+                && !s.link.starts_with('/')
+        });
+        if !same {
+            let path = format!("/proc/{pid}/fd/{number}");
+            let link = fs::read_link(&path).map_err(|e| CaptureError::proc(&path, e))?;
+            let link = link.to_string_lossy().into_owned();
+            let (mut domain, mut kind, mut protocol) = (0, 0, 0);
+            if link.starts_with("socket:") {
+                let dup = pidfd::get_fd(handle, number)?;
+                let so = |name| get_i32(dup.as_fd(), libc::SOL_SOCKET, name);
+                domain = so(libc::SO_DOMAIN)?;
+                kind = so(libc::SO_TYPE)?;
+                protocol = so(libc::SO_PROTOCOL)?;
+            }
+            let (inode, mount, operations) = (info.inode, info.mount, info.operations);
+            let (ahead, options) = (None, None);
+            // The type of a file stays what it is, and so does who is told.
+            let before = self.seen.get(&number).filter(|s| s.inode == inode && s.mount == mount);
+            let mode = match before {
+                _ if !link.starts_with('/') => 0,
+                Some(before) if before.link == link => before.mode,
+                _ => fs::metadata(&path).map_err(|e| CaptureError::proc(&path, e))?.mode(),
+            };
+            let told = before.and_then(|s| s.told);
+            let known = tcp::Known::default();
+            let seen = Seen {
+                inode,
+                mount,
+                operations,
+                remembered: None,
+                link,
+                domain,
+                kind,
+                protocol,
+                ahead,
+                options,
+                known,
+                mode,
+                told,
+            };
+            self.seen.insert(number, seen);
+        }
+        self.seen.get_mut(&number).ok_or(CaptureError::Ended)
+    }
+}

@@ -1,0 +1,331 @@
+//! One stop (CP-1): freeze, capture, seal, thaw.
+
+use super::times::{Lap, spent};
+use super::{
+    Boundary, CaptureError, Capturer, StopTimes, files, guards, maps, memory, process, refusals,
+    sysv, terminals, tracer,
+};
+use crate::Epoch;
+use crate::image::pages::PageSet;
+use crate::image::task::{Place, ProcessSettings, Timers};
+use crate::image::tree::EntryKind;
+use crate::image::{Clocks, Credentials, Kind, Process, Source, State};
+use crate::sys::SysError;
+use std::collections::HashMap;
+use std::os::fd::AsFd;
+use std::time::Instant;
+
+impl Capturer {
+    /// Stops the container, captures what changed and lets it go on (CP-1). The result replaces
+    /// the contents of `state` and `pages`.
+    ///
+    /// On an error the container runs on, nothing was sealed, and what was copied so far is kept
+    /// for the next try with the same number.
+    pub fn stop(
+        &mut self,
+        epoch: Epoch,
+        boundary: &mut dyn Boundary,
+        state: &mut State,
+        pages: &mut PageSet,
+    ) -> Result<StopTimes, CaptureError> {
+        let begin = Instant::now();
+        let mut times = StopTimes::default();
+        let before = self.pages.pages();
+        boundary.hold_input();
+        times.hold = begin.elapsed();
+        let result = self.freeze().and_then(|()| {
+            times.freeze = begin.elapsed() - times.hold;
+            let mut lap = Lap(Instant::now());
+            let captured = self.capture(&mut times, &mut lap);
+            if captured.is_ok() {
+                boundary.seal(epoch);
+                times.seal = lap.next();
+            }
+            let stays = self.still && captured.is_ok();
+            let thawed = if stays { Ok(()) } else { self.tracer.thaw() };
+            times.thaw = lap.next();
+            let captured = captured?;
+            thawed?;
+            Ok(captured)
+        });
+        times.total = begin.elapsed();
+        boundary.release_input();
+        *state = result?;
+        times.stop_pages = self.pages.pages() - before;
+        times.pages = self.pages.pages();
+        self.finish_pages(state);
+        std::mem::swap(pages, &mut self.pages);
+        self.pages.clear();
+        Ok(times)
+    }
+
+    pub(super) fn capture(
+        &mut self,
+        times: &mut StopTimes,
+        lap: &mut Lap,
+    ) -> Result<State, CaptureError> {
+        self.attach_new()?;
+        self.interrupted.clocks_are_read();
+        let mut state = State { clocks: self.clocks()?, ..State::default() };
+        let order = self.in_order()?;
+        let inner_pids: HashMap<i32, i32> =
+            self.processes.iter().map(|(pid, t)| (*pid, t.attributes.pid)).collect();
+        let mut builder = files::Builder::new(inner_pids.clone());
+        for pid in &order {
+            let tracked = self.processes.get_mut(pid).ok_or(CaptureError::Ended)?;
+            tracked.files.glance(&mut builder)?;
+        }
+        builder.sort_watchers();
+        spent(&mut times.files, &mut times.kinds.descriptors, lap);
+        for pid in &order {
+            let tracked = self.processes.get_mut(pid).ok_or(CaptureError::Ended)?;
+            let tids = self.tracer.threads_of(*pid);
+            if tids.first() != Some(pid) {
+                let error = tracer::leader_has_ended(*pid);
+                self.refusals.admit::<()>(Err(error))?;
+                continue;
+            }
+            let is_filtered = |tid| self.tracer.is_filtered(tid);
+            let captured = tracked.threads.capture(&tids, &self.interrupted, is_filtered);
+            let Some((mut threads, inner)) = self.refusals.admit(captured)? else { continue };
+            times.unasked += tracked.threads.unasked();
+            if tracked.attributes.seccomp != 0 && !is_filtered(*pid) {
+                let why = "it runs under a seccomp filter that we may not read; give nilicon \
+                           CAP_SYS_ADMIN and no filter of its own";
+                let error = CaptureError::unsupported(format!("pid {pid}"), why.into());
+                self.refusals.admit::<()>(Err(error))?;
+            }
+            let a = &tracked.attributes;
+            if tracked.is_doubtful
+                || !tracked.threads.is_unchanged_outside()
+                || tracked.threads.are_stale(*pid, &a.creds)
+                || (inner.group, inner.session) != (a.pgid, a.sid)
+            {
+                let read = process::read(*pid, Some(a));
+                if let Some(now) = self.refusals.admit(read)? {
+                    (tracked.attributes, tracked.is_doubtful) = (now, false);
+                    tracked.threads.remember_outside();
+                }
+            }
+            let securebits = tracked.threads.securebits(*pid);
+            let creds = Credentials { securebits, ..tracked.attributes.creds.clone() };
+            tracked.threads.add_credentials(&tids, &creds, &mut threads)?;
+            match terminals::of_stat(tracked.attributes.terminal) {
+                // An image has no terminal of its launcher, and says so.
+                _ if self.tracer.is_gentle() => {}
+                Ok(None) => {}
+                Ok(Some(index)) => builder.terminals.add_controlled(*pid, index),
+                Err((major, minor)) => {
+                    let why = format!(
+                        "a terminal of the host ({major}:{minor}) controls it; run it in a session \
+                         of its own (setsid)"
+                    );
+                    let error = CaptureError::unsupported(format!("pid {pid}"), why);
+                    self.refusals.admit::<()>(Err(error))?;
+                }
+            }
+            spent(&mut times.threads, &mut times.kinds.threads, lap);
+            let posix = tracked.timers.capture(*pid, &tids, &threads, &mut self.batch)?;
+            let mut timers = Timers { interval: inner.timers, posix };
+            timers.count_from(self.interrupted.since_clocks());
+            spent(&mut times.threads, &mut times.kinds.timers, lap);
+            if self.refusals.collecting() {
+                tracked.space.look(&mut self.objects)?;
+            } else {
+                tracked.space.round(&mut self.pages, &mut self.objects, true)?;
+            }
+            let volumes = self.tmpfs.volumes();
+            refuse_mappings(*pid, tracked.space.vmas(), volumes, &mut self.refusals)?;
+            let mappings = tracked.space.mappings();
+            let stuck = guards::refuse_stuck(*pid, &threads, tracked.space.vmas());
+            self.refusals.admit(stuck)?;
+            let mut advice = tracked.advice.take(*pid, tracked.attributes.locked)?;
+            tracked.space.guards().add_to(&mut advice);
+            spent(&mut times.memory, &mut times.kinds.memory, lap);
+            let handle = tracked.handle.as_fd();
+            let world = files::World {
+                diag: &self.diag,
+                objects: &mut self.objects,
+                memory: &mut self.files,
+            };
+            let refusals = &mut self.refusals;
+            let fds =
+                tracked.files.capture(*pid, handle, &mut builder, &mut state, world, refusals)?;
+            spent(&mut times.files, &mut times.kinds.descriptors, lap);
+            let a = &tracked.attributes;
+            let mut mm = a.mm;
+            mm.brk = inner.brk;
+            state.processes.push(Process {
+                pid: a.pid,
+                ppid: inner_pids.get(&a.ppid).copied().unwrap_or(0),
+                pgid: a.pgid,
+                sid: a.sid,
+                mappings,
+                mm,
+                auxv: a.auxv.clone(),
+                exe: a.exe.clone(),
+                threads,
+                actions: inner.actions,
+                pending: match tracked.threads.nothing_pends() {
+                    true => Vec::new(),
+                    false => crate::sys::ptrace::pending(*pid, true)?,
+                },
+                fds,
+                cwd: a.cwd.clone(),
+                umask: a.umask,
+                limits: a.limits.clone(),
+                creds,
+                dumpable: inner.dumpable,
+                timers,
+                place: Place {
+                    born: a.born,
+                    exit_signal: a.exit_signal,
+                    subreaper: inner.subreaper,
+                    stopped: self.tracer.is_halted(*pid),
+                },
+                settings: ProcessSettings {
+                    root: a.root.clone(),
+                    personality: inner.personality,
+                    oom_score_adj: a.oom_score_adj,
+                    no_huge_pages: inner.no_huge_pages,
+                    membarrier: inner.membarrier,
+                },
+                advice,
+            });
+            spent(&mut times.threads, &mut times.kinds.threads, lap);
+        }
+        state.ended = self.remains.capture(&inner_pids)?;
+        let world =
+            files::World { diag: &self.diag, objects: &mut self.objects, memory: &mut self.files };
+        times.glanced = builder.glanced;
+        let finished = builder.finish(self.root, &mut state, world);
+        if let Some(mut sockets) = self.refusals.admit(finished)? {
+            let sending = std::mem::take(&mut sockets.sending);
+            let settled =
+                self.farewells.settle(sending, |i| sockets.has(i), &mut state, &self.diag);
+            self.refusals.admit(settled)?;
+        }
+        spent(&mut times.files, &mut times.kinds.in_flight, lap);
+        // Last: memory that travels between processes as a descriptor is an object as well.
+        let taken = self.take_objects(&mut state);
+        self.refusals.admit(taken)?;
+        spent(&mut times.memory, &mut times.kinds.objects, lap);
+        // Input is held, but not what the container sends to itself.
+        for tracked in self.processes.values_mut() {
+            if !tracked.files.stands_still()? {
+                return Err(CaptureError::Transient("a TCP connection has just received data"));
+            }
+        }
+        spent(&mut times.files, &mut times.kinds.in_flight, lap);
+        Ok(state)
+    }
+
+    /// The objects that mappings and descriptors of the state refer to, with their last pages.
+    fn take_objects(&mut self, state: &mut State) -> Result<(), CaptureError> {
+        self.refusals.admit(self.namespaces.check_mounts())?;
+        self.refusals.admit(self.namespaces.check_network())?;
+        state.names = self.namespaces.names()?;
+        state.vdso = self.vdso;
+        state.tmpfs = self.tmpfs.walk(&mut self.objects)?;
+        let segments = self.look_at_segments()?;
+        if let Some(sysv) = &mut self.sysv {
+            (state.semaphores, state.message_queues) = sysv.take()?;
+        }
+        sysv::check_attached(&state.processes, &self.objects)?;
+        if self.copy_objects()? {
+            return Err(CaptureError::Transient("a mapped file has just got another name"));
+        }
+        let mappings = state.processes.iter().flat_map(|p| &p.mappings);
+        let mapped = mappings.filter_map(|m| match m.source {
+            Source::Object { id, .. } => Some(id),
+            _ => None,
+        });
+        let open = state.descriptions.iter().filter_map(|d| match d.kind {
+            Kind::Object { id, .. } => Some(id),
+            _ => None,
+        });
+        let named = state.tmpfs.iter().filter_map(|e| match e.kind {
+            EntryKind::File(id) => Some(id),
+            _ => None,
+        });
+        state.objects = self.objects.take(mapped.chain(open).chain(named).chain(segments))?;
+        Ok(())
+    }
+
+    /// Host pids, parents before children, the container's init first.
+    pub(super) fn in_order(&self) -> Result<Vec<i32>, CaptureError> {
+        let mut order = vec![self.root];
+        let mut at = 0;
+        while let Some(parent) = order.get(at).copied() {
+            let children = self.processes.iter().filter(|(_, t)| t.attributes.ppid == parent);
+            order.extend(children.map(|(p, _)| *p).filter(|p| *p != self.root));
+            at += 1;
+        }
+        if order.len() == self.processes.len() {
+            Ok(order)
+        } else if self.refusals.collecting() {
+            // The parent of some was refused.
+            Ok(self.processes.keys().copied().collect())
+        } else {
+            // An orphan was adopted by init since its attributes were read.
+            Err(CaptureError::Transient("a process is changing its parent"))
+        }
+    }
+
+    /// After the thaw: runs get the index of their owner instead of its number, and what lies
+    /// outside the mappings goes.
+    pub(super) fn finish_pages(&mut self, state: &State) {
+        self.objects.finish(&state.objects);
+        for tracked in self.processes.values_mut() {
+            if tracked.space.finish()
+                && let Some(p) = state.processes.iter().find(|p| p.pid == tracked.attributes.pid)
+            {
+                memory::clip(&mut self.pages.runs, p.pid, &p.mappings);
+            }
+        }
+        let owners = state.owners();
+        self.pages.runs.retain_mut(|run| {
+            let index = owners.iter().position(|o| *o as u32 == run.process);
+            run.process = index.unwrap_or(0) as u32;
+            index.is_some()
+        });
+    }
+
+    fn clocks(&self) -> Result<Clocks, CaptureError> {
+        let read = |clock, offset: i64| {
+            nix::time::clock_gettime(clock)
+                .map(|t| (t.tv_sec() * 1_000_000_000 + t.tv_nsec() + offset) as u64)
+                .map_err(|e| SysError::errno("clock_gettime", "a clock", e as i32))
+        };
+        Ok(Clocks {
+            monotonic: read(nix::time::ClockId::CLOCK_MONOTONIC, self.offsets.0)?,
+            boottime: read(nix::time::ClockId::CLOCK_BOOTTIME, self.offsets.1)?,
+        })
+    }
+}
+
+/// Refuses mappings that cannot be part of a checkpoint. Those of files in a volume (one of these
+/// devices) neither, but for shared ones through which the file is written: a spare maps files while
+/// its volumes are not mounted.
+fn refuse_mappings(
+    pid: i32,
+    vmas: &[maps::Vma],
+    volumes: &[u64],
+    refusals: &mut refusals::Refusals,
+) -> Result<(), CaptureError> {
+    for v in vmas {
+        let is_file = matches!(v.mapping.source, Source::File { .. });
+        let of_volume = is_file && volumes.contains(&v.device);
+        let why = of_volume.then_some(
+            "a file of a replicated volume, mapped to be read or privately; keep programs and \
+             libraries outside of it, and let the program read its data (no mmap)",
+        );
+        if let Some(why) = v.refused.or(why) {
+            let object =
+                format!("mapping {:#x}-{:#x} of pid {pid}", v.mapping.start, v.mapping.end);
+            let error = CaptureError::unsupported(object, why.into());
+            refusals.admit::<()>(Err(error))?;
+        }
+    }
+    Ok(())
+}
