@@ -418,6 +418,14 @@ pub struct TimerFd {
     pub interval: u64,
 }
 
+impl TimerFd {
+    /// Whether it has expired more often than it has counted: a periodic one counts only its first
+    /// expiration until somebody reads or asks it.
+    pub fn owes(&self) -> bool {
+        self.value == 0 && self.ticks != 0 && self.interval != 0
+    }
+}
+
 /// One entry of an epoll interest list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EpollTarget {

@@ -295,12 +295,9 @@ fn timer_fd(image: &TimerFd, elapsed: Duration) -> SysResult<OwnedFd> {
     };
     let object = || format!("clock {}", image.clock);
     let timer = sys(NixTimer::new(clock, TimerFlags::TFD_CLOEXEC), "timerfd_create", object)?;
-    // A periodic timer that has expired is armed again only when it is read: it shows no time left.
-    let rests = image.value == 0 && image.ticks != 0;
-    let value = if rests { image.interval } else { image.value };
+    let (value, ticks) = due(image, elapsed);
     if value != 0 {
-        let left = Duration::from_nanos(value).saturating_sub(elapsed);
-        let left = TimeSpec::from_duration(left.max(Duration::from_nanos(1)));
+        let left = TimeSpec::from_duration(Duration::from_nanos(value));
         let when = match image.interval {
             0 => Expiration::OneShot(left),
             n => {
@@ -310,10 +307,29 @@ fn timer_fd(image: &TimerFd, elapsed: Duration) -> SysResult<OwnedFd> {
         let (when, flags) = cancelled_on_set(image, when, left)?;
         sys(timer.set(when, flags), "timerfd_settime", object)?;
     }
-    if image.ticks != 0 {
-        descriptors::set_timer_ticks(timer.as_fd(), image.ticks)?;
+    if ticks != 0 {
+        descriptors::set_timer_ticks(timer.as_fd(), ticks)?;
     }
     Ok(OwnedFd::from(timer))
+}
+
+/// Nanoseconds to a timer's next expiration (0: disarmed), and how often it has expired unread, when
+/// it has stood still for `elapsed`: its clock went on.
+fn due(image: &TimerFd, elapsed: Duration) -> (u64, u64) {
+    // A periodic timer that nobody reads rests after an expiration: it shows no time left.
+    let rests = image.owes();
+    let value = if rests { image.interval } else { image.value };
+    let elapsed = u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX);
+    match (value.checked_sub(elapsed), image.interval) {
+        _ if value == 0 => (0, image.ticks),
+        (Some(left @ 1..), _) => (left, image.ticks),
+        // It expires as soon as it is set.
+        (_, 0) => (1, image.ticks),
+        (_, interval) => {
+            let over = elapsed - value;
+            (interval - over % interval, image.ticks + 1 + over / interval)
+        }
+    }
 }
 
 /// A timer that a change of the clock ends (TFD_TIMER_CANCEL_ON_SET) must be set to a time of day.
@@ -339,6 +355,21 @@ fn cancelled_on_set(
 mod tests {
     use super::*;
     use crate::image::State;
+
+    #[test]
+    fn a_periodic_timer_expires_while_it_stands_still() {
+        let timer =
+            |value, interval, ticks| TimerFd { value, interval, ticks, ..TimerFd::default() };
+        let after = |timer: &TimerFd, nanos| due(timer, Duration::from_nanos(nanos));
+        assert_eq!(after(&timer(0, 0, 0), 9), (0, 0), "disarmed");
+        assert_eq!(after(&timer(0, 0, 3), 9), (0, 3), "disarmed and unread");
+        assert_eq!(after(&timer(10, 0, 0), 4), (6, 0));
+        assert_eq!(after(&timer(10, 0, 0), 10), (1, 0), "at once");
+        assert_eq!(after(&timer(10, 5, 2), 4), (6, 2));
+        assert_eq!(after(&timer(10, 5, 2), 10), (5, 3));
+        assert_eq!(after(&timer(10, 5, 2), 21), (4, 5));
+        assert_eq!(after(&timer(0, 5, 2), 5), (5, 3), "one that rests");
+    }
 
     fn read(fd: &OwnedFd) -> Vec<u8> {
         let mut buf = vec![0; 256 << 10];

@@ -22,6 +22,15 @@ pub fn set_timer_ticks(fd: BorrowedFd<'_>, ticks: u64) -> SysResult<()> {
     check(r.into(), "TFD_IOC_SET_TICKS", || format!("fd {}", fd.as_raw_fd())).map(drop)
 }
 
+/// Has a timerfd count the expirations that it owes: after the first one that nobody reads the kernel
+/// counts no more, until it is read or asked (`timerfd_gettime(2)`).
+pub fn count_expirations(fd: BorrowedFd<'_>) -> SysResult<()> {
+    let mut left = std::mem::MaybeUninit::<libc::itimerspec>::uninit();
+    // SAFETY: the kernel writes one itimerspec, which nobody reads.
+    let r = unsafe { libc::timerfd_gettime(fd.as_raw_fd(), left.as_mut_ptr()) };
+    check(r.into(), "timerfd_gettime", || format!("fd {}", fd.as_raw_fd())).map(drop)
+}
+
 /// A signalfd for a mask of signals (bit 0: signal 1), close-on-exec.
 pub fn signal_fd(mask: u64) -> SysResult<OwnedFd> {
     // SAFETY: the kernel reads one u64.

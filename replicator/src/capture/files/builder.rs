@@ -8,6 +8,7 @@ use crate::sys::pidfd;
 use std::cmp::Ordering;
 use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::time::Instant;
 
 /// Shared by all processes of a container while one checkpoint is taken. It holds duplicates of
 /// descriptors: to be dropped before the thaw.
@@ -34,6 +35,8 @@ pub(in crate::capture) struct Builder {
     pub(super) watchers: Vec<(u64, u64, EpollTarget, u64)>,
     /// Descriptors that a glance has told all of.
     pub(in crate::capture) glanced: usize,
+    /// When the clocks of the image were read.
+    clocks_read: Option<Instant>,
 }
 
 /// What is left of a [`Builder`] after the stop.
@@ -52,9 +55,14 @@ impl Sockets {
 }
 
 impl Builder {
-    /// `inner` are the pids inside by the pids outside.
+    /// `inner` are the pids inside by the pids outside. The clocks of the image have just been read.
     pub(in crate::capture) fn new(inner: HashMap<i32, i32>) -> Self {
-        Self { inner, ..Self::default() }
+        Self { inner, clocks_read: Some(Instant::now()), ..Self::default() }
+    }
+
+    /// Nanoseconds since the clocks of the image were read: what a timer has left counts from there.
+    pub(super) fn since_clocks(&self) -> u64 {
+        self.clocks_read.map_or(0, |then| then.elapsed().as_nanos() as u64)
     }
 
     /// All glances are taken: what they showed of epoll is put in order, each entry once.

@@ -3,11 +3,12 @@
 
 use super::seen::Seen;
 use super::{Builder, Files, Holder, Whole};
-use crate::capture::fdinfo::Info;
+use crate::capture::fdinfo::{self, Info};
 use crate::capture::objects::{Class, Objects};
 use crate::capture::{CaptureError, inet, inotify, options, pipes, tcp, terminals, unix};
 use crate::image::Kind;
 use crate::image::net::RawOptions;
+use crate::sys::descriptors::count_expirations;
 use crate::sys::{SysError, pidfd};
 use nix::sys::stat::{major, minor};
 use std::fs;
@@ -37,7 +38,17 @@ impl Files {
                 let (count, semaphore) = info.eventfd.unwrap_or_default();
                 Ok(Kind::EventFd { count, semaphore })
             }
-            "anon_inode:[timerfd]" => Ok(Kind::TimerFd(info.timer)),
+            "anon_inode:[timerfd]" => {
+                let mut timer = info.timer;
+                if timer.owes() {
+                    count_expirations(pidfd::get_fd(handle, number)?.as_fd())?;
+                    timer = fdinfo::info(pid, number)?.timer;
+                }
+                if timer.value != 0 {
+                    timer.value += builder.since_clocks();
+                }
+                Ok(Kind::TimerFd(timer))
+            }
             "anon_inode:[signalfd]" => Ok(Kind::SignalFd(info.signals.unwrap_or(0))),
             "anon_inode:inotify" | "anon_inode:[inotify]" => {
                 let dup = pidfd::get_fd(handle, number)?;
