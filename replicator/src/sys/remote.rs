@@ -52,6 +52,9 @@ const CODE: [u8; 56] = [
 /// Signals that stay deliverable while a batch runs: the trap that ends it.
 const BLOCK_ALL_BUT_TRAP: u64 = !(1 << (libc::SIGTRAP - 1));
 
+/// What is reported of a SIGSTOP that waited, which no mask can block.
+const SIGSTOP_COMES: Status = Status::Stopped { signal: libc::SIGSTOP, event: 0 };
+
 /// One system call: number and arguments.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Call {
@@ -87,20 +90,39 @@ pub fn call_at(tid: i32, gadget: u64, call: Call) -> SysResult<i64> {
         regs[slot] = value;
     }
     ptrace::set_regs(tid, &regs)?;
+    let mut told_to_stop = false;
     loop {
         ptrace::step(tid)?;
         let status = ptrace::wait(tid)?;
         if status.is_end() {
             return Err(SysError::errno("remote system call", format!("tid {tid}"), libc::ESRCH));
         }
+        told_to_stop |= status == SIGSTOP_COMES;
         if ptrace::regs(tid)?[reg::RIP] != gadget {
             break;
         }
     }
     let result = ptrace::regs(tid)?[reg::RAX] as i64;
     ptrace::set_regs(tid, &saved)?;
+    if told_to_stop {
+        tell_again(tid)?;
+    }
     ptrace::set_blocked(tid, mask)?;
     Ok(result)
+}
+
+/// Sends the SIGSTOP again that a thread took while it made calls for us. It waits then as it did
+/// before, unless SIGCONT has come meanwhile, which would have taken it back.
+fn tell_again(tid: i32) -> SysResult<()> {
+    let is_cont = |info: &Vec<u8>| info.first_chunk() == Some(&libc::SIGCONT.to_ne_bytes());
+    for of_process in [false, true] {
+        if ptrace::pending(tid, of_process)?.iter().any(is_cont) {
+            return Ok(());
+        }
+    }
+    let thread = nix::unistd::Pid::from_raw(tid);
+    nix::sys::signal::kill(thread, nix::sys::signal::Signal::SIGSTOP)
+        .map_err(|e| SysError::errno("kill", format!("tid {tid}"), e as i32))
 }
 
 /// Gives a stopped process its scratch mapping, by way of a `syscall` instruction at `gadget`.
@@ -119,7 +141,11 @@ pub fn map_scratch(tid: i32, gadget: u64) -> SysResult<()> {
     let protect = Call::new(libc::SYS_mprotect, &[SCRATCH, 0x1000, prot as u64]);
     match call_at(tid, gadget, protect)? {
         0 => Ok(()),
-        e => Err(SysError::errno("mprotect of the scratch area", format!("tid {tid}"), -e as i32)),
+        e => {
+            call_at(tid, gadget, Call::new(libc::SYS_munmap, &[SCRATCH, SCRATCH_LEN]))?;
+            let object = format!("tid {tid}");
+            Err(SysError::errno("mprotect of the scratch area", object, -e as i32))
+        }
     }
 }
 
@@ -197,20 +223,22 @@ impl Batch {
         let saved = ptrace::regs(tid)?;
         let mask = ptrace::blocked(tid)?;
         ptrace::set_blocked(tid, BLOCK_ALL_BUT_TRAP)?;
-        let done = self.run_all_tables(tid, &saved, born);
+        let mut heard = Heard { born, told_to_stop: false };
+        let done = self.run_all_tables(tid, &saved, &mut heard);
         // Also after a failure the thread must be what it was: it runs on.
         self.table.clear();
+        let told = if heard.told_to_stop { tell_again(tid) } else { Ok(()) };
         let put_back = ptrace::set_regs(tid, &saved).and(ptrace::set_blocked(tid, mask));
-        done.and(put_back)?;
+        done.and(told).and(put_back)?;
         Ok(&self.results)
     }
 
-    fn run_all_tables(&mut self, tid: i32, saved: &Regs, born: &mut Vec<i32>) -> SysResult<()> {
+    fn run_all_tables(&mut self, tid: i32, saved: &Regs, heard: &mut Heard) -> SysResult<()> {
         for start in (0..self.table.len()).step_by(MAX_CALLS * ENTRY) {
             let end = self.table.len().min(start + MAX_CALLS * ENTRY);
             let part = &mut self.table[start..end];
             memory::write(tid, TABLE, part)?;
-            run_table(tid, saved, part.len() / ENTRY, born)?;
+            run_table(tid, saved, part.len() / ENTRY, heard)?;
             memory::read(tid, TABLE, part)?;
             self.results.extend(part.chunks_exact(ENTRY).map(|entry| {
                 i64::from_ne_bytes(entry[ENTRY - 8..].try_into().expect("eight bytes"))
@@ -238,7 +266,15 @@ impl Batch {
     }
 }
 
-fn run_table(tid: i32, base: &Regs, calls: usize, born: &mut Vec<i32>) -> SysResult<()> {
+/// What a thread tells while it makes calls for us.
+struct Heard<'a> {
+    /// New threads and processes, in order of birth.
+    born: &'a mut Vec<i32>,
+    /// A SIGSTOP that waited has come.
+    told_to_stop: bool,
+}
+
+fn run_table(tid: i32, base: &Regs, calls: usize, heard: &mut Heard) -> SysResult<()> {
     let mut regs = *base;
     regs[reg::RIP] = SCRATCH;
     regs[reg::ORIG_RAX] = u64::MAX;
@@ -249,6 +285,10 @@ fn run_table(tid: i32, base: &Regs, calls: usize, born: &mut Vec<i32>) -> SysRes
     loop {
         match ptrace::wait(tid)? {
             Status::Stopped { signal: libc::SIGTRAP, event: 0 } => return Ok(()),
+            SIGSTOP_COMES => {
+                heard.told_to_stop = true;
+                ptrace::cont(tid, 0)?;
+            }
             Status::Stopped { signal, event: 0 } => {
                 let at = ptrace::regs(tid)?[reg::RIP];
                 return Err(SysError::errno(
@@ -259,7 +299,7 @@ fn run_table(tid: i32, base: &Regs, calls: usize, born: &mut Vec<i32>) -> SysRes
             }
             Status::Stopped { event, .. } => {
                 if matches!(event, libc::PTRACE_EVENT_CLONE | libc::PTRACE_EVENT_FORK) {
-                    born.push(ptrace::event_message(tid)? as i32);
+                    heard.born.push(ptrace::event_message(tid)? as i32);
                 }
                 ptrace::cont(tid, 0)?;
             }
@@ -305,8 +345,8 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_batch_runs_in_a_sleeping_process_which_then_goes_on() {
+    /// A process that sleeps, stopped by us, and the address of a `syscall` in it.
+    fn stopped_sleeper() -> (Sleeper, i32, u64) {
         let child = Sleeper(Command::new("sleep").arg("600").spawn().expect("sleep starts"));
         let pid = child.0.id() as i32;
         ptrace::seize(pid, libc::PTRACE_O_EXITKILL).expect("seize");
@@ -318,12 +358,46 @@ mod tests {
         }
         ptrace::interrupt(pid).expect("interrupt");
         assert!(ptrace::wait(pid).expect("wait").is_event_stop());
-        let before = ptrace::regs(pid).expect("registers");
         let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).expect("maps");
         let vdso = maps.lines().find(|l| l.ends_with("[vdso]")).expect("a vdso");
         let (start, end) = vdso.split(' ').next().unwrap().split_once('-').unwrap();
         let hex = |s| u64::from_str_radix(s, 16).expect("hex");
         let gadget = find_gadget(pid, hex(start), hex(end)).expect("gadget");
+        (child, pid, gadget)
+    }
+
+    #[test]
+    fn a_sigstop_that_waits_goes_on_waiting_while_calls_are_made() {
+        let (child, pid, gadget) = stopped_sleeper();
+        let signal = |signal: i32| {
+            let signal = nix::sys::signal::Signal::try_from(signal).expect("a signal");
+            nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), signal).expect("sent");
+        };
+        let waits = |signal: i32| {
+            let all = ptrace::pending(pid, true).expect("asked");
+            all.iter().any(|info| info.first_chunk() == Some(&signal.to_ne_bytes()))
+        };
+        signal(libc::SIGSTOP);
+        map_scratch(pid, gadget).expect("scratch");
+        assert!(waits(libc::SIGSTOP), "after single calls");
+        let mut batch = Batch::new();
+        for _ in 0..2 {
+            batch.push(Call::new(libc::SYS_getpid, &[]));
+            assert_eq!(batch.run(pid).expect("batch"), [i64::from(pid)]);
+            assert!(waits(libc::SIGSTOP), "after a batch");
+        }
+        ptrace::cont(pid, 0).expect("resume");
+        assert_eq!(ptrace::wait(pid).expect("wait"), SIGSTOP_COMES);
+        ptrace::cont(pid, libc::SIGSTOP).expect("resume");
+        let stop = Status::Stopped { signal: libc::SIGSTOP, event: libc::PTRACE_EVENT_STOP };
+        assert_eq!(ptrace::wait(pid).expect("wait"), stop, "it stands still");
+        drop(child);
+    }
+
+    #[test]
+    fn a_batch_runs_in_a_sleeping_process_which_then_goes_on() {
+        let (_child, pid, gadget) = stopped_sleeper();
+        let before = ptrace::regs(pid).expect("registers");
         map_scratch(pid, gadget).expect("scratch");
 
         let mut batch = Batch::new();
