@@ -1,6 +1,7 @@
 //! What cannot be protected is refused before protection starts, by name, with what to do about
 //! it (CP-3). Each is a Python program that makes one such thing; needs root and Python 3.
 
+use nix::sys::wait::{WaitPidFlag, waitpid};
 use replicator::Epoch;
 use replicator::capture::{CaptureError, Capturer, NoBoundary, Refusal, warm_up};
 use replicator::image::State;
@@ -58,6 +59,10 @@ def nested(flags, deeper=False):
     os.close(tells)
     if os.read(told, 1) != b'x':
         sys.exit(0)
+def cloned(flags):
+    if call(56, flags | 17, 0, 0, 0, 0) == 0:
+        os.read(0, 1)
+        os._exit(0)
 def filter():
     global code
     code = ctypes.create_string_buffer(struct.pack('HBBI', 6, 0, 0, 0xffff))
@@ -69,6 +74,10 @@ struct Killed(Child);
 impl Drop for Killed {
     fn drop(&mut self) {
         let _ = self.0.kill();
+        // We may trace it: then the end of each other thread is told before its own.
+        let ours = WaitPidFlag::__WALL | WaitPidFlag::__WNOTHREAD;
+        let pid = self.0.id() as i32;
+        while waitpid(None, Some(ours)).is_ok_and(|s| s.pid().is_none_or(|p| p.as_raw() != pid)) {}
         let _ = self.0.wait();
     }
 }
@@ -123,7 +132,11 @@ fn refused(name: &str, script: &str, object: &str, reason: &str) {
     };
     assert!(named(&found), "{name}: {}: {}", found.object, found.reason);
     assert!(found.remedy().is_some(), "{name} has no way out: {}", found.reason);
-    let surveyed = surveyed.expect("a survey");
+    let surveyed = match surveyed {
+        // It cannot even be looked at.
+        Err(CaptureError::Unsupported { object, reason }) => vec![Refusal { object, reason }],
+        other => other.expect("a survey"),
+    };
     assert!(surveyed.iter().any(named), "{name}: a survey says {surveyed:?}");
     println!("kind {name} ok");
 }
@@ -248,6 +261,34 @@ call(241, name)" => "descriptor", "POSIX message queue";
 call(272, 0x8000000) # Its ipc namespace goes with it.
 name = b'nilicon-refused'
 call(240, name, os.O_RDWR | os.O_CREAT, 0o600, 0)" => "descriptor", "POSIX message queue";
+    shared_table_of_descriptors: "cloned(0x400)" => "pid", "table of descriptors";
+    shared_working_directory: "cloned(0x200)" => "pid", "working directory";
+    shared_memory_of_processes: "
+stack = mapped(0x22)
+standard = ctypes.c_void_p.in_dll(libc, 'stdin')
+# It waits for the end of the test as well.
+wait = ctypes.cast(libc.getc, ctypes.c_void_p)
+assert libc.clone(wait, ctypes.c_void_p(stack + (2 << 20)), 0x100 | 17, standard) > 0" => "pid", "shares its memory";
+    thread_with_descriptors_of_its_own: "
+import threading
+apart, end = threading.Event(), threading.Event()
+def leave():
+    call(272, 0x400)
+    apart.set()
+    end.wait()
+threading.Thread(target=leave, daemon=True).start()
+apart.wait()" => "thread", "table of descriptors of its own";
+    traced_by_a_debugger: "
+told, tells = os.pipe()
+if os.fork() == 0:
+    call(101, 0, 0, 0, 0)
+    os.write(tells, b'x')
+    os.read(0, 1)
+    os._exit(0)
+os.read(told, 1)" => "pid", "debugger";
+    memory_that_may_not_become_executable: "call(157, 65, 1, 0, 0, 0)" => "pid", "PR_SET_MDWE";
+    time_stamp_counter_forbidden: "call(157, 26, 2, 0, 0, 0)" => "thread", "PR_SET_TSC";
+    processor_identification_forbidden: "call(158, 0x1012, 0)" => "thread", "ARCH_SET_CPUID";
     nested_user_namespace: "nested(0x10000000)" => "pid", "user namespace";
     nested_pid_namespace: "nested(0x20000000, deeper=True)" => "pid", "pid_for_children";
     nested_network_namespace: "nested(0x40000000)" => "pid", "net namespace";

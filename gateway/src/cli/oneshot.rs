@@ -11,7 +11,7 @@ use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, getpid};
-use replicator::capture::{self, Capturer, Held};
+use replicator::capture::{self, CaptureError, Capturer, Held};
 use replicator::image::file::{Draft, Reader, Writer};
 use replicator::restore::{Place, Reborn, rebirth};
 use replicator::sys::unix_diag::UnixDiag;
@@ -36,8 +36,10 @@ pub(super) fn checkpoint(args: &CheckpointArgs) -> Result<()> {
     refuse_relatives(pid)?;
     // Whoever wants us to end must wait until the tree is what it was.
     let signals = hold_signals()?;
-    let mut info = capture::about(pid, env!("CARGO_PKG_VERSION"))
-        .with_context(|| format!("pid {pid}: is there such a process?"))?;
+    let mut info = match capture::about(pid, env!("CARGO_PKG_VERSION")) {
+        Err(e @ CaptureError::Unsupported { .. }) => return Err(e.into()),
+        other => other.with_context(|| format!("pid {pid}: is there such a process?"))?,
+    };
     let (draft, file) =
         Draft::create(&args.to).with_context(|| format!("cannot write {}", args.to.display()))?;
     let begin = Instant::now();

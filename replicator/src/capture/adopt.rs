@@ -5,12 +5,12 @@ use super::memory::AddressSpace;
 use super::tracer::{self, Tracer};
 use super::{
     CaptureError, Capturer, Glances, Tracked, advice, farewell, files, lineage, maps, namespaces,
-    objects, process, refusals, surroundings, sysv, threads, timers, tmpfs, waits,
+    objects, process, refusals, sharing, surroundings, sysv, threads, timers, tmpfs, waits,
 };
 use crate::image::pages::PageSet;
 use crate::sys::remote::{self, Batch, Call, SCRATCH};
 use crate::sys::unix_diag::UnixDiag;
-use crate::sys::{SysError, pidfd, uffd};
+use crate::sys::{SysError, pidfd, ptrace, uffd};
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 
@@ -83,6 +83,9 @@ impl Capturer {
                     }
                     continue;
                 }
+                Err(e) if e.code() == libc::EPERM => {
+                    return Err(tracer::traced_by_another(pid).unwrap_or_else(|| e.into()));
+                }
                 other => other?,
             };
             for tid in tids {
@@ -109,6 +112,11 @@ impl Capturer {
     fn attach(&mut self, pid: i32) -> Result<Tracked, CaptureError> {
         namespaces::check_same(self.root, pid)?;
         self.namespaces.check(pid)?;
+        sharing::check_process(pid, self.processes.keys().copied())?;
+        if !ptrace::is_wide(pid)? {
+            let why = "it is a program of 32 bits; use one of 64";
+            return Err(CaptureError::unsupported(format!("pid {pid}"), why.into()));
+        }
         let attributes = process::read(pid, None)?;
         let vmas = maps::read(pid, self.objects.own_devices())?;
         let (start, end) = AddressSpace::vdso(&vmas).ok_or_else(|| {
@@ -124,6 +132,12 @@ impl Capturer {
                 libc::EEXIST => CaptureError::unsupported(
                     format!("pid {pid}"),
                     format!("it maps memory at {SCRATCH:#x}, which nilicon needs for itself"),
+                ),
+                libc::EACCES => CaptureError::unsupported(
+                    format!("pid {pid}"),
+                    "it may not have new executable memory (PR_SET_MDWE, or a security module), \
+                     which nilicon needs for itself; run it without"
+                        .into(),
                 ),
                 _ => e.into(),
             })?;

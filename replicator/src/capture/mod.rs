@@ -35,6 +35,7 @@ mod pipes;
 mod process;
 mod refusals;
 mod remembered;
+mod sharing;
 mod stop;
 mod surroundings;
 mod survey;

@@ -240,6 +240,11 @@ impl Drop for Held {
 pub fn about(root: i32, release: &str) -> Result<Info, CaptureError> {
     let read =
         |path: String| std::fs::read_to_string(&path).map_err(|e| CaptureError::proc(&path, e));
+    if super::tracer::tids(root).is_ok_and(|tids| tids.len() > 1)
+        && super::tracer::has_ended(root, root)
+    {
+        return Err(super::tracer::leader_has_ended(root));
+    }
     let command = read(format!("/proc/{root}/cmdline"))?.replace('\0', " ");
     let status = read(format!("/proc/{root}/status"))?;
     let pid = status

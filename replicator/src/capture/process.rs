@@ -55,8 +55,13 @@ pub(super) fn read(pid: i32, before: Option<&Attributes>) -> Result<Attributes, 
             a.exe = link("exe")?;
         }
     }
-    a.cwd = link("cwd")?;
     let refuse = |what: &str| CaptureError::unsupported(format!("pid {pid}"), what.to_owned());
+    if a.exe.ends_with(" (deleted)") {
+        let why =
+            "the file of its program was deleted or replaced; start it anew from one that stays";
+        return Err(refuse(why));
+    }
+    a.cwd = link("cwd")?;
     if a.cwd.ends_with(" (deleted)") {
         return Err(refuse("its working directory was deleted; start it in one that stays"));
     }

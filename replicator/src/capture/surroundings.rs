@@ -2,7 +2,7 @@
 //! and settings of the network that it made, and processes with namespaces or control groups of
 //! their own.
 
-use super::CaptureError;
+use super::{CaptureError, sharing};
 use crate::sys::namespace::{in_network_of, is_ours};
 use crate::sys::route::{RouteWatch, Settings};
 use crate::sys::{SysError, SysResult};
@@ -115,8 +115,8 @@ impl Namespaces {
         Err(CaptureError::unsupported(format!("the {what}"), why))
     }
 
-    /// Refuses a process that has left a namespace of its container. Read at the first look and
-    /// then from time to time.
+    /// Refuses a process that has left a namespace of its container, or has a thread that has left
+    /// its process. Read at the first look and then from time to time.
     pub(super) fn check(&mut self, pid: i32) -> Result<(), CaptureError> {
         let looks = self.looks.entry(pid).or_default();
         *looks += 1;
@@ -142,7 +142,7 @@ impl Namespaces {
                 return Err(CaptureError::unsupported(format!("pid {pid}"), why));
             }
         }
-        Ok(())
+        sharing::check_threads(pid)
     }
 
     /// Forgets a process that ended.

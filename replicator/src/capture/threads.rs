@@ -25,6 +25,7 @@ const DEATH_SIGNAL_AT: u64 = DATA + 0x1120;
 const UIDS_AT: u64 = DATA + 0x1124;
 const CAPS_AT: u64 = DATA + 0x1130;
 const CAPS_HEADER_AT: u64 = DATA + 0x1150;
+const TIME_STAMP_AT: u64 = DATA + 0x1158;
 const SUBREAPER_AT: u64 = DATA + 0x1260;
 const TIMERS_AT: u64 = DATA + 0x1200;
 
@@ -146,6 +147,7 @@ impl Threads {
                 if let Some(at) = of_process {
                     self.inner = read_process(tid, &results[at..])?;
                 }
+                refuse_restricted(tid, &results[asked..])?;
                 if let Some(before) = before
                     && before != (cache.answers(), self.inner.clone())
                 {
@@ -396,7 +398,36 @@ fn ask_thread(batch: &mut Batch) -> usize {
     let ids = [UIDS_AT, UIDS_AT + 4, UIDS_AT + 8];
     batch.push(Call::new(libc::SYS_getresuid, &ids));
     batch.push(Call::new(libc::SYS_capget, &[CAPS_HEADER_AT, CAPS_AT]));
+    prctl(batch, libc::PR_GET_TSC, TIME_STAMP_AT);
+    batch.push(Call::new(libc::SYS_prctl, &[PR_GET_MDWE, 0, 0, 0, 0]));
+    batch.push(Call::new(libc::SYS_arch_prctl, &[ARCH_GET_CPUID, 0]));
     first
+}
+
+const PR_GET_MDWE: u64 = 66;
+const ARCH_GET_CPUID: u64 = 0x1011;
+
+/// Refuses a thread for which the processor or the memory does less than usual. `results` are those
+/// of [`ask_thread`].
+fn refuse_restricted(tid: i32, results: &[i64]) -> Result<(), CaptureError> {
+    let mut time_stamp = [0; 4];
+    memory::read(tid, TIME_STAMP_AT, &mut time_stamp)?;
+    let forbidden = [
+        (
+            i32::from_ne_bytes(time_stamp) == libc::PR_TSC_SIGSEGV,
+            "the time stamp counter (PR_SET_TSC)",
+        ),
+        (results[9] > 0, "memory that becomes executable (PR_SET_MDWE)"),
+        (results[10] == 0, "the instruction CPUID (ARCH_SET_CPUID)"),
+    ];
+    match forbidden.into_iter().find(|(is, _)| *is) {
+        Some((_, what)) => {
+            let why =
+                format!("{what} is forbidden to it, which is not carried over; run it without");
+            Err(CaptureError::unsupported(format!("thread {tid}"), why))
+        }
+        None => Ok(()),
+    }
 }
 
 /// Gives the index of the first result.

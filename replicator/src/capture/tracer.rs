@@ -403,9 +403,10 @@ impl Tracer {
         Ok(())
     }
 
-    /// Whether a stopped thread stands still by job control.
-    pub(super) fn is_halted(&self, tid: i32) -> bool {
-        self.threads.get(&tid).is_some_and(|t| t.halted)
+    /// Whether a stopped process stands still by job control, or is about to: one of its threads is
+    /// there already.
+    pub(super) fn is_halted(&self, pid: i32) -> bool {
+        self.threads.values().any(|t| t.halted && t.process == pid)
     }
 
     /// Lets the container go for good: it runs on without a tracer.
@@ -509,9 +510,23 @@ pub(super) fn has_ended(pid: i32, tid: i32) -> bool {
 
 /// Whether the calling thread traces a thread.
 fn is_ours(tid: i32) -> bool {
+    tracer_of(tid) == Some(nix::unistd::gettid().as_raw())
+}
+
+/// Who traces a thread, if anybody.
+fn tracer_of(tid: i32) -> Option<i32> {
+    let text = status_of(tid).ok()?;
+    field(&text, "TracerPid:").and_then(|v| v.parse().ok()).filter(|tracer| *tracer != 0)
+}
+
+/// Why a process cannot be seized, if that is because another one traces it: there is one tracer
+/// at most.
+pub(super) fn traced_by_another(pid: i32) -> Option<CaptureError> {
     let me = nix::unistd::gettid().as_raw();
-    status_of(tid)
-        .is_ok_and(|text| field(&text, "TracerPid:").and_then(|v| v.parse().ok()) == Some(me))
+    let mut tracers = tids(pid).ok()?.into_iter().filter_map(tracer_of);
+    let tracer = tracers.find(|tracer| *tracer != me)?;
+    let why = format!("process {tracer} traces it (a debugger?); end that first");
+    Some(CaptureError::unsupported(format!("pid {pid}"), why))
 }
 
 /// The process (thread group) of a thread.

@@ -8,6 +8,35 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 const KCMP_FILE: i32 = 0;
 const KCMP_EPOLL_TFD: i32 = 7;
 
+/// What tasks can have in common, by its number in kcmp(2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Table {
+    /// An address space.
+    Memory = 1,
+    /// A table of descriptors.
+    Descriptors = 2,
+    /// Working directory, root directory and umask.
+    Directories = 3,
+}
+
+impl Table {
+    /// The flag of clone(2) that shares it.
+    pub fn flag(self) -> &'static str {
+        match self {
+            Table::Memory => "CLONE_VM",
+            Table::Descriptors => "CLONE_FILES",
+            Table::Directories => "CLONE_FS",
+        }
+    }
+}
+
+/// Whether two tasks, processes or threads, have a table in common.
+pub fn share(a: i32, b: i32, table: Table) -> SysResult<bool> {
+    // SAFETY: no pointers.
+    let r = unsafe { libc::syscall(libc::SYS_kcmp, a, b, table as i32, 0, 0) };
+    check(r, "kcmp", || format!("tasks {a} and {b}")).map(|r| r == 0)
+}
+
 /// A handle of a process, close-on-exec.
 pub fn open(pid: i32) -> SysResult<OwnedFd> {
     // SAFETY: no pointers.

@@ -253,6 +253,15 @@ pub fn regs(tid: i32) -> SysResult<Regs> {
     Ok(regs)
 }
 
+/// Whether a stopped tracee runs code of 64 bits: the kernel gives fewer registers otherwise.
+pub fn is_wide(tid: i32) -> SysResult<bool> {
+    let mut regs: Regs = [0; 27];
+    let mut iov = iovec { iov_base: regs.as_mut_ptr().cast(), iov_len: size_of::<Regs>() };
+    let data = (&raw mut iov) as usize;
+    request(libc::PTRACE_GETREGSET, "PTRACE_GETREGSET", tid, NT_PRSTATUS, data)?;
+    Ok(iov.iov_len == size_of::<Regs>())
+}
+
 /// Sets the general registers of a stopped tracee.
 pub fn set_regs(tid: i32, regs: &Regs) -> SysResult<()> {
     let iov = iovec { iov_base: regs.as_ptr() as *mut c_void, iov_len: size_of::<Regs>() };
