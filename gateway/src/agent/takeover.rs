@@ -190,17 +190,9 @@ fn inject(
     segment: &Segment,
     what: fn(&PeerSegment) -> Option<Vec<u8>>,
 ) -> Result<()> {
-    let frame = PeerSegment {
-        to_mac: mac,
-        // Any unicast address does: the container sends its answer to its neighbour table's.
-        from_mac: peer_mac.unwrap_or(Mac([2, 0, 0, 0, 0, 2])),
-        to: segment.local,
-        from: segment.remote,
-        seq: segment.seq,
-        ack: segment.ack,
-        window: u16::MAX,
-        timestamp: None,
-    };
+    // Any unicast address does: the container sends its answer to its neighbour table's.
+    let from_mac = peer_mac.unwrap_or(Mac([2, 0, 0, 0, 0, 2]));
+    let frame = PeerSegment::of_restored(segment, mac, from_mac);
     if let Some(bytes) = what(&frame) {
         gate.inject(&bytes)?;
     }

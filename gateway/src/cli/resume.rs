@@ -32,16 +32,7 @@ pub(super) fn tell_peers(reborn: &Reborn) -> Result<()> {
 }
 
 fn tell(segment: &Segment, reset: bool) -> Result<()> {
-    let frame = PeerSegment {
-        to_mac: NO_MAC,
-        from_mac: NO_MAC,
-        to: segment.local,
-        from: segment.remote,
-        seq: segment.seq,
-        ack: segment.ack,
-        window: u16::MAX,
-        timestamp: None,
-    };
+    let frame = PeerSegment::of_restored(segment, NO_MAC, NO_MAC);
     let frame = if reset { frame.rst() } else { frame.fin() };
     let Some(packet) = frame.as_deref().and_then(|f| f.get(HEADER + LINK_HEADER..)) else {
         return Ok(());

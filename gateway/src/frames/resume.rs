@@ -27,6 +27,7 @@
 use super::wire::{self, before};
 use super::{HEADER, Mac};
 use replicator::image::net::TcpConnection;
+use replicator::restore::Segment;
 use smoltcp::wire::{
     ArpOperation, NdiscNeighborFlags, NdiscRepr, TcpControl, TcpRepr, TcpSeqNumber,
     TcpTimestampRepr,
@@ -376,6 +377,20 @@ pub struct PeerSegment {
 }
 
 impl PeerSegment {
+    /// What the peer of a restored connection says from where both were.
+    pub fn of_restored(segment: &Segment, to_mac: Mac, from_mac: Mac) -> Self {
+        Self {
+            to_mac,
+            from_mac,
+            to: segment.local,
+            from: segment.remote,
+            seq: segment.seq,
+            ack: segment.ack,
+            window: u16::MAX,
+            timestamp: None,
+        }
+    }
+
     /// The peer has closed its side.
     pub fn fin(&self) -> Option<Vec<u8>> {
         self.build(TcpControl::Fin)
