@@ -188,9 +188,16 @@ pub struct StopStages {
 }
 
 impl StopStages {
-    /// What volumes took, for a line of stages; nothing if there was none.
-    pub fn of_volumes(&self) -> String {
-        if self.volumes == 0 { String::new() } else { format!("volumes {}, ", self.volumes) }
+    /// All stages in a line, with what is to follow the first number; volumes only if they took time.
+    pub fn in_words(&self, unit: &str) -> String {
+        let volumes = match self.volumes {
+            0 => String::new(),
+            took => format!("volumes {took}, "),
+        };
+        format!(
+            "hold {}{unit}, freeze {}, seal {}, memory {}, threads {}, files {}, {volumes}thaw {}",
+            self.hold, self.freeze, self.seal, self.memory, self.threads, self.files, self.thaw
+        )
     }
 
     /// Each stage as `figure` says, which is given the way to it.
@@ -218,6 +225,28 @@ pub struct CaptureKinds {
     pub timers: u64,
     pub descriptors: u64,
     pub in_flight: u64,
+}
+
+impl CaptureKinds {
+    /// Each kind as `figure` says, which is given the way to it.
+    pub fn each(mut figure: impl FnMut(fn(&Self) -> u64) -> u64) -> Self {
+        Self {
+            memory: figure(|k| k.memory),
+            objects: figure(|k| k.objects),
+            threads: figure(|k| k.threads),
+            timers: figure(|k| k.timers),
+            descriptors: figure(|k| k.descriptors),
+            in_flight: figure(|k| k.in_flight),
+        }
+    }
+
+    /// All kinds in a line.
+    pub fn in_words(&self) -> String {
+        format!(
+            "memory {} us, objects {}, threads {}, timers {}, descriptors {}, in flight {}",
+            self.memory, self.objects, self.threads, self.timers, self.descriptors, self.in_flight
+        )
+    }
 }
 
 /// One failover, by phase.

@@ -144,23 +144,15 @@ impl EpochReport {
     /// Puts epochs together.
     pub(super) fn of(epochs: &[EpochRecord]) -> Self {
         let spread = |field: fn(&EpochRecord) -> u64| Spread::of(epochs.iter().map(field));
-        let kind = |field: fn(&CaptureKinds) -> u64| {
-            median(epochs.iter().map(|epoch| field(&epoch.capture_us_by_kind)))
-        };
         Self {
             committed: epochs.len(),
             stop_us: spread(|epoch| epoch.stop_us),
             stop_us_by_stage: StopStages::each(|field| {
                 median(epochs.iter().map(|epoch| field(&epoch.stop_us_by_stage)))
             }),
-            capture_us_by_kind: CaptureKinds {
-                memory: kind(|k| k.memory),
-                objects: kind(|k| k.objects),
-                threads: kind(|k| k.threads),
-                timers: kind(|k| k.timers),
-                descriptors: kind(|k| k.descriptors),
-                in_flight: kind(|k| k.in_flight),
-            },
+            capture_us_by_kind: CaptureKinds::each(|field| {
+                median(epochs.iter().map(|epoch| field(&epoch.capture_us_by_kind)))
+            }),
             interval_us: spread(|epoch| epoch.interval_us),
             dirty_pages: spread(|epoch| epoch.dirty_pages),
             stop_pages: spread(|epoch| epoch.stop_pages),

@@ -123,25 +123,8 @@ fn of_epochs(epochs: &EpochReport) -> String {
     row("dirty pages", epochs.dirty_pages, grouped);
     row("in the stop", epochs.stop_pages, grouped);
     row("sent", epochs.wire_bytes.spread, bytes);
-    let s = epochs.stop_us_by_stage;
-    let _ = writeln!(
-        out,
-        "  a median stop: hold {} us, freeze {}, seal {}, memory {}, threads {}, files {}, {}thaw {}",
-        s.hold,
-        s.freeze,
-        s.seal,
-        s.memory,
-        s.threads,
-        s.files,
-        s.of_volumes(),
-        s.thaw
-    );
-    let k = epochs.capture_us_by_kind;
-    let _ = writeln!(
-        out,
-        "  of it by kind: memory {} us, objects {}, threads {}, timers {}, descriptors {}, in flight {}",
-        k.memory, k.objects, k.threads, k.timers, k.descriptors, k.in_flight
-    );
+    let _ = writeln!(out, "  a median stop: {}", epochs.stop_us_by_stage.in_words(" us"));
+    let _ = writeln!(out, "  of it by kind: {}", epochs.capture_us_by_kind.in_words());
     out
 }
 
@@ -184,6 +167,8 @@ mod tests {
             "482,100    40,123",
             "93.2 ms",
             "1,203 committed",
+            "  a median stop: hold 0 us, freeze 0, seal 0, memory 0, threads 0, files 0, thaw 0\n",
+            "  of it by kind: memory 0 us, objects 0, threads 0, ",
         ] {
             assert!(text.contains(part), "{part:?} is not in\n{text}");
         }

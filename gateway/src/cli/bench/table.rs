@@ -4,7 +4,6 @@ use std::fmt::Write;
 
 use super::super::numbers::{Spread, bytes, grouped, micros};
 use super::figures::{BenchReport, EpochFigures, ModeFigures, PointFigures, Timeline};
-use crate::agent::status::StopStages;
 
 /// The report as text.
 pub(super) fn of(report: &BenchReport) -> String {
@@ -95,8 +94,8 @@ fn of_epochs(epochs: &EpochFigures) -> String {
         time(epochs.stop_us),
         epochs.stopped_share * 100.0
     );
-    let _ = writeln!(text, "  by stage {}", of_stages(&epochs.stop_us_by_stage.p50));
-    let _ = writeln!(text, "  99 %     {}", of_stages(&epochs.stop_us_by_stage.p99));
+    let _ = writeln!(text, "  by stage {} us", epochs.stop_us_by_stage.p50.in_words(""));
+    let _ = writeln!(text, "  99 %     {} us", epochs.stop_us_by_stage.p99.in_words(""));
     let _ = writeln!(text, "  commit   {}", time(epochs.commit_us));
     let _ = writeln!(
         text,
@@ -107,20 +106,6 @@ fn of_epochs(epochs: &EpochFigures) -> String {
         bytes(epochs.wire_bytes_per_s as u64)
     );
     text
-}
-
-fn of_stages(s: &StopStages) -> String {
-    format!(
-        "hold {}, freeze {}, seal {}, memory {}, threads {}, files {}, {}thaw {} us",
-        s.hold,
-        s.freeze,
-        s.seal,
-        s.memory,
-        s.threads,
-        s.files,
-        s.of_volumes(),
-        s.thaw
-    )
 }
 
 fn of_failover(failover: &Timeline) -> String {
