@@ -19,9 +19,11 @@ mod connection;
 mod ledger;
 mod pace;
 mod stats;
+mod together;
 mod values;
 
 pub use stats::{LatencySummary, LoadHandle, Phase, Progress, Report};
+pub use together::{HistoryReport, Offence};
 
 use crate::Protocol;
 use connection::{Connection, Wire};
@@ -31,6 +33,7 @@ use stats::Shared;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
+use together::Together;
 use tokio::task::JoinSet;
 use values::Values;
 
@@ -65,6 +68,9 @@ pub struct LoadConfig {
     /// Connections opened and closed again each second beside the load; every second one of them
     /// is closed at once, the others ask for something first.
     pub churn: Option<f64>,
+    /// Connections beside the load that read and write the same few keys, and whose history is judged
+    /// in the end.
+    pub history: Option<usize>,
     /// How long; `None` until [`LoadHandle::stop`].
     pub duration: Option<Duration>,
     /// Seed of the sequence of requests and of the values.
@@ -97,6 +103,7 @@ impl LoadConfig {
             read_ratio: 0.5,
             rate: None,
             churn: None,
+            history: None,
             duration: None,
             seed: 1,
             populate_bytes: 0,
@@ -123,6 +130,8 @@ impl LoadConfig {
             "rate must be above 0; leave it out for a closed loop"
         } else if self.churn.is_some_and(|rate| !rate.is_finite() || rate <= 0.0) {
             "churn must be above 0; leave it out for connections that stay"
+        } else if self.history == Some(0) {
+            "history must be at least one connection; leave it out for none"
         } else {
             return Ok(());
         };
@@ -179,7 +188,8 @@ pub async fn run(config: LoadConfig, handle: LoadHandle) -> Result<Report, LoadE
     let shared = handle.shared();
     let config = Arc::new(config);
     shared.enter(Phase::Connecting);
-    let wires = connect_all(&config).await?;
+    let wires = connect_all(&config, config.connections).await?;
+    let together = connect_all(&config, config.history.unwrap_or(0)).await?;
     let layout = Arc::new(Layout {
         prefix: config.prefix.clone(),
         connections: config.connections as u64,
@@ -214,6 +224,10 @@ pub async fn run(config: LoadConfig, handle: LoadHandle) -> Result<Report, LoadE
     if let Some(rate) = config.churn {
         churn.spawn(churn::run(config.clone(), shared.clone(), rate));
     }
+    let mut history = JoinSet::new();
+    if config.history.is_some() {
+        history.spawn(Together::new(together, &config).run(config.clone(), shared.clone()));
+    }
     let paced: Vec<_> = connections.into_iter().zip(paces).collect();
     connections = each(paced, |(mut connection, pace)| async move {
         connection.load(pace).await;
@@ -225,11 +239,16 @@ pub async fn run(config: LoadConfig, handle: LoadHandle) -> Result<Report, LoadE
     // The load is over when all its connections are broken, too.
     shared.stop();
     churn.join_all().await;
+    let seen = history.join_all().await.pop();
 
     shared.enter(Phase::Auditing);
     audit::run(connections, &layout, &config, &shared).await;
+    let history = match seen {
+        Some(seen) => Some(seen.judge(&config, &shared).await),
+        None => None,
+    };
     shared.enter(Phase::Done);
-    Ok(shared.report(config.connections, lasted, populate))
+    Ok(Report { history, ..shared.report(config.connections, lasted, populate) })
 }
 
 /// Ends the load after its time. Aborted when dropped.
@@ -253,11 +272,11 @@ fn pacers(config: &LoadConfig, count: usize) -> Result<Vec<Option<Pacer>>, LoadE
     (0..count).map(|number| pacer(number).map(Some).map_err(LoadError::Setup)).collect()
 }
 
-async fn connect_all(config: &LoadConfig) -> Result<Vec<Wire>, LoadError> {
-    let mut wires = Vec::with_capacity(config.connections);
-    while wires.len() < config.connections {
+async fn connect_all(config: &LoadConfig, count: usize) -> Result<Vec<Wire>, LoadError> {
+    let mut wires = Vec::with_capacity(count);
+    while wires.len() < count {
         let mut group = JoinSet::new();
-        for _ in 0..CONNECT_AT_ONCE.min(config.connections - wires.len()) {
+        for _ in 0..CONNECT_AT_ONCE.min(count - wires.len()) {
             group.spawn(Wire::connect(config.target, config.protocol, config.connect_timeout));
         }
         for wire in group.join_all().await {

@@ -5,7 +5,7 @@ mod common;
 use common::{Action, Embedded, config, proxy, run};
 use nilicon_clients::load::{self, LoadConfig, LoadHandle, Phase};
 use nilicon_clients::resp::Reply;
-use std::io::{Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpStream;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
@@ -231,4 +231,47 @@ fn a_connection_that_cannot_be_opened_is_counted() {
     relay.join().unwrap();
     assert!(report.broken_connections > 0, "{report:#?}");
     assert_eq!((report.lost_writes, report.wrong_replies), (0, 0), "{report:#?}");
+}
+
+/// A key goes back to what it was a while ago: no single answer is wrong, only all of them together.
+#[test]
+fn a_shared_key_that_goes_back_in_time_is_found() {
+    let server = Embedded::start(2);
+    let config = LoadConfig { history: Some(4), duration: None, ..config(server.address) };
+    let key = format!("{}shared-1", config.prefix);
+    let (handle, address) = (LoadHandle::new(), server.address);
+    let meddler = thread::spawn({
+        let (handle, key) = (handle.clone(), key.clone());
+        move || {
+            let mut other = BufReader::new(TcpStream::connect(address).unwrap());
+            let mut ask = |command: String| {
+                other.get_mut().write_all(command.as_bytes()).unwrap();
+                let mut line = String::new();
+                other.read_line(&mut line).unwrap();
+                if line.starts_with('$') && line != "$-1\r\n" {
+                    line.clear();
+                    other.read_line(&mut line).unwrap();
+                }
+                line.trim_end().to_owned()
+            };
+            // Long enough apart for others to have written in between, some of the times.
+            for round in 1..20 {
+                await_replies(&handle, round * 2000);
+                let before = ask(format!("GET {key}\r\n"));
+                await_replies(&handle, round * 2000 + 1000);
+                assert_eq!(ask(format!("SET {key} {before}\r\n")), "+OK");
+            }
+            handle.stop();
+        }
+    });
+    let report = load::run_blocking(config, handle).unwrap();
+    meddler.join().unwrap();
+    assert!(!report.is_clean(), "{report:#?}");
+    assert_eq!((report.lost_writes, report.wrong_replies), (0, 0), "{report:#?}");
+    let history = report.history.unwrap();
+    assert_eq!(history.linearizable, Some(false));
+    let offence = history.offence.unwrap();
+    assert_eq!(offence.key, key);
+    println!("{:#?}", offence.operations);
+    assert!(offence.operations.iter().any(|line| line.contains("none of these can be next")));
 }

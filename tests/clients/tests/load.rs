@@ -94,6 +94,7 @@ fn a_report_has_its_documented_fields() {
         "connections",
         "duration_s",
         "populate_s",
+        "history",
         "notes",
         "timeline_ms_bucket",
         "timeline",
@@ -175,4 +176,15 @@ fn connections_come_and_go_beside_the_load() {
     let report = run(LoadConfig { duration, churn, ..config(server.address) });
     assert_sound(&report);
     assert!(report.churned > 20 && report.churned <= 500, "{}", report.churned);
+}
+
+/// What a server does that forgets nothing can be explained.
+#[test]
+fn the_history_of_shared_keys_is_linearizable() {
+    let server = Embedded::start(3);
+    let report = run(LoadConfig { history: Some(6), ..config(server.address) });
+    assert_sound(&report);
+    let history = report.history.expect("it was asked for");
+    assert_eq!((history.linearizable, history.unanswered), (Some(true), 0), "{history:#?}");
+    assert!(history.connections == 6 && history.operations > 100, "{history:#?}");
 }

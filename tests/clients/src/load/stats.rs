@@ -5,6 +5,7 @@
 //! times are counted from the making of the handle.
 
 use super::ledger::{SharedCounter, Story};
+use super::together::HistoryReport;
 use hdrhistogram::Histogram;
 use serde::Serialize;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::Relaxed};
@@ -52,6 +53,8 @@ pub struct Report {
     pub duration_s: f64,
     /// Time that loading the data took, in seconds.
     pub populate_s: f64,
+    /// What the history of shared keys says, if one was written.
+    pub history: Option<HistoryReport>,
     /// The first failures, described.
     pub notes: Vec<String>,
     /// Milliseconds in one bucket of the timeline.
@@ -61,9 +64,13 @@ pub struct Report {
 }
 
 impl Report {
-    /// Whether nothing was lost, wrong or broken.
+    /// Whether nothing was lost, wrong or broken, and the history, if there is one, can be explained.
     pub fn is_clean(&self) -> bool {
-        self.lost_writes == 0 && self.wrong_replies == 0 && self.broken_connections == 0
+        let explained = |history: &HistoryReport| history.linearizable == Some(true);
+        self.lost_writes == 0
+            && self.wrong_replies == 0
+            && self.broken_connections == 0
+            && self.history.as_ref().is_none_or(explained)
     }
 }
 
@@ -398,6 +405,7 @@ impl Shared {
             churned: self.churned.load(Relaxed),
             duration_s: lasted.as_secs_f64(),
             populate_s: populate.as_secs_f64(),
+            history: None,
             notes: detail.notes.clone(),
             timeline_ms_bucket: BUCKET_MS,
             timeline: detail.timeline.clone(),
