@@ -4,10 +4,12 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use netns_tools::topology::{Event, Period, Ratio, Size, Topology};
+use replicator::protocol::simulation::STEPS;
 use replicator::restore::Place;
 
 use super::bench::Load;
 use super::faults::{self, DrillFault};
+use super::sim::Mutation;
 
 /// Keeps a Linux container alive through the loss of its host.
 ///
@@ -35,6 +37,9 @@ pub(super) enum Verb {
     /// Measures what protection costs: the same load on the container with a plain veth, with the
     /// gateway, and protected, in turns.
     Bench(BenchArgs),
+    /// Simulates two hosts, their links and the arbiter through loss, cuts, stalls, crashes and
+    /// restarts, by a seed, and checks at every step that no promise is broken.
+    Sim(SimArgs),
     /// Makes the lab of a topology, starts its containers and leaves it standing.
     Deploy(DeployArgs),
     /// Removes whatever there is of a lab.
@@ -228,6 +233,26 @@ pub(super) struct DrillArgs {
     pub(super) output: OutputArg,
     #[command(flatten)]
     pub(super) output_commit: OutputCommitArg,
+}
+
+/// `sim`.
+#[derive(Debug, Args)]
+pub(super) struct SimArgs {
+    /// The first seed; each is one run, and repeats it exactly.
+    #[arg(long, default_value_t = 0)]
+    pub(super) seed: u64,
+    /// How many seeds. With one, all that happens is printed.
+    #[arg(long, value_name = "COUNT", default_value_t = 1,
+          value_parser = clap::value_parser!(u64).range(1..))]
+    pub(super) seeds: u64,
+    /// Steps of a run, of a millisecond each; then its weather turns fair.
+    #[arg(long, value_name = "N", default_value_t = STEPS)]
+    pub(super) steps: u32,
+    /// A mistake to be made, which must be found; the code is 1 if it is.
+    #[arg(long, value_enum)]
+    pub(super) mutation: Option<Mutation>,
+    #[command(flatten)]
+    pub(super) output: OutputArg,
 }
 
 /// `bench`.

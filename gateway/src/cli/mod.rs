@@ -27,6 +27,7 @@ mod resume;
 mod run;
 mod shape;
 mod signals;
+mod sim;
 mod switchover;
 mod text;
 mod view;
@@ -70,6 +71,7 @@ fn dispatch(verb: &Verb) -> Result<ExitCode> {
         Verb::Run(args) => return run::run(args).map(verdict),
         Verb::Drill(args) => return drill::drill(args).map(verdict),
         Verb::Bench(args) => return bench::bench(args).map(verdict),
+        Verb::Sim(args) => return sim::sim(args).map(verdict),
         Verb::Doctor(args) => return doctor::doctor(*args).map(verdict),
         Verb::Exec(args) => return inspect::exec(args),
         Verb::Check(args) => return check::check(args).map(verdict),

@@ -9,8 +9,7 @@ pub mod arbiter;
 pub mod backup;
 pub mod detector;
 pub mod primary;
-#[cfg(test)]
-mod simulation;
+pub mod simulation;
 
 /// Names one connection between the two hosts. What comes from any but the current one is
 /// ignored.

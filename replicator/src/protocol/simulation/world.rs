@@ -1,11 +1,13 @@
 //! The hosts, the connections between them, and the weather.
 
+use super::chronicle::{self, name_of};
+use super::watched::{Backup, Primary};
 use super::{Mistake, Rules};
 use crate::ack::AckLedger;
 use crate::protocol::LinkId;
 use crate::protocol::arbiter::{Arbiter, Claim, Grants, Unopposed, Verdict};
-use crate::protocol::backup::{self, Backup};
-use crate::protocol::primary::{self, OnLoss, Primary};
+use crate::protocol::backup;
+use crate::protocol::primary::{self, OnLoss};
 use crate::wire::Receipt;
 use crate::wire::message::{Bye, RefuseCode};
 use crate::{Epoch, Generation};
@@ -90,23 +92,6 @@ pub(super) struct Seen {
     pub denied: u64,
     pub lives: u64,
     pub restarts: u64,
-}
-
-impl Seen {
-    pub(super) fn add(&mut self, o: &Seen) {
-        self.releases += o.releases;
-        self.promotions += o.promotions;
-        self.second_promotions += o.second_promotions;
-        self.full_copies += o.full_copies;
-        self.demotions += o.demotions;
-        self.takebacks += o.takebacks;
-        self.hand_overs += o.hand_overs;
-        self.returns += o.returns;
-        self.degraded += o.degraded;
-        self.denied += o.denied;
-        self.lives += o.lives;
-        self.restarts += o.restarts;
-    }
 }
 
 pub(super) struct World {
@@ -206,9 +191,10 @@ impl World {
 
     fn start(&mut self, at: usize) {
         let newest = self.disks[at];
+        chronicle::note(|| format!("{} starts, and remembers {newest}", name_of(at)));
         self.incarnations += 1;
         self.sides[at] = Some(Side {
-            backup: Backup::new(backup::Config::default(), newest, self.now),
+            backup: Backup::new(backup::Config::default(), newest, self.now).on(at),
             life: None,
             held: None,
             base: BTreeMap::new(),
@@ -218,6 +204,7 @@ impl World {
     }
 
     fn crash(&mut self, at: usize) {
+        chronicle::note(|| format!("{} crashes", name_of(at)));
         self.sides[at] = None;
         for c in 0..self.connections.len() {
             self.connections[c].forgotten[at] = true;
@@ -405,7 +392,7 @@ impl World {
         };
         let side = self.sides[at].as_mut().expect("it lives");
         side.life = Some(Life {
-            core,
+            core: core.on(at),
             tenure: line,
             now: (line, 0),
             still: false,
@@ -418,6 +405,7 @@ impl World {
 
     pub(super) fn step(&mut self) {
         self.now += STEP;
+        chronicle::is(self.now);
         self.weather();
         for at in 0..2 {
             if self.now >= self.stalls[at] && self.sides[at].is_some() {
@@ -443,6 +431,7 @@ impl World {
         let live = self.connections.iter().rposition(|c| c.alive);
         if self.chance(if self.cut { self.cuts_last } else { 700 }) {
             self.cut = !self.cut;
+            chronicle::note(|| format!("the link {}", if self.cut { "is cut" } else { "heals" }));
             if let Some(c) = live.filter(|_| self.cut && self.rng.bool()) {
                 self.disconnect(c, 2000);
             }
@@ -454,6 +443,8 @@ impl World {
         for at in 0..2 {
             if self.chance(500) {
                 self.stalls[at] = self.within(130);
+                let ms = (self.stalls[at] - self.now).as_millis();
+                chronicle::note(|| format!("{} stands still for {ms} ms", name_of(at)));
             }
             if self.sides[at].is_none() {
                 if self.calm || self.chance(300) {
@@ -712,6 +703,7 @@ impl World {
     /// The weather turns fair: whatever has happened, the container is protected soon.
     pub(super) fn calm_down(&mut self) {
         self.calm = true;
+        chronicle::note(|| "the weather turns fair".to_owned());
         self.cut = false;
         // What was granted and not used can leave a primary frozen: its operator restarts it.
         for round in 0..4 {
