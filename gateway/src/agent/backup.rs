@@ -148,15 +148,14 @@ impl Standby {
         self.core.handle(Input::Demoted(newest));
     }
 
-    /// The container runs on here, in a generation of its own.
+    /// The container runs on here without the other side, in this generation.
     pub(super) fn moved_on(&self, generation: Generation) {
         self.memory.keep(generation);
         if let Some(Err(error)) = self.files.as_ref().map(|files| files.mark(generation)) {
             tracing::error!(container = self.name, %error,
                 "files that are newer than the other host's do not say so");
         }
-        self.core.handle(Input::Demoted(Generation::default()));
-        self.core.begin(generation);
+        self.core.handle(Input::RunsOn(generation));
     }
 
     fn clear_log(&self) {

@@ -128,6 +128,9 @@ pub enum Input {
     /// A new life of the container starts here, in this generation, if nobody else is known to
     /// run it.
     Begin(Generation),
+    /// The container, which runs here, goes on without the other side, in this generation: a new one
+    /// or still its own.
+    RunsOn(Generation),
     /// The container does not run here any longer; a generation that is known.
     Demoted(Generation),
 }
@@ -293,6 +296,16 @@ impl Backup {
                 if self.state == State::Waiting && generation > self.newest {
                     self.newest = generation;
                     self.state = State::Promoted { generation };
+                }
+                Vec::new()
+            }
+            Input::RunsOn(generation) => {
+                let runs_here =
+                    matches!(self.state, State::Promoting { .. } | State::Promoted { .. });
+                if runs_here || self.state == State::Waiting {
+                    self.newest = self.newest.max(generation);
+                    self.bound_to_promote = false;
+                    self.state = State::Promoted { generation: self.newest };
                 }
                 Vec::new()
             }

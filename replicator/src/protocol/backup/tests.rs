@@ -249,3 +249,20 @@ fn an_older_generation_is_refused() {
     let refused = Action::Refuse { link: LINK, code, newest: Generation(4) };
     assert_eq!(b.handle(ms(0), Input::Hello { link: LINK, generation: Generation(3) }), [refused]);
 }
+
+/// A survivor whose new backup is gone before it has caught up goes on in the generation that it has.
+/// It was said to run nothing then, and the other host began a second life.
+#[test]
+fn one_that_goes_on_alone_says_that_it_runs_the_container() {
+    let mut b = ready();
+    until_it_acts(&mut b);
+    grant(&mut b, 2);
+    b.handle(ms(600), Input::Running);
+    let link = LinkId(9);
+    for (at, generation) in [(700, 2), (800, 2), (900, 3)] {
+        b.handle(ms(at), Input::RunsOn(Generation(generation)));
+        let (code, newest) = (RefuseCode::Promoted, Generation(generation));
+        let answer = Action::Refuse { link, code, newest };
+        assert_eq!(b.handle(ms(at + 1), Input::Inquiry(link)), [answer]);
+    }
+}

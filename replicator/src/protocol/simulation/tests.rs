@@ -35,7 +35,8 @@ fn no_schedule_breaks_the_invariants() {
         return;
     }
     let mut total = Seen::default();
-    for seed in 0..1000 {
+    // A thousand are too few: that a survivor, alone again, said that it runs nothing took seed 3924.
+    for seed in 0..5000 {
         let result = std::panic::catch_unwind(|| run(seed, STEPS, None));
         let seen = result.unwrap_or_else(|_| panic!("the run with seed {seed} failed"));
         total.add(&seen);

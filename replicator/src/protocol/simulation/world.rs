@@ -290,9 +290,7 @@ impl World {
                     life.still = false;
                     self.seen.degraded += 1;
                     let side = self.sides[at].as_mut().expect("it acts");
-                    // It runs on in another generation.
-                    side.backup.handle(self.now, backup::Input::Demoted(Generation(0)));
-                    side.backup.handle(self.now, backup::Input::Begin(generation));
+                    side.backup.handle(self.now, backup::Input::RunsOn(generation));
                 }
                 primary::Action::Ask { base, wanted } => self.ask(at, base, wanted),
                 primary::Action::Stop => self.end(at, Generation(0)),
