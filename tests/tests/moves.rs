@@ -32,6 +32,36 @@ fn moves_there_and_back_lose_nothing() {
     bed.expect_gone();
 }
 
+/// The same as one command, with connections that come and go and with keys that many share; it tells
+/// what each pause is made of.
+#[test]
+fn moves_under_load_are_judged_and_their_pauses_told() {
+    let client = "{ node: client, target: 'store:6379', connections: 20, value-size: 150, \
+                  keys: 20000, churn: 100, history: 6 }";
+    let mut sketch = Sketch::of(EMBEDDED);
+    sketch.clients.push(client.to_owned());
+    let bed = Bed::new("movers", &sketch.with_event("{ at: 1s, fault: kill-host, node: alpha }"));
+    let line = ["--switchovers", "5", "-o", "json"];
+    let report = bed.run("run", &line).expect_success().json();
+    assert_eq!((&report["recovered"], &report["linearizable"]), (&true.into(), &true.into()));
+    for figure in ["lost_writes", "wrong_replies", "broken_connections", "resets"] {
+        assert_eq!(report["clients"][0][figure], 0, "{figure}: {report:#}");
+    }
+    assert_eq!(report["faults"], Value::Array(Vec::new()), "those of the file are left out");
+    let moves = report["moves"]["moves"].as_array().expect("moves");
+    let to: Vec<&str> = moves.iter().filter_map(|one| one["to"].as_str()).collect();
+    assert_eq!(to, ["beta", "alpha", "beta", "alpha", "beta"], "{report:#}");
+    for one in moves {
+        let figure = |value: &Value| value.as_f64().unwrap_or_else(|| panic!("{one:#}"));
+        let pause = figure(&one["pause_ms"]);
+        // Probing is beside preparing, and so no part of the sum.
+        let parts = ["hand_over", "fence", "apply", "prepare", "connect", "finish", "plug", "run"];
+        let sum: f64 = parts.iter().map(|phase| figure(&one["pause_ms_by_phase"][*phase])).sum();
+        assert!(0.0 < sum && sum <= pause * 1.1 + 1.0, "{one:#}");
+    }
+    bed.expect_gone();
+}
+
 /// Nothing moves to a host that has no copy.
 #[test]
 fn without_a_backup_nothing_moves() {

@@ -204,6 +204,10 @@ pub(super) struct RunArgs {
     pub(super) output: OutputArg,
     #[command(flatten)]
     pub(super) output_commit: OutputCommitArg,
+    /// Moves every protected container to its other host and back, so many moves in all, instead of
+    /// the faults of the file. The load lasts as long as that takes.
+    #[arg(long, value_name = "N", conflicts_with_all = ["duration", "faults"])]
+    pub(super) switchovers: Option<u32>,
     /// Leaves the lab standing afterwards.
     #[arg(long)]
     pub(super) keep: bool,

@@ -52,6 +52,7 @@ pub(super) fn demo() -> Result<bool> {
         seed: 1,
         output_commit: true,
         reply_timeout: REPLY_TIMEOUT,
+        switchovers: 0,
         keep: false,
     };
     let report = run_once(&plan, &mut |moment| story.tell(moment))?;

@@ -12,6 +12,7 @@ use serde::Serialize;
 
 use super::args::{DrillArgs, Output};
 use super::faults::{self, DrillFault};
+use super::histories::Histories;
 use super::numbers::{Spread, micros, millis};
 use super::progress::Progress;
 use super::report::RunReport;
@@ -33,6 +34,11 @@ pub(super) struct DrillReport {
     pub(super) resets: u64,
     /// Connections that came and went beside the load.
     pub(super) churned: u64,
+    /// Whether all histories of shared keys can be explained; null if there are none, or one could not
+    /// be judged.
+    pub(super) linearizable: Option<bool>,
+    /// What those histories were.
+    pub(super) histories: Histories,
     /// The longest wait of a client in each run.
     pub(super) gap_ms: Spread<f64>,
     /// The same by fault.
@@ -113,6 +119,7 @@ impl DrillReport {
             };
             Some(FailedRun { run, seed: *seed, why })
         });
+        let histories = Histories::of(reports());
         Self {
             topology: topology.to_owned(),
             runs: outcomes.len() as u32,
@@ -122,6 +129,8 @@ impl DrillReport {
             broken_connections: sum(|c| c.broken_connections),
             resets: sum(|c| c.resets),
             churned: sum(|c| c.churned),
+            linearizable: histories.linearizable(),
+            histories,
             gap_ms: Spread::of(reports().map(RunReport::gap_ms)),
             by_fault: by_fault(faults, outcomes),
             stop_us: Spread::of(
@@ -141,7 +150,7 @@ impl DrillReport {
             self.failed.is_empty()
         } else {
             // A broken connection is no lost promise.
-            self.lost_writes + self.wrong_replies > 0
+            self.lost_writes + self.wrong_replies > 0 || self.linearizable == Some(false)
         }
     }
 
@@ -174,6 +183,7 @@ impl DrillReport {
             ),
             format!("  seed      {}", self.seed),
         ];
+        lines.extend(self.histories.line().map(|line| format!("  history   {line}")));
         if self.by_fault.len() > 1 {
             lines.extend(self.by_fault.iter().map(|(fault, found)| {
                 format!(
@@ -257,6 +267,7 @@ fn plan_of(topology: &Topology, args: &DrillArgs, seed: u64) -> Result<(Plan, St
         seed,
         output_commit: args.output_commit.is_on(),
         reply_timeout: REPLY_TIMEOUT,
+        switchovers: 0,
         keep: false,
     };
     Ok((plan, name))
@@ -306,6 +317,7 @@ fn repeat(args: &DrillArgs, seed: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::super::args::{Arguments, Verb};
+    use super::super::histories;
     use super::super::report::{ClientReport, EpochReport, NamedReport};
     use super::*;
     use crate::agent::status::EpochRecord;
@@ -318,12 +330,14 @@ mod tests {
             recovered: true,
             why: None,
             output_commit: true,
+            linearizable: None,
             duration_s: 6.0,
             clients: vec![NamedReport { name: "client".to_owned(), report }],
             epochs: EpochReport::default(),
             failover: None,
             failovers: Vec::new(),
             faults: Vec::new(),
+            moves: None,
             containers: Vec::new(),
             logs: String::new(),
             records: [100, 300]
@@ -356,6 +370,11 @@ mod tests {
         let lossy = DrillReport::of("redis", 1, false, &[], &[(1, Ok(report(50.0, 1)))]);
         assert!(lossy.is_success());
         assert!(lossy.text().contains("UNSAFE"));
+        let mut odd = report(50.0, 0);
+        odd.clients[0].report.history = Some(histories::tests::history(Some(false)));
+        let odd = DrillReport::of("redis", 1, false, &[], &[(1, Ok(odd))]);
+        assert!(odd.is_success() && odd.linearizable == Some(false));
+        assert!(odd.text().contains("1 NOT LINEARIZABLE"));
     }
 
     #[test]

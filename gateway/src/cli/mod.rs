@@ -13,6 +13,7 @@ mod deploy;
 mod doctor;
 mod drill;
 mod faults;
+mod histories;
 mod image;
 mod inspect;
 mod journal;

@@ -3,7 +3,8 @@
 //!
 //! The verdict has two halves. A run *recovered* if every container whose host was lost runs
 //! elsewhere, and every client got answers again after the last fault. It is *clean* if no client
-//! found a write lost, a reply wrong or a connection broken. Only both together are a success.
+//! found a write lost, a reply wrong or a connection broken, and no history of shared keys that cannot be
+//! explained. Only both together are a success.
 //!
 //! A fault that hits a host whose container has moved away before proves nothing, and must not
 //! pass for a success: such a run counts as not recovered.
@@ -11,12 +12,14 @@
 use std::time::Duration;
 
 use netns_tools::topology::Event;
-use nilicon_clients::load::Report;
+use nilicon_clients::load::{HistoryReport, Report};
 use serde::{Deserialize, Serialize};
 
 use super::faults;
+use super::histories::{self, Histories};
 use super::journal::Failover;
 use super::numbers::{Spread, median};
+use super::switchover::{Move, Moves};
 use super::view::ContainerView;
 use crate::agent::status::{CaptureKinds, EpochRecord, FailoverPhases, StopStages};
 
@@ -35,6 +38,8 @@ pub(super) struct RunReport {
     pub(super) why: Option<String>,
     /// Whether output waited for its checkpoint.
     pub(super) output_commit: bool,
+    /// Whether what clients saw of the keys they share can be explained; null if none wrote it down.
+    pub(super) linearizable: Option<bool>,
     /// Length of the measured load, in seconds.
     pub(super) duration_s: f64,
     pub(super) clients: Vec<NamedReport>,
@@ -44,6 +49,8 @@ pub(super) struct RunReport {
     /// All failovers, where there is more than one container.
     pub(super) failovers: Vec<FailoverReport>,
     pub(super) faults: Vec<FaultReport>,
+    /// Planned moves, if that was what the run was for.
+    pub(super) moves: Option<Moves>,
     /// Where the containers are in the end.
     pub(super) containers: Vec<ContainerView>,
     /// The ends of the agents' logs, if it was no success.
@@ -81,6 +88,8 @@ pub(super) struct ClientReport {
     pub(super) rate_per_s: f64,
     pub(super) connections: usize,
     pub(super) populate_s: f64,
+    /// What the history of the keys says that its connections share.
+    pub(super) history: Option<HistoryReport>,
     pub(super) notes: Vec<String>,
 }
 
@@ -111,6 +120,7 @@ impl From<Report> for ClientReport {
             rate_per_s: report.rate_per_s,
             connections: report.connections,
             populate_s: report.populate_s,
+            history: report.history,
             notes: report.notes,
         }
     }
@@ -275,21 +285,35 @@ impl RunReport {
             killed: fault.killed,
         });
         let clients = evidence.clients.into_iter();
-        Self {
+        let mut report = Self {
             topology: evidence.topology,
             recovered: why.is_none(),
             why,
             output_commit: evidence.output_commit,
+            linearizable: None,
             duration_s: seconds(begun, over),
             faults: faults.collect(),
             clients: clients.map(|c| NamedReport { name: c.name, report: c.report }).collect(),
             epochs: EpochReport::of(&evidence.epochs),
             failover: failovers.first().cloned(),
             failovers,
+            moves: None,
             containers: evidence.containers,
             logs: String::new(),
             records: evidence.epochs,
+        };
+        report.linearizable = Histories::of(std::iter::once(&report)).linearizable();
+        report
+    }
+
+    /// Adds the moves that were made on purpose, and why there were no more. A move that cannot be made
+    /// is a failure of the run.
+    pub(super) fn add_moves(&mut self, moves: Vec<Move>, stuck: Option<String>) {
+        if let Some(stuck) = stuck {
+            self.recovered = false;
+            self.why.get_or_insert(format!("after {} moves: {stuck}", moves.len()));
         }
+        self.moves = Some(Moves::of(moves));
     }
 
     /// The sum of a figure over all clients.
@@ -302,9 +326,10 @@ impl RunReport {
         self.clients.iter().map(|client| client.report.gap_ms).fold(0.0, f64::max)
     }
 
-    /// Whether no client found anything lost, wrong or broken.
+    /// Whether no client found anything lost, wrong or broken, or saw what cannot be explained.
     pub(super) fn is_clean(&self) -> bool {
         self.sum(|c| c.lost_writes + c.wrong_replies + c.broken_connections + c.resets) == 0
+            && histories::complaints(self).next().is_none()
     }
 
     /// Whether it recovered and is clean.
@@ -323,6 +348,7 @@ impl RunReport {
         ];
         let counts = counts.iter().filter(|(count, _)| *count > 0);
         found.extend(counts.map(|(count, what)| format!("{count} {what}")));
+        found.extend(histories::complaints(self));
         (!found.is_empty()).then(|| found.join("; "))
     }
 }
@@ -504,6 +530,35 @@ mod tests {
         assert!(report.recovered && !report.is_success());
         let complaint = report.complaint().unwrap();
         assert_eq!(complaint, "4 acknowledged writes lost; 1 broken connections");
+    }
+
+    #[test]
+    fn a_history_that_cannot_be_explained_is_no_success() {
+        let with = |linearizable| {
+            let mut one = client(8_000_000);
+            one.report.history = Some(histories::tests::history(linearizable));
+            RunReport::of(Evidence { clients: vec![one], ..evidence() })
+        };
+        let report = with(Some(true));
+        assert!(report.is_success() && report.linearizable == Some(true));
+        let report = with(Some(false));
+        assert!(report.recovered && !report.is_success() && report.linearizable == Some(false));
+        let complaint = report.complaint().unwrap();
+        assert_eq!(complaint, "the history of client-0:shared-1 is not linearizable");
+        let report = with(None);
+        assert!(!report.is_success() && report.linearizable.is_none());
+        assert_eq!(RunReport::of(evidence()).linearizable, None);
+    }
+
+    #[test]
+    fn a_move_that_cannot_be_made_is_a_failure() {
+        let mut report =
+            RunReport::of(Evidence { faults: vec![], failovers: vec![], ..evidence() });
+        report.add_moves(Vec::new(), None);
+        assert!(report.is_success() && report.moves.is_some());
+        report.add_moves(Vec::new(), Some("no backup".to_owned()));
+        assert_eq!(report.complaint().unwrap(), "after 0 moves: no backup");
+        assert!(!report.is_success());
     }
 
     #[test]

@@ -7,6 +7,7 @@
 //! ```
 //! One thread does it all; whoever wants to show it watches its [`Moment`]s.
 
+use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
@@ -19,6 +20,7 @@ use super::journal::{self, Failover};
 use super::numbers::{grouped, millis};
 use super::progress::Progress;
 use super::report::{ClientOutcome, Evidence, InjectedFault, RunReport};
+use super::switchover::{self, Move};
 use super::view::LabView;
 use super::{faults, signals, text};
 use crate::agent::monotonic_us;
@@ -36,6 +38,8 @@ const AUDIT_PATIENCE: Duration = Duration::from_secs(120);
 const NAP: Duration = Duration::from_millis(5);
 /// How often it is asked, before the measured load, whether all is well.
 const CHECK: Duration = Duration::from_millis(500);
+/// How long the load goes on after the last move.
+const AFTER_MOVES: Duration = Duration::from_secs(1);
 /// How often the records of failovers are looked for.
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -50,6 +54,9 @@ pub(super) struct Plan {
     pub(super) seed: u64,
     pub(super) output_commit: bool,
     pub(super) reply_timeout: Duration,
+    /// How often each protected container moves to its other host; if at all, the load lasts until
+    /// all are done.
+    pub(super) switchovers: u32,
     /// Whether the lab is left standing.
     pub(super) keep: bool,
 }
@@ -71,6 +78,8 @@ pub(super) enum Moment<'a> {
     Fault(&'a Event),
     /// A container runs on another host.
     FailedOver(&'a Failover, Option<&'a InjectedFault>),
+    /// A container has moved, and is protected again; so many have already.
+    Moved(&'a Move, usize),
     /// The load is over; everything is read back.
     Auditing,
 }
@@ -95,7 +104,16 @@ pub(super) fn run_once(plan: &Plan, watch: &mut dyn FnMut(Moment<'_>)) -> Result
     let view = standing.until_protected(&mut |text| watch(Moment::Preparing(text)))?;
     watch(Moment::Protected(&view));
     let clients = Clients::start(standing.lab(), plan.seed, plan.reply_timeout)?;
-    let mut run = Run { plan, standing, clients, faults: Vec::new(), failovers: Vec::new(), watch };
+    let mut run = Run {
+        plan,
+        standing,
+        clients,
+        faults: Vec::new(),
+        failovers: Vec::new(),
+        moves: Vec::new(),
+        stuck: None,
+        watch,
+    };
     run.populate()?;
     let load_us = run.load()?;
     run.audit()?;
@@ -110,6 +128,9 @@ struct Run<'a> {
     standing: Standing,
     faults: Vec<InjectedFault>,
     failovers: Vec<Failover>,
+    moves: Vec<Move>,
+    /// Why no more moves were made.
+    stuck: Option<String>,
     watch: &'a mut dyn FnMut(Moment<'_>),
 }
 
@@ -138,13 +159,24 @@ impl Run<'_> {
         (self.watch)(Moment::LoadBegins);
         let mut events = self.plan.events().into_iter().peekable();
         let mut looked = Instant::now();
+        let planned = self.plan.switchovers > 0;
+        let moving =
+            planned.then(|| switchover::in_background(self.standing.lab(), self.plan.switchovers));
+        let mut moved = None;
         loop {
             signals::check()?;
             let elapsed = begun.elapsed();
             while let Some(event) = events.next_if(|event| *event.at <= elapsed) {
                 self.inject(event)?;
             }
+            if let Some(moving) = &moving
+                && moved.is_none()
+                && !self.look_for_moves(moving)
+            {
+                moved = Some(Instant::now());
+            }
             let over = match self.plan.duration {
+                _ if planned => moved.is_some_and(|at: Instant| at.elapsed() >= AFTER_MOVES),
                 Some(duration) => elapsed >= duration,
                 None => self.clients.have_reached(ClientPhase::Auditing),
             };
@@ -198,6 +230,22 @@ impl Run<'_> {
         Ok(())
     }
 
+    /// Takes in what has moved; whether there is more to come.
+    fn look_for_moves(&mut self, moving: &Receiver<Result<Move>>) -> bool {
+        loop {
+            match moving.try_recv() {
+                Ok(Ok(done)) => {
+                    self.moves.push(done);
+                    let count = self.moves.len();
+                    (self.watch)(Moment::Moved(&self.moves[count - 1], count));
+                }
+                Ok(Err(error)) => self.stuck = Some(crate::chain::chain(&error)),
+                Err(TryRecvError::Empty) => return true,
+                Err(TryRecvError::Disconnected) => return false,
+            }
+        }
+    }
+
     fn look_for_failovers(&mut self) {
         let now = journal::failovers(self.standing.lab());
         for failover in &now {
@@ -247,6 +295,9 @@ impl Run<'_> {
             faults: self.faults.clone(),
             containers: LabView::ask(lab).containers,
         });
+        if self.plan.switchovers > 0 {
+            report.add_moves(std::mem::take(&mut self.moves), self.stuck.take());
+        }
         if !report.is_success() {
             report.logs = self.standing.logs();
         }
@@ -281,6 +332,9 @@ pub(super) fn show(progress: &mut Progress, moment: &Moment<'_>) {
             format!("{seconds:5.1} s  {rate} requests/s{silent}{wrong}")
         }),
         Moment::Fault(event) => progress.show(&format!("{} now", faults::describe(event))),
+        Moment::Moved(done, count) => progress.update(|| {
+            format!("move {count}: to {}, paused for {}", done.to, millis(done.pause_ms))
+        }),
         Moment::Auditing => progress.show("load is over; reading everything back"),
         Moment::LoadBegins | Moment::FailedOver(..) => {}
     }
@@ -300,6 +354,9 @@ pub(super) fn run(args: &RunArgs) -> Result<bool> {
     for fault in &args.faults {
         faults::check(fault, &topology)?;
     }
+    if args.switchovers.is_some() {
+        topology.events.clear();
+    }
     topology.events.extend(args.faults.iter().cloned());
     let duration = duration(args.duration.map(|duration| *duration), &topology);
     let late = topology.events.iter().find(|event| duration.is_some_and(|over| *event.at >= over));
@@ -316,6 +373,7 @@ pub(super) fn run(args: &RunArgs) -> Result<bool> {
         seed: args.seed,
         output_commit: args.output_commit.is_on(),
         reply_timeout: REPLY_TIMEOUT,
+        switchovers: args.switchovers.unwrap_or(0),
         keep: args.keep,
     };
     let mut progress = Progress::new();

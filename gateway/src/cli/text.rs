@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use super::histories;
 use super::numbers::{Spread, bytes, grouped, micros, millis};
 use super::report::{EpochReport, FailoverReport, RunReport};
 
@@ -22,10 +23,15 @@ pub(super) fn of_run(report: &RunReport) -> String {
         };
         let _ = writeln!(out, "  {:<9} {} at {:.2} s{killed}", "fault", fault.fault, fault.at_s);
     }
-    for failover in &report.failovers {
-        out.push_str(&of_failover(failover));
+    match &report.moves {
+        Some(moves) => {
+            let [pauses, phases] = moves.lines();
+            let _ = writeln!(out, "  {:<9} {pauses}\n  {:<9} {phases}", "moves", "");
+        }
+        None => report.failovers.iter().for_each(|one| out.push_str(&of_failover(one))),
     }
     out.push_str(&of_clients(report));
+    out.push_str(&histories::text(report));
     out.push_str(&of_epochs(&report.epochs));
     for note in report.clients.iter().flat_map(|client| &client.report.notes) {
         let _ = writeln!(out, "  note      {note}");
@@ -146,12 +152,14 @@ mod tests {
             recovered: true,
             why: None,
             output_commit: true,
+            linearizable: None,
             duration_s: 12.0,
             clients: vec![NamedReport { name: "client".to_owned(), report: client }],
             epochs,
             failover: None,
             failovers: Vec::new(),
             faults: vec![FaultReport { fault: "kill-host:alpha".to_owned(), at_s: 5.0, killed: 9 }],
+            moves: None,
             containers: Vec::new(),
             logs: String::new(),
             records: Vec::new(),
@@ -182,8 +190,13 @@ mod tests {
         report.clients[0].report.lost_writes = 2;
         report.clients[0].report.notes.push("key 7 is gone".to_owned());
         report.output_commit = false;
+        report.clients[0].report.history = Some(histories::tests::history(Some(false)));
         let text = of_run(&report);
-        assert!(text.starts_with("redis: RECOVERED WITH LOSS: 2 acknowledged writes lost\nUNSAFE"));
+        let loss = "redis: RECOVERED WITH LOSS: 2 acknowledged writes lost; the history of \
+                    client-0:shared-1 is not linearizable\nUNSAFE";
+        assert!(text.starts_with(loss), "{text}");
+        assert!(text.contains("1,200 operations, 1 unanswered: 1 NOT LINEARIZABLE\n"), "{text}");
+        assert!(text.contains("  client-0:shared-1\n    get -> 3 (client 1"), "{text}");
         assert!(text.contains("note      key 7 is gone"));
     }
 }

@@ -467,6 +467,7 @@ impl Check<'_> {
             ("value-size", client.value_size.max == 0),
             ("rate", client.rate == Some(0)),
             ("churn", client.churn == Some(0)),
+            ("history", client.history == Some(0)),
         ];
         for (key, _) in numbers.iter().filter(|(_, zero)| *zero) {
             self.at_value(&format!("{path}/{key}"), format!("`{key}` must not be 0"), None);

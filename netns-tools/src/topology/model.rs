@@ -424,6 +424,11 @@ pub struct Client {
     /// closed at once, the rest ask for something first.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub churn: Option<u64>,
+    /// Connections beside the others that get, set and increment a few keys which they share, and
+    /// write down what they see and when. In the end it is judged whether that history is
+    /// linearizable.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub history: Option<usize>,
     /// How long the load lasts; by default as long as the run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub duration: Option<Period>,

@@ -183,6 +183,7 @@ impl Bench<'_> {
             seed: u64::from(seed) + 1,
             output_commit: true,
             reply_timeout: REPLY_TIMEOUT,
+            switchovers: 0,
             keep: false,
         };
         let (cores, progress) = (&self.cores, &mut self.progress);
