@@ -9,39 +9,31 @@
 //! actions carried out. Releases have a thread of their own, because writing an epoch's frames can
 //! take milliseconds.
 
+mod commits;
+mod link;
+
+pub(super) use commits::release_all;
+pub(super) use link::{LinkSettings, beat, keep_connected, say_goodbye, send_input};
+
 use super::backup::Standby;
-use super::journal::{Journal, monotonic_us};
-use super::status::{CaptureKinds, ContainerStatus, EpochRecord, Phase, Role, StopStages};
+use super::journal::Journal;
+use super::status::{ContainerStatus, EpochRecord, Phase, Role};
 use super::stop::Taken;
 use crate::frames::commit::Unprotected;
 use crate::frames::gate::Gate;
-use crate::frames::input_log::LogReader;
 use anyhow::Result;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use replicator::ack::CommitProof;
-use replicator::image::Clocks;
 use replicator::protocol::LinkId;
-use replicator::protocol::detector::Marks;
 use replicator::protocol::primary::{Action, Input, Primary, State};
-use replicator::transport::link::PrimaryConfig;
-use replicator::transport::pulse::Listener;
-use replicator::transport::{LinkError, PrimaryEvent, PrimaryLink};
-use replicator::wire::message::{Bye, Hello};
+use replicator::transport::PrimaryLink;
 use replicator::{Epoch, Generation};
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use tokio::sync::mpsc;
-
-/// Pause between snapshots of the gate's counters for the metrics.
-const PUBLISH: Duration = Duration::from_secs(1);
-/// How long others may hold the link when we want to say goodbye.
-const GOODBYE: Duration = Duration::from_secs(1);
-
-/// For how long input that comes in here after a switchover follows the container.
-const LATE: Duration = Duration::from_millis(50);
 
 /// What the next checkpoint builds on.
 #[derive(Clone, Copy, Debug, Default)]
@@ -424,35 +416,6 @@ impl Shell {
         }
     }
 
-    fn release(&self, proof: CommitProof) {
-        let epoch = proof.epoch();
-        let gate = self.gate.get().filter(|_| !self.control);
-        let released = gate.map_or(Ok(0), |gate| gate.release(proof));
-        let now = Instant::now();
-        let frames = match released {
-            Ok(frames) => frames,
-            // It has left already, without proof.
-            Err(_) if lock(&self.core).is_alone() => return,
-            Err(error) => {
-                tracing::error!(container = self.name, %epoch, %error, "output stays");
-                return;
-            }
-        };
-        let records = {
-            let mut waiting = lock(&self.records);
-            let later = waiting.split_off(&(epoch.0 + 1));
-            std::mem::replace(&mut *waiting, later)
-        };
-        let mut journal = lock(&self.journal);
-        for (mut record, sealed) in records.into_values() {
-            record.commit_us = (now - sealed).as_micros() as u64;
-            record.frames = frames as u64;
-            metrics::histogram!("nilicon_commit_seconds", "container" => self.name())
-                .record((now - sealed).as_secs_f64());
-            journal.write(&record);
-        }
-    }
-
     /// Copies the core's state to the status.
     fn follow_state(&self) {
         if self.retired.load(Ordering::Acquire) {
@@ -503,277 +466,5 @@ impl Shell {
 
     fn current_link(&self) -> Option<(LinkId, Arc<PrimaryLink>)> {
         lock(&self.link).clone()
-    }
-}
-
-/// What the thread that beats tells a primary.
-struct Ear(Weak<Shell>);
-
-impl Listener for Ear {
-    fn pulse(&self, link: LinkId, _: Marks) {
-        if let Some(shell) = self.0.upgrade() {
-            shell.handle(Input::Heard(link));
-        }
-    }
-
-    fn tick(&self) {}
-}
-
-// Signs of life.
-impl Shell {
-    /// From now on pulses are those of this connection.
-    fn beat_for(&self, link: LinkId, connection: &PrimaryLink, port: u16) {
-        let Some(standby) = self.standby.as_ref().filter(|_| port != 0) else { return };
-        match connection.pulses(link, port) {
-            Ok(session) => standby.pulse.meet(session, Arc::new(Ear(self.me.clone()))),
-            Err(error) => tracing::warn!(container = self.name, %error, "no pulses"),
-        }
-    }
-
-    /// The stop thread has come around; whether what it does next may take long.
-    pub(super) fn worked(&self, long: bool) {
-        if let Some(standby) = &self.standby {
-            standby.pulse.vitals().worked();
-            standby.pulse.vitals().takes_long(long);
-        }
-    }
-}
-
-// What the shipper does with a checkpoint that was taken.
-impl Shell {
-    /// The link that a checkpoint goes over; none if it was taken for another one.
-    pub(super) fn link_for(&self, taken: &Taken) -> Option<Arc<PrimaryLink>> {
-        self.current_link().filter(|(link, _)| *link == taken.link).map(|(_, l)| l)
-    }
-
-    /// Notes a checkpoint's figures until its acknowledgement.
-    pub(super) fn note(&self, taken: &Taken, wire_bytes: u64) {
-        // Its output did not wait for it: there is no commit to tell of.
-        if taken.provisional {
-            return;
-        }
-        let t = &taken.times;
-        let sealed = taken.sealed.unwrap_or_else(Instant::now);
-        let us = |d: Duration| d.as_micros() as u64;
-        let record = EpochRecord {
-            epoch: taken.epoch.0,
-            generation: taken.generation.0,
-            at_us: monotonic_us().saturating_sub(us(sealed.elapsed())),
-            interval_us: us(taken.interval),
-            stop_us: us(t.total),
-            stop_us_by_stage: StopStages {
-                hold: us(t.hold),
-                freeze: us(t.freeze),
-                seal: us(t.seal.saturating_sub(taken.volumes)),
-                volumes: us(taken.volumes),
-                memory: us(t.memory),
-                threads: us(t.threads),
-                files: us(t.files),
-                thaw: us(t.thaw),
-            },
-            capture_us_by_kind: CaptureKinds {
-                memory: us(t.kinds.memory),
-                objects: us(t.kinds.objects),
-                threads: us(t.kinds.threads),
-                timers: us(t.kinds.timers),
-                descriptors: us(t.kinds.descriptors),
-                in_flight: us(t.kinds.in_flight),
-            },
-            stop_pages: t.stop_pages as u64,
-            dirty_pages: t.pages as u64,
-            wire_bytes,
-            commit_us: 0,
-            frames: 0,
-        };
-        metrics::histogram!("nilicon_stop_seconds", "container" => self.name())
-            .record(t.total.as_secs_f64());
-        metrics::histogram!("nilicon_dirty_pages", "container" => self.name())
-            .record(t.pages as f64);
-        metrics::counter!("nilicon_wire_bytes_total", "container" => self.name())
-            .increment(wire_bytes);
-        lock(&self.records).insert(taken.epoch.0, (record, sealed));
-    }
-
-    /// Processor time that the shipper has used so far.
-    pub(super) fn shipping(&self) -> Duration {
-        Duration::from_nanos(self.shipping.load(Ordering::Relaxed))
-    }
-
-    /// A checkpoint has left the shipper, sent or dropped; it has used `time` so far, in all.
-    pub(super) fn shipped(&self, time: Duration) {
-        self.shipping.store(time.as_nanos() as u64, Ordering::Relaxed);
-        self.unsent.fetch_sub(1, Ordering::AcqRel);
-        self.wake_up();
-    }
-}
-
-/// Carries releases out, in order, until the shell is gone or its container's time here ends.
-pub(super) fn release_all(shell: Arc<Shell>, proofs: std::sync::mpsc::Receiver<CommitProof>) {
-    while !shell.must_end() {
-        match proofs.recv_timeout(Duration::from_millis(200)) {
-            Ok(proof) => shell.release(proof),
-            Err(std::sync::mpsc::RecvTimeoutError::Timeout) => {}
-            Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => return,
-        }
-    }
-    // What was proven before the end, as in a switchover, leaves.
-    proofs.try_iter().for_each(|proof| shell.release(proof));
-}
-
-/// Where the backup is and who we are.
-pub(super) struct LinkSettings {
-    /// As for [`PrimaryLink::connect`], but for the clocks in its hello.
-    pub(super) config: PrimaryConfig,
-    /// Offsets of the container's clocks from the host's, in nanoseconds.
-    pub(super) offsets: (i64, i64),
-}
-
-/// The container's clocks now.
-pub(super) fn clocks_now(offsets: (i64, i64)) -> Clocks {
-    let read = |clock, offset: i64| {
-        nix::time::clock_gettime(clock)
-            .map(|t| (t.tv_sec() * 1_000_000_000 + t.tv_nsec() + offset) as u64)
-            .unwrap_or(0)
-    };
-    Clocks {
-        monotonic: read(nix::time::ClockId::CLOCK_MONOTONIC, offsets.0),
-        boottime: read(nix::time::ClockId::CLOCK_BOOTTIME, offsets.1),
-    }
-}
-
-/// Connects whenever the core asks for it, until the shell is gone.
-pub(super) async fn keep_connected(
-    shell: Arc<Shell>,
-    mut connects: mpsc::UnboundedReceiver<LinkId>,
-    settings: Arc<LinkSettings>,
-) {
-    while let Some(link) = connects.recv().await {
-        if shell.retired.load(Ordering::Acquire) {
-            return;
-        }
-        let mut config = settings.config.clone();
-        config.generation = shell.generation();
-        config.hello = Hello {
-            clocks: clocks_now(settings.offsets),
-            pulse_port: shell.standby.as_ref().map_or(0, |standby| standby.pulse.port()),
-            ..config.hello
-        };
-        let events = shell.clone();
-        let connected = PrimaryLink::connect(config, move |event| hear(&events, link, event)).await;
-        match connected {
-            Ok((connection, welcome)) => {
-                tracing::info!(container = shell.name, backup = welcome.host, "connected");
-                shell.beat_for(link, &connection, welcome.pulse_port);
-                *lock(&shell.link) = Some((link, Arc::new(connection)));
-                shell.handle(Input::Connected(link));
-            }
-            Err(LinkError::Refused { code, text, newest }) => {
-                tracing::warn!(container = shell.name, text, "the backup refuses");
-                shell.handle(Input::Refused { link, code, newest });
-            }
-            Err(error) => {
-                tracing::info!(container = shell.name, %error, "no backup yet");
-                shell.say_why(format!("no backup: {error}"));
-                shell.handle(Input::Lost(link));
-            }
-        }
-    }
-}
-
-fn hear(shell: &Shell, link: LinkId, event: PrimaryEvent) {
-    shell.handle(match event {
-        PrimaryEvent::Ack { generation, epoch, digest } => {
-            Input::Ack { link, generation, epoch, digest }
-        }
-        PrimaryEvent::Heartbeat { .. } => Input::Heard(link),
-        PrimaryEvent::Bye { bye, newest } => Input::Bye { link, bye, newest },
-        PrimaryEvent::Lost(reason) => {
-            tracing::info!(container = shell.name, reason, "connection lost");
-            Input::Lost(link)
-        }
-    });
-}
-
-/// Sends heartbeats that keep the connection, and gives the core its time.
-pub(super) async fn beat(shell: Arc<Shell>) {
-    let mut ticks = tokio::time::interval(super::backup::BEAT);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut published = Instant::now();
-    let mut received = (LinkId(0), 0);
-    loop {
-        ticks.tick().await;
-        if published.elapsed() >= PUBLISH
-            && let Some(gate) = shell.gate.get()
-        {
-            gate.counters().publish(&shell.name);
-            published = Instant::now();
-        }
-        if let Some((id, link)) = shell.current_link() {
-            // What its transport confirms of a large checkpoint is a sign of life as well.
-            let now = (id, link.received());
-            if now != received {
-                received = now;
-                shell.handle(Input::Heard(id));
-            }
-            let committed = lock(&shell.core).committed();
-            link.heartbeat(committed, shell.progress.load(Ordering::Relaxed));
-        }
-        let due = lock(&shell.core).next_deadline().is_some_and(|d| d <= shell.origin.elapsed());
-        if due {
-            shell.handle(Input::Tick);
-        }
-    }
-}
-
-/// Sends what clients said to the backup as well.
-pub(super) async fn send_input(shell: Arc<Shell>, mut log: LogReader) {
-    loop {
-        log.filled().await;
-        let frames = log.take();
-        let Some((_, link)) = shell.current_link() else { continue };
-        for logged in frames {
-            link.input(logged.epoch, logged.frame);
-        }
-    }
-}
-
-/// Tells the backup that there is nothing to protect any longer, so that it does not take over,
-/// or that it is to take over now; and makes no new connection. Whether the backup has heard it;
-/// true if there never was one.
-pub(super) async fn say_goodbye(shell: &Shell, bye: Bye) -> bool {
-    shell.retired.store(true, Ordering::Release);
-    let last = lock(&shell.core).committed();
-    if bye == Bye::Switchover
-        && let Some((_, link)) = shell.current_link()
-    {
-        // What came in here meanwhile, and what comes before everybody knows where the container
-        // is now, follows it.
-        let said = link.say_bye(bye, last).await;
-        tokio::time::sleep(LATE).await;
-        lock(&shell.link).take();
-        link.close_well();
-        return said.is_ok();
-    }
-    let link = lock(&shell.link).take().map(|(_, link)| link);
-    let Some(link) = link else {
-        return shell.control || !shell.output_protected.load(Ordering::Acquire);
-    };
-    // The shipper and the heartbeat let go of it within moments.
-    let patience = Instant::now() + GOODBYE;
-    let mut shared = link;
-    let link = loop {
-        match Arc::try_unwrap(shared) {
-            Ok(link) => break link,
-            Err(again) if Instant::now() < patience => shared = again,
-            Err(_) => return false,
-        }
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    };
-    match link.bye(bye, last).await {
-        Ok(()) => true,
-        Err(error) => {
-            tracing::info!(container = shell.name, %error, "the backup did not hear our goodbye");
-            false
-        }
     }
 }

@@ -1,0 +1,216 @@
+//! A primary's connection to its backup: made, kept alive, listened to, and ended well.
+
+use super::{Shell, lock};
+use crate::agent::backup::BEAT;
+use crate::frames::input_log::LogReader;
+use replicator::image::Clocks;
+use replicator::protocol::LinkId;
+use replicator::protocol::detector::Marks;
+use replicator::protocol::primary::Input;
+use replicator::transport::link::PrimaryConfig;
+use replicator::transport::pulse::Listener;
+use replicator::transport::{LinkError, PrimaryEvent, PrimaryLink};
+use replicator::wire::message::{Bye, Hello};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc;
+
+/// Pause between snapshots of the gate's counters for the metrics.
+const PUBLISH: Duration = Duration::from_secs(1);
+/// How long others may hold the link when we want to say goodbye.
+const GOODBYE: Duration = Duration::from_secs(1);
+
+/// For how long input that comes in here after a switchover follows the container.
+const LATE: Duration = Duration::from_millis(50);
+
+/// What the thread that beats tells a primary.
+struct Ear(Weak<Shell>);
+
+impl Listener for Ear {
+    fn pulse(&self, link: LinkId, _: Marks) {
+        if let Some(shell) = self.0.upgrade() {
+            shell.handle(Input::Heard(link));
+        }
+    }
+
+    fn tick(&self) {}
+}
+
+// Signs of life.
+impl Shell {
+    /// From now on pulses are those of this connection.
+    fn beat_for(&self, link: LinkId, connection: &PrimaryLink, port: u16) {
+        let Some(standby) = self.standby.as_ref().filter(|_| port != 0) else { return };
+        match connection.pulses(link, port) {
+            Ok(session) => standby.pulse.meet(session, Arc::new(Ear(self.me.clone()))),
+            Err(error) => tracing::warn!(container = self.name, %error, "no pulses"),
+        }
+    }
+
+    /// The stop thread has come around; whether what it does next may take long.
+    pub(in crate::agent) fn worked(&self, long: bool) {
+        if let Some(standby) = &self.standby {
+            standby.pulse.vitals().worked();
+            standby.pulse.vitals().takes_long(long);
+        }
+    }
+}
+
+/// Where the backup is and who we are.
+pub(in crate::agent) struct LinkSettings {
+    /// As for [`PrimaryLink::connect`], but for the clocks in its hello.
+    pub(in crate::agent) config: PrimaryConfig,
+    /// Offsets of the container's clocks from the host's, in nanoseconds.
+    pub(in crate::agent) offsets: (i64, i64),
+}
+
+/// The container's clocks now.
+pub(in crate::agent) fn clocks_now(offsets: (i64, i64)) -> Clocks {
+    let read = |clock, offset: i64| {
+        nix::time::clock_gettime(clock)
+            .map(|t| (t.tv_sec() * 1_000_000_000 + t.tv_nsec() + offset) as u64)
+            .unwrap_or(0)
+    };
+    Clocks {
+        monotonic: read(nix::time::ClockId::CLOCK_MONOTONIC, offsets.0),
+        boottime: read(nix::time::ClockId::CLOCK_BOOTTIME, offsets.1),
+    }
+}
+
+/// Connects whenever the core asks for it, until the shell is gone.
+pub(in crate::agent) async fn keep_connected(
+    shell: Arc<Shell>,
+    mut connects: mpsc::UnboundedReceiver<LinkId>,
+    settings: Arc<LinkSettings>,
+) {
+    while let Some(link) = connects.recv().await {
+        if shell.retired.load(Ordering::Acquire) {
+            return;
+        }
+        let mut config = settings.config.clone();
+        config.generation = shell.generation();
+        config.hello = Hello {
+            clocks: clocks_now(settings.offsets),
+            pulse_port: shell.standby.as_ref().map_or(0, |standby| standby.pulse.port()),
+            ..config.hello
+        };
+        let events = shell.clone();
+        let connected = PrimaryLink::connect(config, move |event| hear(&events, link, event)).await;
+        match connected {
+            Ok((connection, welcome)) => {
+                tracing::info!(container = shell.name, backup = welcome.host, "connected");
+                shell.beat_for(link, &connection, welcome.pulse_port);
+                *lock(&shell.link) = Some((link, Arc::new(connection)));
+                shell.handle(Input::Connected(link));
+            }
+            Err(LinkError::Refused { code, text, newest }) => {
+                tracing::warn!(container = shell.name, text, "the backup refuses");
+                shell.handle(Input::Refused { link, code, newest });
+            }
+            Err(error) => {
+                tracing::info!(container = shell.name, %error, "no backup yet");
+                shell.say_why(format!("no backup: {error}"));
+                shell.handle(Input::Lost(link));
+            }
+        }
+    }
+}
+
+fn hear(shell: &Shell, link: LinkId, event: PrimaryEvent) {
+    shell.handle(match event {
+        PrimaryEvent::Ack { generation, epoch, digest } => {
+            Input::Ack { link, generation, epoch, digest }
+        }
+        PrimaryEvent::Heartbeat { .. } => Input::Heard(link),
+        PrimaryEvent::Bye { bye, newest } => Input::Bye { link, bye, newest },
+        PrimaryEvent::Lost(reason) => {
+            tracing::info!(container = shell.name, reason, "connection lost");
+            Input::Lost(link)
+        }
+    });
+}
+
+/// Sends heartbeats that keep the connection, and gives the core its time.
+pub(in crate::agent) async fn beat(shell: Arc<Shell>) {
+    let mut ticks = tokio::time::interval(BEAT);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut published = Instant::now();
+    let mut received = (LinkId(0), 0);
+    loop {
+        ticks.tick().await;
+        if published.elapsed() >= PUBLISH
+            && let Some(gate) = shell.gate.get()
+        {
+            gate.counters().publish(&shell.name);
+            published = Instant::now();
+        }
+        if let Some((id, link)) = shell.current_link() {
+            // What its transport confirms of a large checkpoint is a sign of life as well.
+            let now = (id, link.received());
+            if now != received {
+                received = now;
+                shell.handle(Input::Heard(id));
+            }
+            let committed = lock(&shell.core).committed();
+            link.heartbeat(committed, shell.progress.load(Ordering::Relaxed));
+        }
+        let due = lock(&shell.core).next_deadline().is_some_and(|d| d <= shell.origin.elapsed());
+        if due {
+            shell.handle(Input::Tick);
+        }
+    }
+}
+
+/// Sends what clients said to the backup as well.
+pub(in crate::agent) async fn send_input(shell: Arc<Shell>, mut log: LogReader) {
+    loop {
+        log.filled().await;
+        let frames = log.take();
+        let Some((_, link)) = shell.current_link() else { continue };
+        for logged in frames {
+            link.input(logged.epoch, logged.frame);
+        }
+    }
+}
+
+/// Tells the backup that there is nothing to protect any longer, so that it does not take over,
+/// or that it is to take over now; and makes no new connection. Whether the backup has heard it;
+/// true if there never was one.
+pub(in crate::agent) async fn say_goodbye(shell: &Shell, bye: Bye) -> bool {
+    shell.retired.store(true, Ordering::Release);
+    let last = lock(&shell.core).committed();
+    if bye == Bye::Switchover
+        && let Some((_, link)) = shell.current_link()
+    {
+        // What came in here meanwhile, and what comes before everybody knows where the container
+        // is now, follows it.
+        let said = link.say_bye(bye, last).await;
+        tokio::time::sleep(LATE).await;
+        lock(&shell.link).take();
+        link.close_well();
+        return said.is_ok();
+    }
+    let link = lock(&shell.link).take().map(|(_, link)| link);
+    let Some(link) = link else {
+        return shell.control || !shell.output_protected.load(Ordering::Acquire);
+    };
+    // The shipper and the heartbeat let go of it within moments.
+    let patience = Instant::now() + GOODBYE;
+    let mut shared = link;
+    let link = loop {
+        match Arc::try_unwrap(shared) {
+            Ok(link) => break link,
+            Err(again) if Instant::now() < patience => shared = again,
+            Err(_) => return false,
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    };
+    match link.bye(bye, last).await {
+        Ok(()) => true,
+        Err(error) => {
+            tracing::info!(container = shell.name, %error, "the backup did not hear our goodbye");
+            false
+        }
+    }
+}
