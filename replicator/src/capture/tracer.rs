@@ -349,11 +349,16 @@ impl Tracer {
                 std::thread::sleep(Duration::from_micros(50));
                 continue;
             }
-            let status = match ptrace::wait(tid) {
-                Err(e) if e.code() == libc::ECHILD => Status::Exited(0),
-                other => other?,
+            let (of, status) = match ptrace::wait_now(tid)? {
+                Some(status) => (tid, status),
+                // One that dies may wait for the end of another one to be noted.
+                None => ptrace::wait_any()?.unwrap_or((tid, Status::Exited(0))),
             };
-            if self.handle_in_freeze(tid, status)? {
+            if of != tid && matches!(status, Status::Stopped { .. }) {
+                ignore_gone(self.learn(of))?;
+            }
+            // Whoever it was, the caller looks who is left.
+            if self.handle_in_freeze(of, status)? {
                 return Ok(());
             }
         }

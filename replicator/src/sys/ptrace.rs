@@ -227,6 +227,76 @@ pub fn poll_wait(tid: i32) -> SysResult<Option<(i32, Status)>> {
     }
 }
 
+/// The event of a tracee, if it waits. One that is gone has ended.
+pub fn wait_now(tid: i32) -> SysResult<Option<Status>> {
+    let mut raw = 0;
+    // SAFETY: `raw` is ours and live.
+    let r = unsafe { libc::waitpid(tid, &mut raw, libc::__WALL | libc::WNOHANG) };
+    match r {
+        0 => Ok(None),
+        r if r > 0 => Ok(Some(Status::from_raw(raw))),
+        _ => match std::io::Error::last_os_error().raw_os_error() {
+            Some(libc::ECHILD) => Ok(Some(Status::Exited(0))),
+            Some(libc::EINTR) => Ok(None),
+            _ => Err(SysError::last("waitpid", format!("tid {tid}"))),
+        },
+    }
+}
+
+/// The next event of any tracee of the calling thread; none if there is no tracee. For whoever waits
+/// for one of several: a thread that dies may wait in the kernel until its tracer has taken note of
+/// the end of another one.
+pub fn wait_any() -> SysResult<Option<(i32, Status)>> {
+    loop {
+        let mut raw = 0;
+        // SAFETY: `raw` is ours and live.
+        let r = unsafe { libc::waitpid(-1, &mut raw, libc::__WALL | libc::__WNOTHREAD) };
+        if r > 0 {
+            return Ok(Some((r, Status::from_raw(raw))));
+        }
+        match std::io::Error::last_os_error().raw_os_error() {
+            Some(libc::EINTR) => {}
+            Some(libc::ECHILD) => return Ok(None),
+            _ => return Err(SysError::last("waitpid", "any tracee".to_owned())),
+        }
+    }
+}
+
+/// As [`wait`], where all other tracees of the calling thread stand still. If one of them has an
+/// event to tell, it was killed, perhaps with this one: then its end may never come as long as
+/// nobody takes note of theirs, so a tracee that is on its way out gives ESRCH.
+pub fn wait_unless_exiting(tid: i32) -> SysResult<Status> {
+    loop {
+        if let Some(status) = wait_now(tid)? {
+            return Ok(status);
+        }
+        // SAFETY: an all-zero siginfo_t is valid.
+        let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+        let kinds = libc::WEXITED | libc::WSTOPPED;
+        let flags = kinds | libc::WNOWAIT | libc::__WALL | libc::__WNOTHREAD;
+        // SAFETY: `info` is ours and live.
+        let r = unsafe { libc::waitid(libc::P_ALL, 0, &mut info, flags) };
+        // SAFETY: waitid has filled it in, or it is all zeros.
+        if r == 0 && unsafe { info.si_pid() } != tid {
+            if is_exiting(tid) {
+                return Err(SysError::errno("waitpid", format!("tid {tid}"), libc::ESRCH));
+            }
+            std::thread::sleep(OTHERS);
+        }
+    }
+}
+
+/// Pause between looks at a tracee while another one has something to tell.
+const OTHERS: std::time::Duration = std::time::Duration::from_micros(50);
+
+/// Whether a thread is on its way out, as proc_pid_stat(5) tells it (PF_EXITING), or gone.
+fn is_exiting(tid: i32) -> bool {
+    const EXITING: u64 = 4;
+    let Ok(stat) = std::fs::read_to_string(format!("/proc/{tid}/stat")) else { return true };
+    let flags = stat.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(6)?.parse().ok());
+    flags.is_none_or(|flags: u64| flags & EXITING != 0)
+}
+
 /// The next event of any tracee of the calling thread, without waiting. Children of other
 /// threads of this process are left alone (__WNOTHREAD).
 pub fn next_event() -> SysResult<Option<(i32, Status)>> {

@@ -93,7 +93,7 @@ pub fn call_at(tid: i32, gadget: u64, call: Call) -> SysResult<i64> {
     let mut told_to_stop = false;
     loop {
         ptrace::step(tid)?;
-        let status = ptrace::wait(tid)?;
+        let status = ptrace::wait_unless_exiting(tid)?;
         if status.is_end() {
             return Err(SysError::errno("remote system call", format!("tid {tid}"), libc::ESRCH));
         }
@@ -124,6 +124,10 @@ fn tell_again(tid: i32) -> SysResult<()> {
     nix::sys::signal::kill(thread, nix::sys::signal::Signal::SIGSTOP)
         .map_err(|e| SysError::errno("kill", format!("tid {tid}"), e as i32))
 }
+
+/// How a thread that makes calls is waited for: one that may be killed meanwhile, with others that are
+/// traced, or one whose calls make others that have something to tell.
+type Wait = fn(i32) -> SysResult<Status>;
 
 /// Gives a stopped process its scratch mapping, by way of a `syscall` instruction at `gadget`.
 /// An error EEXIST means that the program itself uses these addresses.
@@ -196,7 +200,7 @@ impl Batch {
     ///
     /// If it holds calls of clone, use [`Batch::run_spawning`].
     pub fn run(&mut self, tid: i32) -> SysResult<&[i64]> {
-        self.run_with(tid, &mut Vec::new())
+        self.run_with(tid, &mut Vec::new(), ptrace::wait_unless_exiting)
     }
 
     /// As [`Batch::run`], with calls of clone3(2) among them. `tid` must be traced with
@@ -205,7 +209,7 @@ impl Batch {
     /// before its first instruction.
     pub fn run_spawning(&mut self, tid: i32, born: &mut Vec<i32>) -> SysResult<&[i64]> {
         let known = born.len();
-        let done = self.run_with(tid, born).map(drop);
+        let done = self.run_with(tid, born, ptrace::wait).map(drop);
         for &new in &born[known..] {
             if ptrace::wait(new)?.is_end() {
                 return Err(SysError::errno("clone3", format!("new tid {new}"), libc::ESRCH));
@@ -215,7 +219,7 @@ impl Batch {
         Ok(&self.results)
     }
 
-    fn run_with(&mut self, tid: i32, born: &mut Vec<i32>) -> SysResult<&[i64]> {
+    fn run_with(&mut self, tid: i32, born: &mut Vec<i32>, wait: Wait) -> SysResult<&[i64]> {
         self.results.clear();
         if self.table.is_empty() {
             return Ok(&self.results);
@@ -224,7 +228,7 @@ impl Batch {
         let mask = ptrace::blocked(tid)?;
         ptrace::set_blocked(tid, BLOCK_ALL_BUT_TRAP)?;
         let mut heard = Heard { born, told_to_stop: false };
-        let done = self.run_all_tables(tid, &saved, &mut heard);
+        let done = self.run_all_tables(tid, &saved, &mut heard, wait);
         // Also after a failure the thread must be what it was: it runs on.
         self.table.clear();
         let told = if heard.told_to_stop { tell_again(tid) } else { Ok(()) };
@@ -233,12 +237,18 @@ impl Batch {
         Ok(&self.results)
     }
 
-    fn run_all_tables(&mut self, tid: i32, saved: &Regs, heard: &mut Heard) -> SysResult<()> {
+    fn run_all_tables(
+        &mut self,
+        tid: i32,
+        saved: &Regs,
+        heard: &mut Heard,
+        wait: Wait,
+    ) -> SysResult<()> {
         for start in (0..self.table.len()).step_by(MAX_CALLS * ENTRY) {
             let end = self.table.len().min(start + MAX_CALLS * ENTRY);
             let part = &mut self.table[start..end];
             memory::write(tid, TABLE, part)?;
-            run_table(tid, saved, part.len() / ENTRY, heard)?;
+            run_table(tid, saved, part.len() / ENTRY, heard, wait)?;
             memory::read(tid, TABLE, part)?;
             self.results.extend(part.chunks_exact(ENTRY).map(|entry| {
                 i64::from_ne_bytes(entry[ENTRY - 8..].try_into().expect("eight bytes"))
@@ -274,7 +284,13 @@ struct Heard<'a> {
     told_to_stop: bool,
 }
 
-fn run_table(tid: i32, base: &Regs, calls: usize, heard: &mut Heard) -> SysResult<()> {
+fn run_table(
+    tid: i32,
+    base: &Regs,
+    calls: usize,
+    heard: &mut Heard,
+    wait: Wait,
+) -> SysResult<()> {
     let mut regs = *base;
     regs[reg::RIP] = SCRATCH;
     regs[reg::ORIG_RAX] = u64::MAX;
@@ -283,7 +299,7 @@ fn run_table(tid: i32, base: &Regs, calls: usize, heard: &mut Heard) -> SysResul
     ptrace::set_regs(tid, &regs)?;
     ptrace::cont(tid, 0)?;
     loop {
-        match ptrace::wait(tid)? {
+        match wait(tid)? {
             Status::Stopped { signal: libc::SIGTRAP, event: 0 } => return Ok(()),
             SIGSTOP_COMES => {
                 heard.told_to_stop = true;
