@@ -217,6 +217,34 @@ mod tests {
         Identity::load(dir.path(), "alpha", HostRole::Host).unwrap();
     }
 
+    /// A host whose clock steps, or was never set, is met all the same.
+    #[test]
+    fn certificates_are_good_at_any_time_of_day() {
+        use rustls::client::WebPkiServerVerifier;
+        use rustls::client::danger::ServerCertVerifier;
+        use rustls::pki_types::{ServerName, UnixTime};
+        use std::time::Duration;
+
+        let dir = TempDir::new("pki-time");
+        init(dir.path()).unwrap();
+        issue(dir.path(), "alpha", HostRole::Host).unwrap();
+        let identity = Identity::load(dir.path(), "alpha", HostRole::Host).unwrap();
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(identity.authority.clone()).unwrap();
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let verifier = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider);
+        let verifier = verifier.build().unwrap();
+        let name = certificate_name("alpha", HostRole::Host);
+        let name = ServerName::try_from(name).unwrap();
+        let year = 365 * 24 * 3600;
+        let now = UnixTime::now().as_secs();
+        for time in [10 * year, now - 3600, now, now + 3600, now + 50 * year] {
+            let at = UnixTime::since_unix_epoch(Duration::from_secs(time));
+            let verified = verifier.verify_server_cert(&identity.certificate, &[], &name, &[], at);
+            assert!(verified.is_ok(), "at {time}: {verified:?}");
+        }
+    }
+
     #[test]
     fn errors_name_the_file_and_what_to_do() {
         let dir = TempDir::new("pki-errors");
