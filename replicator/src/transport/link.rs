@@ -9,12 +9,13 @@ use crate::wire::message::{Bye, Heartbeat, Hello, Message, RefuseCode, Role, Wel
 use crate::wire::pulse::End;
 use crate::{Epoch, Generation};
 use bytes::Bytes;
-use quinn::{Connection, ConnectionError, Endpoint, RecvStream, SendStream, VarInt};
+use quinn::{ClientConfig, Connection, ConnectionError, Endpoint, RecvStream, SendStream, VarInt};
 use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
 
 /// Checkpoint frames (of at most 256 KiB) that wait to be sent; then [`PrimaryLink::send`] blocks.
 pub const FRAMES: usize = 32;
@@ -24,6 +25,11 @@ pub const INPUTS: usize = 4096;
 
 /// How long a goodbye or a refusal may take to arrive.
 pub(super) const FAREWELL: Duration = Duration::from_secs(1);
+
+/// Pause before another attempt to shake hands begins, and how many there are at most. The first one
+/// to fail ends them all: it has waited for [`quic::IDLE`], or was told why.
+const ANEW: Duration = Duration::from_millis(100);
+const ATTEMPTS: usize = 16;
 
 /// Bytes taken from a stream at a time.
 const PIECE: usize = 256 << 10;
@@ -221,11 +227,7 @@ impl PrimaryLink {
         let endpoint = quic::endpoint(config.bind, None)?;
         let client = quic::client(&config.identity, peer)?;
         let name = certificate_name(&config.peer_host, HostRole::Host);
-        let connection = endpoint
-            .connect_with(client, peer, &name)
-            .map_err(|e| LinkError::Connection { peer, reason: e.to_string() })?
-            .await
-            .map_err(|e| LinkError::connection(peer, &e))?;
+        let connection = shake_hands(&endpoint, &client, peer, &name).await?;
         let (mut send, recv) =
             connection.open_bi().await.map_err(|e| LinkError::connection(peer, &e))?;
         let input = connection.open_uni().await.map_err(|e| LinkError::connection(peer, &e))?;
@@ -343,6 +345,34 @@ impl PrimaryLink {
     /// Closes at once; what was not sent yet is lost.
     pub fn close(&self, reason: &str) {
         self.connection.close(CLOSE_DONE, reason.as_bytes());
+    }
+}
+
+/// Shakes hands with a peer that may not be there yet: a transport that is not answered asks ever
+/// more seldom, so another attempt begins beside those under way every [`ANEW`]. The first one that
+/// is answered counts; the others are given up before they have said anything.
+async fn shake_hands(
+    endpoint: &Endpoint,
+    client: &ClientConfig,
+    peer: SocketAddr,
+    name: &str,
+) -> Result<Connection, LinkError> {
+    let mut attempts = JoinSet::new();
+    let mut begun = 0;
+    loop {
+        if begun < ATTEMPTS {
+            let attempt = endpoint
+                .connect_with(client.clone(), peer, name)
+                .map_err(|e| LinkError::Connection { peer, reason: e.to_string() })?;
+            attempts.spawn(attempt);
+            begun += 1;
+        }
+        tokio::select! {
+            Some(Ok(end)) = attempts.join_next() => {
+                return end.map_err(|e| LinkError::connection(peer, &e));
+            }
+            () = tokio::time::sleep(ANEW) => {}
+        }
     }
 }
 
