@@ -186,6 +186,9 @@ fn protections() {
     refused("backup: beta", "backup: beta\n    over: ^lan", "need an address at alpha:lan");
     refused("backup: beta", "backup: beta\n    over: ^rep", "alpha has no interface `rep`");
     refused("{ min: 5ms, max: 30ms }", "^{ min: 50ms, max: 30ms }", "longer than the longest");
+    let error =
+        refused("backup: beta", "backup: beta\n    on-container-loss: ^failovr", "is not known");
+    assert_eq!(error.problems()[0].help.as_deref(), Some("did you mean `failover`?"));
     refused("backup: beta", "backup: beta\n    detector: ^{ timeout: 3ms }", "two heartbeats");
     refused("backup: beta", "backup: beta\n    detector: ^{ most: 20ms }", "at least the timeout");
     refused("backup: beta", "backup: beta\n    detector: ^{ stall: 100ms }", "at least 1s");
@@ -200,6 +203,14 @@ fn clients_and_events() {
     refused("kill-host, node: alpha", "kill-host, node: ^alfa", "there is no node `alfa`");
     refused("fault: kill-host, node: alpha", "fault: ^kill-host", "needs a `node`");
     refused("link: beta:repl", "link: ^beta:rep", "no link ends at beta:rep");
+    let error = refused("fault: kill-host", "fault: ^slow-lnk", "`slow-lnk` is not known");
+    assert_eq!(error.problems()[0].help.as_deref(), Some("did you mean `slow-link`?"));
+    let fault = "fault: kill-host, node: alpha";
+    refused(fault, "fault: ^lossy-link, node: alpha", "needs a `link` and no `node`");
+    let error = refused(fault, "fault: slow-link, link: ^alpha:lan", "through user space");
+    assert_eq!(error.problems()[0].help.as_deref(), Some("give the link `impair: {}`"));
+    refused(fault, "fault: kill-container, node: ^client", "is not of kind `host`");
+    refused(fault, "fault: cut-in, link: ^alpha:lam", "no link ends at alpha:lam");
     refused("at: 5s", "at: ^10s", "the run is over after 9s");
 }
 

@@ -62,6 +62,10 @@ pub(super) const BEAT: Duration = Duration::from_millis(10);
 /// Pause before the other side is asked again who runs the container.
 const ASK_AGAIN: Duration = Duration::from_millis(100);
 
+/// For how long a backup that does not answer is asked to go on with a container that was killed. It
+/// takes over by itself, if it only cannot be reached.
+const LAST_CHANCE: Duration = Duration::from_secs(10);
+
 /// What the applier is told apart from checkpoints.
 #[derive(Debug)]
 pub(super) enum Order {
@@ -106,7 +110,7 @@ pub(super) struct Standby {
     applier: AtomicI32,
     suspicion: Mutex<Option<(Instant, Duration)>>,
     /// A primary was admitted since the agent's start.
-    admitted: AtomicBool,
+    pub(super) admitted: AtomicBool,
 }
 
 impl Standby {
@@ -380,6 +384,35 @@ pub(super) async fn find_out(
     }
 }
 
+/// Tells the other side that the container runs here no longer, though nobody has ended it: its
+/// copy there is the container's last chance. Until it has heard, comes as a primary, or does not
+/// answer for [`LAST_CHANCE`].
+pub(super) async fn leave_to_backup(standby: Arc<Standby>, config: PrimaryConfig, why: String) {
+    let name = &standby.name;
+    tracing::error!(container = name, why, "the backup is asked to go on with it");
+    let begin = Instant::now();
+    let lost = loop {
+        if standby.admitted.load(Ordering::Acquire) {
+            return;
+        }
+        match PrimaryLink::inquire(config.clone()).await {
+            Ok((RefuseCode::Vacant, _)) => break "its backup has no whole copy".to_owned(),
+            Ok(_) => {
+                lock(&standby.status).reason = Some(format!("{why}; its backup is to go on"));
+                return;
+            }
+            Err(error) if begin.elapsed() > LAST_CHANCE => {
+                break format!("its backup does not answer: {error}");
+            }
+            Err(_) => tokio::time::sleep(ASK_AGAIN).await,
+        }
+    };
+    tracing::error!(container = name, why, lost, "the container is lost");
+    let mut status = lock(&standby.status);
+    (status.role, status.phase) = (Role::None, Phase::Failed);
+    status.reason = Some(format!("{why}; {lost}"));
+}
+
 /// What the applier thread has.
 pub(super) struct Applier {
     pub(super) place: Place,
@@ -415,8 +448,11 @@ impl Applier {
                 Ok(Outcome::Moved(_)) => {
                     self.shell.clear_log();
                     let mut status = lock(&self.place.status);
-                    (status.role, status.phase) = (Role::Backup, Phase::Waiting);
-                    (status.protected, status.pid) = (false, None);
+                    // Unless it is known already that nobody could go on with it.
+                    if status.phase != Phase::Failed {
+                        (status.role, status.phase) = (Role::Backup, Phase::Waiting);
+                        (status.protected, status.pid) = (false, None);
+                    }
                 }
                 Ok(Outcome::Over) => {
                     self.shell.give_way(newest);

@@ -13,7 +13,7 @@ mod commits;
 mod link;
 
 pub(super) use commits::release_all;
-pub(super) use link::{LinkSettings, beat, keep_connected, say_goodbye, send_input};
+pub(super) use link::{LinkSettings, beat, break_off, keep_connected, say_goodbye, send_input};
 
 use super::backup::Standby;
 use super::journal::Journal;
@@ -342,7 +342,7 @@ impl Shell {
 
     /// Gives the core an input and carries out its actions.
     pub(super) fn handle(&self, input: Input) {
-        let heard = matches!(input, Input::Heard(_));
+        let heard = matches!(input, Input::Heard(_) | Input::Tick);
         let actions = lock(&self.core).handle(self.origin.elapsed(), input);
         let idle = actions.is_empty() && heard;
         for action in actions {

@@ -1,7 +1,7 @@
 //! A container that runs here: begun, made ready, protected, given away or ended.
 
 use super::AgentOptions;
-use super::backup::Standby;
+use super::backup::{self, Standby};
 use super::journal::Journal;
 use super::network::Place as NetworkPlace;
 use super::pace::{Pacer, Rates};
@@ -17,8 +17,9 @@ use crate::frames::input_log;
 use anyhow::{Context, Result, anyhow, bail};
 use netns_tools::cgroup::Cgroup;
 use netns_tools::namespace::Namespace;
-use netns_tools::topology::{OnBackupLoss, OnUnprotectable, Protect, Ready};
+use netns_tools::topology::{OnBackupLoss, OnContainerLoss, OnUnprotectable, Protect, Ready};
 use nix::poll::{PollFd, PollFlags};
+use nix::sys::signal::Signal;
 use nix::sys::signalfd::SignalFd;
 use replicator::ack::AckLedger;
 use replicator::capture::{CaptureError, Capturer};
@@ -26,6 +27,7 @@ use replicator::container::{self, ContainerSpec, Launched};
 use replicator::image::Clocks;
 use replicator::protocol::detector;
 use replicator::protocol::primary::{Config, OnLoss, Primary, State};
+use replicator::sys::ptrace::Status;
 use replicator::sys::sched;
 use replicator::sys::unix_diag::UnixDiag;
 use replicator::transport::link::PrimaryConfig;
@@ -281,9 +283,14 @@ impl Place {
         if shell.state() != State::HandedOver {
             gate.unplug();
         }
+        let killed = match ending {
+            Ok(Ending::Ended) => self.was_killed(&mut stops.capturer),
+            _ => None,
+        };
         let outcome = match shell.state() {
             State::Demoted { by } => Outcome::Moved(by),
             State::HandedOver => Outcome::Moved(shell.generation()),
+            _ if killed.is_some() => Outcome::Moved(shell.generation()),
             _ => Outcome::Over,
         };
         if let (Outcome::Moved(newest), Some(standby)) = (&outcome, standby) {
@@ -298,6 +305,12 @@ impl Place {
                 self.runtime.block_on(primary::say_goodbye(&shell, Bye::Switchover));
             }
             State::Demoted { .. } => {}
+            _ if killed.is_some() => {
+                primary::break_off(&shell);
+                if let Some((standby, why)) = standby.zip(killed) {
+                    self.leave(standby, why);
+                }
+            }
             _ => {
                 self.runtime.block_on(primary::say_goodbye(&shell, Bye::Stop));
             }
@@ -307,6 +320,47 @@ impl Place {
         gate.unplug();
         launched.end();
         ending.map(|_| outcome)
+    }
+
+    /// What to do about a container whose processes have ended: if they were killed, and its policy
+    /// is that it goes on at its backup then, this says so. Its end is told in any case.
+    fn was_killed(&self, capturer: &mut Capturer) -> Option<String> {
+        let (name, end) = (&self.network.name, capturer.how_it_ended()?);
+        let how = match end {
+            Status::Exited(code) => format!("its first process has exited with code {code}"),
+            Status::Killed(signal) => format!("its first process was killed by signal {signal}"),
+            Status::Stopped { .. } => return None,
+        };
+        tracing::info!(container = name, how, "its processes have ended");
+        lock(&self.status).reason = Some(how.clone());
+        if end != Status::Killed(Signal::SIGKILL as i32) {
+            return None;
+        }
+        let policy = self.protect.as_ref().map(|p| p.on_container_loss);
+        let word = if policy == Some(OnContainerLoss::Failover) { "failover" } else { "stop" };
+        metrics::counter!("nilicon_killed_total", "container" => name.clone(), "policy" => word)
+            .increment(1);
+        (policy == Some(OnContainerLoss::Failover)).then_some(how)
+    }
+
+    /// Leaves a container whose processes are gone to the backup.
+    fn leave(&self, standby: &Arc<Standby>, why: String) {
+        {
+            let mut status = lock(&self.status);
+            (status.role, status.phase) = (Role::Backup, Phase::Waiting);
+            (status.protected, status.pid) = (false, None);
+        }
+        let Some(protect) = &self.protect else { return };
+        standby.admitted.store(false, Ordering::Release);
+        match self.link_config(protect, Generation::default(), WireRole::Backup) {
+            Ok(question) => {
+                self.runtime.spawn(backup::leave_to_backup(standby.clone(), question, why));
+            }
+            Err(error) => {
+                let container = &self.network.name;
+                tracing::error!(container, error = chain(&error), "the backup is not told");
+            }
+        }
     }
 
     /// Says at once, before protection starts, all that will end it if it stays (CP-3).

@@ -8,7 +8,8 @@ use replicator::protocol::simulation::STEPS;
 use replicator::restore::Place;
 
 use super::bench::Load;
-use super::faults::{self, DrillFault};
+use super::drill_faults::DrillFault;
+use super::faults;
 use super::sim::Mutation;
 
 /// Keeps a Linux container alive through the loss of its host.
@@ -196,8 +197,9 @@ pub(super) struct RunArgs {
     pub(super) duration: Option<Period>,
     /// A fault besides those of the file, at a time from the start of the load:
     /// kill-host:alpha@5s, kill-agent:alpha@5s, cut-link:alpha@5s (all its links),
-    /// cut-link:alpha:repl@5s, heal-link:alpha:repl@8s, restart-agent:alpha@8s,
-    /// revive-host:alpha@8s (its links and its agent).
+    /// cut-link:alpha:repl@5s, slow-link:alpha:repl@5s, heal-link:alpha:repl@8s,
+    /// restart-agent:alpha@8s, revive-host:alpha@8s (its links and its agent); see
+    /// docs/commands.md for all.
     #[arg(long = "fault", value_name = "WHAT:NODE[:IFACE]@TIME", value_parser = faults::parse_timed)]
     pub(super) faults: Vec<Event>,
     #[command(flatten)]

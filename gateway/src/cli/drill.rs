@@ -11,7 +11,8 @@ use netns_tools::topology::Topology;
 use serde::Serialize;
 
 use super::args::{DrillArgs, Output};
-use super::faults::{self, DrillFault};
+use super::drill_faults::{self, DrillFault};
+use super::faults;
 use super::histories::Histories;
 use super::numbers::{Spread, micros, millis};
 use super::progress::Progress;
@@ -253,14 +254,14 @@ fn plan_of(topology: &Topology, args: &DrillArgs, seed: u64) -> Result<(Plan, St
     let mut topology = topology.clone();
     let duration: Duration = *args.duration;
     let asked = args.fault.or(topology.events.is_empty().then_some(DrillFault::Any));
-    let name = match asked.map(|fault| fault.of_seed(seed)) {
+    let name = match asked.map(|fault| fault.of_seed(&topology, seed)) {
         Some(fault) => {
-            topology.events = fault.events(&topology)?;
+            fault.put_into(&mut topology)?;
             fault.name()
         }
         None => faults::word(topology.events[0].fault).to_owned(),
     };
-    topology.events = faults::at_random(&topology.events, duration, seed);
+    topology.events = drill_faults::at_random(&topology.events, duration, seed);
     let plan = Plan {
         topology,
         duration: Some(duration),

@@ -3,145 +3,51 @@
 //! A fault on the command line becomes the same [`Event`] as one in a topology file, and is
 //! checked by the same rules.
 
-use std::time::Duration;
+use std::collections::HashSet;
 
 use anyhow::{Context, Result, bail, ensure};
-use clap::ValueEnum;
 use netns_tools::lab::Lab;
 use netns_tools::lab::fault::Victims;
-use netns_tools::process;
+use netns_tools::process::{self, ProcessId};
 use netns_tools::topology::{Endpoint, Event, Fault, NodeKind, Period, Topology};
 use nix::sys::signal::Signal;
 
 use super::view::LabView;
+use crate::agent::status::Role;
 
-/// Part of the load before which no fault of a drill happens, and after which none does: there
-/// must be something to lose, and time to notice the loss.
-const DRILL_WINDOW: (f64, f64) = (0.2, 0.7);
-
-/// The faults that a drill can inject at the primary.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum DrillFault {
-    /// The primary loses power.
-    KillHost,
-    /// The agent of the primary is killed.
-    KillAgent,
-    /// All links of the primary are cut; it does not know that it is alone.
-    CutLink,
-    /// The agent of the primary stands still, and goes on later.
-    PauseAgent,
-    /// The link for checkpoints is cut for a while.
-    CutReplication,
-    /// What the primary sends over the link for checkpoints is lost for a while.
-    CutOut,
-    /// The primary's link to its clients is cut for a while.
-    CutClients,
-    /// The agent of the backup is killed, and started again later.
-    KillBackup,
-    /// One of these, chosen by the seed of the run.
-    Any,
-}
-
-/// How long a fault of a drill lasts that goes by.
-const FOR_A_WHILE: Duration = Duration::from_millis(1500);
-
-impl DrillFault {
-    /// All but [`DrillFault::Any`].
-    const EACH: [Self; 8] = [
-        Self::KillHost,
-        Self::KillAgent,
-        Self::CutLink,
-        Self::PauseAgent,
-        Self::CutReplication,
-        Self::CutOut,
-        Self::CutClients,
-        Self::KillBackup,
-    ];
-
-    /// The fault of a run with this seed.
-    pub(super) fn of_seed(self, seed: u64) -> Self {
-        match self {
-            // Another stream than that of the fault's moment.
-            Self::Any => Self::EACH[fastrand::Rng::with_seed(!seed).usize(..Self::EACH.len())],
-            other => other,
-        }
-    }
-
-    /// Its name on the command line.
-    pub(super) fn name(self) -> String {
-        self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
-    }
-
-    /// What happens at the hosts of a topology's first protected container, where it starts; the
-    /// second event, if there is one, ends what the first began.
-    pub(super) fn events(self, topology: &Topology) -> Result<Vec<Event>> {
-        let protect = topology.protect.first().context("the topology protects no container")?;
-        let (primary, backup) = (&protect.primary, &protect.backup);
-        let over = || {
-            let interface = topology.replication_interface(protect, primary);
-            let interface = interface.context("the hosts have no link for checkpoints")?.to_owned();
-            anyhow::Ok(Endpoint { node: primary.clone(), interface })
-        };
-        let uplink = || {
-            let container = topology.containers.get(&protect.container);
-            let interface = container.context("there is no such container")?.uplink.clone();
-            anyhow::Ok(Endpoint { node: primary.clone(), interface })
-        };
-        let of_host = |fault, node: &String| (fault, Some(node.clone()), None);
-        let of_link = |fault, end| (fault, None, Some(end));
-        let parts = match self {
-            Self::KillHost => vec![of_host(Fault::KillHost, primary)],
-            Self::KillAgent => vec![of_host(Fault::KillAgent, primary)],
-            Self::CutLink => vec![of_host(Fault::CutLink, primary)],
-            Self::PauseAgent => {
-                vec![of_host(Fault::PauseAgent, primary), of_host(Fault::WakeAgent, primary)]
-            }
-            Self::CutReplication => {
-                vec![of_link(Fault::CutLink, over()?), of_link(Fault::HealLink, over()?)]
-            }
-            Self::CutOut => {
-                vec![of_link(Fault::CutOut, over()?), of_link(Fault::HealLink, over()?)]
-            }
-            Self::CutClients => {
-                vec![of_link(Fault::CutLink, uplink()?), of_link(Fault::HealLink, uplink()?)]
-            }
-            Self::KillBackup => {
-                vec![of_host(Fault::KillAgent, backup), of_host(Fault::RestartAgent, backup)]
-            }
-            Self::Any => bail!("which fault it is depends on the seed"),
-        };
-        let at = (0..).map(|part| Period(FOR_A_WHILE * part));
-        let event = |((fault, node, link), at)| Event { at, fault, node, link };
-        Ok(parts.into_iter().zip(at).map(event).collect())
-    }
-}
+/// All that can happen.
+const FAULTS: [Fault; 13] = [
+    Fault::KillHost,
+    Fault::KillAgent,
+    Fault::RestartAgent,
+    Fault::ReviveHost,
+    Fault::PauseAgent,
+    Fault::WakeAgent,
+    Fault::CutLink,
+    Fault::CutOut,
+    Fault::CutIn,
+    Fault::SlowLink,
+    Fault::LossyLink,
+    Fault::HealLink,
+    Fault::KillContainer,
+];
 
 /// Reads `WHAT:NODE` or `WHAT:NODE:IFACE`; the fault happens at once.
 pub(super) fn parse(text: &str) -> Result<Event, String> {
     let (what, place) = text
         .split_once(':')
         .ok_or_else(|| format!("`{text}` is not a fault such as kill-host:alpha"))?;
-    let fault = match what {
-        "kill-host" => Fault::KillHost,
-        "kill-agent" => Fault::KillAgent,
-        "restart-agent" => Fault::RestartAgent,
-        "revive-host" => Fault::ReviveHost,
-        "pause-agent" => Fault::PauseAgent,
-        "wake-agent" => Fault::WakeAgent,
-        "cut-link" => Fault::CutLink,
-        "cut-out" => Fault::CutOut,
-        "heal-link" => Fault::HealLink,
-        _ => {
-            return Err(format!(
-                "`{what}` is not known; known are kill-host, kill-agent, restart-agent, revive-host, \
-                 pause-agent, wake-agent, cut-link, cut-out and heal-link"
-            ));
-        }
-    };
+    let fault = FAULTS.into_iter().find(|fault| word(*fault) == what).ok_or_else(|| {
+        let known: Vec<&str> = FAULTS.into_iter().map(word).collect();
+        format!("`{what}` is not known; known are {}", known.join(", "))
+    })?;
     let at = Period::default();
     if !place.contains(':') {
         if place.is_empty() {
             return Err(format!("`{text}` names no node"));
+        }
+        if fault.needs_impair() {
+            return Err(format!("{what} happens to one link: {what}:NODE:IFACE"));
         }
         return Ok(Event { at, fault, node: Some(place.to_owned()), link: None });
     }
@@ -179,7 +85,13 @@ pub(super) fn check(event: &Event, topology: &Topology) -> Result<()> {
         );
     }
     if let Some(end) = &event.link {
-        ensure!(topology.link_at(end).is_some(), "{}: no link ends at {end}", describe(event));
+        let link = topology.link_at(end).map(|(_, link)| link);
+        let link = link.with_context(|| format!("{}: no link ends at {end}", describe(event)))?;
+        ensure!(
+            !event.fault.needs_impair() || link.impair.is_some(),
+            "{}: its frames do not pass through user space; give the link `impair: {{}}`",
+            describe(event)
+        );
     }
     Ok(())
 }
@@ -205,7 +117,11 @@ pub(super) fn word(fault: Fault) -> &'static str {
         Fault::WakeAgent => "wake-agent",
         Fault::CutLink => "cut-link",
         Fault::CutOut => "cut-out",
+        Fault::CutIn => "cut-in",
+        Fault::SlowLink => "slow-link",
+        Fault::LossyLink => "lossy-link",
         Fault::HealLink => "heal-link",
+        Fault::KillContainer => "kill-container",
     }
 }
 
@@ -213,25 +129,52 @@ pub(super) fn word(fault: Fault) -> &'static str {
 pub(super) fn host_lost_by(event: &Event) -> Option<&str> {
     match event.fault {
         // Without a link named, all links of the node are cut.
-        Fault::KillHost | Fault::KillAgent | Fault::PauseAgent | Fault::CutLink | Fault::CutOut => {
-            event.node.as_deref()
-        }
-        Fault::HealLink | Fault::RestartAgent | Fault::ReviveHost | Fault::WakeAgent => None,
+        Fault::KillHost
+        | Fault::KillAgent
+        | Fault::KillContainer
+        | Fault::PauseAgent
+        | Fault::CutLink
+        | Fault::CutOut => event.node.as_deref(),
+        // What only is not heard goes on, or gives way.
+        Fault::CutIn
+        | Fault::SlowLink
+        | Fault::LossyLink
+        | Fault::HealLink
+        | Fault::RestartAgent
+        | Fault::ReviveHost
+        | Fault::WakeAgent => None,
     }
 }
 
-/// Moves the faults so that the first happens at a random moment of the drill's window; the
-/// others keep their distance from it.
-pub(super) fn at_random(events: &[Event], duration: Duration, seed: u64) -> Vec<Event> {
-    let first = events.iter().map(|event| *event.at).min().unwrap_or_default();
-    let (from, to) = DRILL_WINDOW;
-    let part = from + (to - from) * fastrand::Rng::with_seed(seed).f64();
-    // Whole microseconds are enough, and read well.
-    let moment = Duration::from_micros(duration.mul_f64(part).as_micros() as u64);
-    let moved = |event: &Event| Event { at: Period(*event.at - first + moment), ..event.clone() };
-    let mut events: Vec<Event> = events.iter().map(moved).collect();
-    events.sort_by_key(|event| event.at);
-    events
+/// Whether nothing is left of these faults, given in the order in which they happened.
+pub(super) fn all_have_gone_by<'a>(events: impl Iterator<Item = &'a Event>) -> bool {
+    let mut broken: HashSet<(bool, String)> = HashSet::new();
+    for event in events {
+        let place = event.link.as_ref().map(Endpoint::to_string).or_else(|| event.node.clone());
+        let place = place.unwrap_or_default();
+        let of_host = event.fault.is_of_host();
+        match event.fault {
+            // The container goes on elsewhere, and both hosts are whole.
+            Fault::KillContainer => {}
+            Fault::RestartAgent | Fault::WakeAgent | Fault::HealLink => {
+                broken.remove(&(of_host, place));
+            }
+            Fault::ReviveHost => broken.retain(|(_, other)| *other != place),
+            Fault::KillHost => {
+                broken.extend([(true, place.clone()), (false, place)]);
+            }
+            Fault::KillAgent
+            | Fault::PauseAgent
+            | Fault::CutLink
+            | Fault::CutOut
+            | Fault::CutIn
+            | Fault::SlowLink
+            | Fault::LossyLink => {
+                broken.insert((of_host, place));
+            }
+        }
+    }
+    broken.is_empty()
 }
 
 /// Makes a fault happen. `before` is the lab as it was: it knows where the processes of the
@@ -269,6 +212,18 @@ pub(super) fn inject(lab: &Lab, event: &Event, before: &LabView) -> Result<usize
         (Fault::CutLink, Some(node), _) => lab.cut_node(node).with_context(what).map(|()| 0),
         (Fault::CutOut, _, Some(end)) => lab.cut_out(end).with_context(what).map(|()| 0),
         (Fault::CutOut, Some(node), _) => lab.cut_out_of(node).with_context(what).map(|()| 0),
+        (Fault::CutIn, _, Some(end)) => lab.cut_in(end).with_context(what).map(|()| 0),
+        (Fault::CutIn, Some(node), _) => lab.cut_in_of(node).with_context(what).map(|()| 0),
+        (Fault::SlowLink, _, Some(end)) => lab.slow_link(end).with_context(what).map(|()| 0),
+        (Fault::LossyLink, _, Some(end)) => lab.lossy_link(end).with_context(what).map(|()| 0),
+        (Fault::SlowLink | Fault::LossyLink, _, None) => bail!("{}: it names no link", what()),
+        (Fault::KillContainer, Some(node), _) => {
+            let here = before.containers_at(node).filter(|part| part.role == Role::Primary);
+            let first: Vec<ProcessId> = here.filter_map(|part| ProcessId::of(part.pid?)).collect();
+            ensure!(!first.is_empty(), "{}: no container runs at {node}", what());
+            // The kernel kills the others with it.
+            process::kill_all(|| first.clone()).with_context(what)
+        }
         (Fault::HealLink, _, Some(end)) => lab.heal_link(end).with_context(what).map(|()| 0),
         (Fault::HealLink, Some(node), _) => lab.heal_node(node).with_context(what).map(|()| 0),
         (_, None, None) => bail!("{}: it names no place", what()),
@@ -285,7 +240,7 @@ fn victims(view: &LabView, node: &str) -> Victims {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proptest::prelude::*;
+    use std::time::Duration;
 
     fn event(text: &str) -> Event {
         parse_timed(text).unwrap()
@@ -302,6 +257,10 @@ mod tests {
             "wake-agent:alpha",
             "cut-link:alpha",
             "cut-out:alpha:repl",
+            "cut-in:alpha:repl",
+            "slow-link:alpha:repl",
+            "lossy-link:alpha:repl",
+            "kill-container:alpha",
             "heal-link:alpha:repl",
         ] {
             assert_eq!(describe(&parse(text).unwrap()), text);
@@ -313,6 +272,22 @@ mod tests {
     }
 
     #[test]
+    fn what_has_gone_by_is_known() {
+        let gone = |texts: &[&str]| {
+            let events: Vec<Event> = texts.iter().map(|text| parse(text).unwrap()).collect();
+            all_have_gone_by(events.iter())
+        };
+        assert!(gone(&["kill-container:alpha"]));
+        assert!(gone(&["kill-agent:beta", "restart-agent:beta"]));
+        assert!(!gone(&["kill-agent:beta", "restart-agent:alpha"]));
+        assert!(gone(&["lossy-link:alpha:repl", "heal-link:alpha:repl"]));
+        assert!(!gone(&["cut-in:alpha:repl", "heal-link:alpha:lan"]));
+        assert!(gone(&["kill-host:alpha", "revive-host:alpha"]));
+        assert!(!gone(&["kill-host:alpha", "restart-agent:alpha"]), "without its links");
+        assert!(!gone(&["pause-agent:alpha"]) && gone(&["pause-agent:alpha", "wake-agent:alpha"]));
+    }
+
+    #[test]
     fn a_bad_fault_is_told_how_to_be_a_good_one() {
         let error = |text: &str| parse_timed(text).unwrap_err();
         assert!(error("kill-host:alpha").contains("kill-host:alpha@5s"));
@@ -321,6 +296,8 @@ mod tests {
         assert!(error("kill-host:@1s").contains("names no node"));
         assert!(error("kill-host:alpha:eth0@1s").contains("kill-host:NODE"));
         assert!(error("kill-host:alpha@soon").contains("a time such as"));
+        assert!(error("slow-link:alpha@1s").contains("slow-link:NODE:IFACE"));
+        assert!(error("kill-container:alpha:repl@1s").contains("kill-container:NODE"));
     }
 
     #[test]
@@ -332,45 +309,7 @@ mod tests {
         assert_eq!(check("cut-link:beta:repl"), Ok(()));
         assert!(check("kill-host:gamma").unwrap_err().contains("known are alpha, beta"));
         assert!(check("kill-agent:client").unwrap_err().contains("is not a host"));
+        assert!(check("slow-link:beta:repl").unwrap_err().contains("`impair: {}`"));
         assert!(check("cut-link:beta:eth7").unwrap_err().contains("no link ends at beta:eth7"));
-    }
-
-    #[test]
-    fn any_fault_is_each_of_them_some_day_and_the_same_for_a_seed() {
-        let of = |seed| DrillFault::Any.of_seed(seed);
-        for fault in DrillFault::EACH {
-            assert!((0..200).any(|seed| of(seed) == fault), "{fault:?} never happens");
-        }
-        assert!((0..200).all(|seed| of(seed) == of(seed) && of(seed) != DrillFault::Any));
-        assert_eq!(DrillFault::PauseAgent.of_seed(7), DrillFault::PauseAgent);
-    }
-
-    #[test]
-    fn each_fault_of_a_drill_fits_its_topology_and_what_goes_by_ends() {
-        let topology = Topology::parse("demo", super::super::demo::TOPOLOGY).unwrap();
-        let said = |fault: DrillFault| -> Vec<String> {
-            let events = fault.events(&topology).unwrap();
-            events.iter().for_each(|event| check(event, &topology).unwrap());
-            events.iter().map(|e| format!("{}@{}", describe(e), e.at.as_millis())).collect()
-        };
-        let all: Vec<Vec<String>> = DrillFault::EACH.into_iter().map(said).collect();
-        assert_eq!(all[3], ["pause-agent:alpha@0", "wake-agent:alpha@1500"]);
-        assert_eq!(all[4], ["cut-link:alpha:repl@0", "heal-link:alpha:repl@1500"]);
-        assert_eq!(all[6], ["cut-link:alpha:lan@0", "heal-link:alpha:lan@1500"]);
-        assert_eq!(all[7], ["kill-agent:beta@0", "restart-agent:beta@1500"]);
-    }
-
-    proptest! {
-        #[test]
-        fn random_moments_are_in_the_window_and_repeat(seed: u64, ms in 10u64..1_000_000) {
-            let duration = Duration::from_millis(ms);
-            let events = [event("heal-link:a@7s"), event("cut-link:a@5s")];
-            let moved = at_random(&events, duration, seed);
-            prop_assert_eq!(&moved, &at_random(&events, duration, seed));
-            prop_assert_eq!(moved[0].fault, Fault::CutLink);
-            let at = moved[0].at.as_secs_f64() / duration.as_secs_f64();
-            prop_assert!((0.199..=0.7).contains(&at), "{}", at);
-            prop_assert_eq!(*moved[1].at - *moved[0].at, Duration::from_secs(2));
-        }
     }
 }

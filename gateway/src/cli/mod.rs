@@ -12,6 +12,7 @@ mod demo;
 mod deploy;
 mod doctor;
 mod drill;
+mod drill_faults;
 mod faults;
 mod histories;
 mod image;

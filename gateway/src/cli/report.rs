@@ -2,9 +2,10 @@
 //! functions, so that the verdict can be tested without a lab.
 //!
 //! The verdict has two halves. A run *recovered* if every container whose host was lost runs
-//! elsewhere, and every client got answers again after the last fault. It is *clean* if no client
-//! found a write lost, a reply wrong or a connection broken, and no history of shared keys that cannot be
-//! explained. Only both together are a success.
+//! elsewhere, every client got answers again after the last fault, and everything is protected again
+//! where all faults have gone by. It is *clean* if no client found a write lost, a reply wrong or a
+//! connection broken, and no history of shared keys that cannot be explained. Only both together are a
+//! success.
 //!
 //! A fault that hits a host whose container has moved away before proves nothing, and must not
 //! pass for a success: such a run counts as not recovered.
@@ -266,6 +267,8 @@ pub(super) struct Evidence {
     pub(super) failovers: Vec<Failover>,
     pub(super) faults: Vec<InjectedFault>,
     pub(super) containers: Vec<ContainerView>,
+    /// What ought to be protected again and is not.
+    pub(super) unprotected: Option<String>,
 }
 
 impl RunReport {
@@ -383,6 +386,9 @@ fn not_recovered(evidence: &Evidence) -> Option<String> {
             }
         }
     }
+    if let Some(unprotected) = &evidence.unprotected {
+        return Some(unprotected.clone());
+    }
     let last_fault = evidence.faults.iter().map(|fault| fault.at_us).max()?;
     // Before a container runs again, replies may still come that were on their way.
     let runs_again = evidence.failovers.iter().map(|failover| failover.record.running_at_us);
@@ -454,6 +460,7 @@ mod tests {
                 missed: Vec::new(),
             }],
             containers: vec![container(Some("beta"))],
+            unprotected: None,
         }
     }
 
@@ -473,6 +480,8 @@ mod tests {
         let nowhere = Evidence { containers: vec![container(None)], ..evidence() };
         let why = RunReport::of(nowhere).why.unwrap();
         assert_eq!(why, "redis does not run anywhere");
+        let bare = Evidence { unprotected: Some("redis is bare".to_owned()), ..evidence() };
+        assert_eq!(RunReport::of(bare).why.as_deref(), Some("redis is bare"));
         let stuck = Evidence { containers: vec![container(Some("alpha"))], ..evidence() };
         assert_eq!(RunReport::of(stuck).why.unwrap(), "redis still is on alpha");
     }

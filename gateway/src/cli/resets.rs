@@ -34,6 +34,9 @@ impl Resets {
     fn heard(&mut self, packet: &[u8]) -> bool {
         let Some((from, to, tcp)) = segment(packet) else { return false };
         let (syn, ack, rst) = (tcp.syn(), tcp.ack(), tcp.rst());
+        if rst && !is_whole(from.ip(), to.ip(), tcp.as_ref()) {
+            return false;
+        }
         let client = match (from == self.server, to == self.server) {
             (true, _) => to,
             (_, true) => from,
@@ -82,6 +85,31 @@ fn segment(packet: &[u8]) -> Option<(SocketAddr, SocketAddr, TcpPacket<&[u8]>)> 
     let tcp = TcpPacket::new_unchecked(payload);
     let at = |ip, port| SocketAddr::new(ip, port);
     Some((at(from, tcp.src_port()), at(to, tcp.dst_port()), tcp))
+}
+
+/// Whether a segment without data is as it was sent: a link may have changed a bit of it, and then
+/// its receiver drops it. One that the kernel has left the check of to a device has only the sum of
+/// its pseudo header yet.
+fn is_whole(from: IpAddr, to: IpAddr, segment: &[u8]) -> bool {
+    let octets = |ip: IpAddr| match ip {
+        IpAddr::V4(ip) => ip.octets().to_vec(),
+        IpAddr::V6(ip) => ip.octets().to_vec(),
+    };
+    let mut pseudo = [octets(from), octets(to)].concat();
+    pseudo.extend([0, 6]);
+    pseudo.extend((segment.len() as u16).to_be_bytes());
+    let pseudo = ones_sum(0, &pseudo);
+    ones_sum(pseudo, segment) == u16::MAX || segment[16..18] == pseudo.to_be_bytes()
+}
+
+/// The sum of the internet checksum (RFC 1071), not complemented.
+fn ones_sum(begin: u16, bytes: &[u8]) -> u16 {
+    let words = bytes.chunks(2).map(|c| u32::from_be_bytes([0, 0, c[0], *c.get(1).unwrap_or(&0)]));
+    let mut sum = words.fold(u32::from(begin), u32::wrapping_add);
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    sum as u16
 }
 
 /// Listens for the rest of the process's life, in a thread of its own and in the network namespace of the
@@ -135,7 +163,27 @@ mod tests {
         bytes.extend(to.port().to_be_bytes());
         bytes.extend([0; 8]);
         bytes.extend([0x50, flags, 0, 0, 0, 0, 0, 0]);
+        let at = bytes.len() - 20;
+        let mut tcp = TcpPacket::new_unchecked(&mut bytes[at..]);
+        tcp.fill_checksum(&from.ip().into(), &to.ip().into());
         bytes
+    }
+
+    #[test]
+    fn a_reset_that_a_link_has_made_of_something_else_is_none() {
+        let (server, client) = ("10.0.0.1:6379", "10.0.0.2:40000");
+        let mut resets = Resets::new(server.parse().unwrap());
+        assert!(!resets.heard(&packet(client, server, SYN)));
+        assert!(!resets.heard(&packet(server, client, SYN | ACK)));
+        let mut changed = packet(server, client, ACK);
+        changed[20 + 13] |= RST;
+        assert!(!resets.heard(&changed));
+        // Left to a device: the pseudo header's sum is what stands there.
+        let mut unfinished = packet(server, client, RST);
+        unfinished[20 + 16..20 + 18].copy_from_slice(&[0, 0]);
+        let pseudo = [10, 0, 0, 1, 10, 0, 0, 2, 0, 6, 0, 20];
+        unfinished[20 + 16..20 + 18].copy_from_slice(&ones_sum(0, &pseudo).to_be_bytes());
+        assert!(resets.heard(&unfinished));
     }
 
     #[test]

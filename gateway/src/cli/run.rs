@@ -2,8 +2,9 @@
 //!
 //! ```text
 //! deploy -> protected -> clients connect and populate -> load -> stop -> audit -> report -> gone
-//!                                                         |
-//!                                                   faults, at their times from here
+//!                                                         |                  |
+//!                             faults, at their times from here    protected again, where the
+//!                                                                 faults have gone by
 //! ```
 //! One thread does it all; whoever wants to show it watches its [`Moment`]s.
 
@@ -24,6 +25,7 @@ use super::switchover::{self, Move};
 use super::view::LabView;
 use super::{faults, signals, text};
 use crate::agent::monotonic_us;
+use crate::agent::status::Phase;
 
 /// How long a run lasts if nobody says.
 const DURATION: Duration = Duration::from_secs(20);
@@ -34,6 +36,8 @@ pub(super) const REPLY_TIMEOUT: Duration = Duration::from_secs(15);
 const POPULATE_PATIENCE: Duration = Duration::from_secs(300);
 /// How long they may take, on top of the reply timeout, to read all back.
 const AUDIT_PATIENCE: Duration = Duration::from_secs(120);
+/// How long it may take until everything is protected as it was before the faults that have gone by.
+const PROTECTION_PATIENCE: Duration = Duration::from_secs(60);
 /// Longest nap of the loop: the precision of faults.
 const NAP: Duration = Duration::from_millis(5);
 /// How often it is asked, before the measured load, whether all is well.
@@ -117,7 +121,8 @@ pub(super) fn run_once(plan: &Plan, watch: &mut dyn FnMut(Moment<'_>)) -> Result
     run.populate()?;
     let load_us = run.load()?;
     run.audit()?;
-    Ok(run.report(load_us))
+    let unprotected = run.until_protected_again()?;
+    Ok(run.report(load_us, unprotected))
 }
 
 /// A run from the moment that its clients are there.
@@ -276,7 +281,35 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn report(mut self, load_us: (u64, u64)) -> RunReport {
+    /// Where all faults have gone by, waits until everything is protected as it was. Gives what is
+    /// not.
+    fn until_protected_again(&mut self) -> Result<Option<String>> {
+        let events = self.faults.iter().map(|fault| &fault.event);
+        if self.faults.is_empty() || !faults::all_have_gone_by(events) {
+            return Ok(None);
+        }
+        (self.watch)(Moment::Preparing("waiting until all is protected again"));
+        let deadline = Instant::now() + PROTECTION_PATIENCE;
+        loop {
+            signals::check()?;
+            self.look_for_failovers();
+            let view = LabView::ask(self.standing.lab());
+            let topology = self.standing.lab().topology();
+            let protected = topology.protect.iter().map(|protect| &protect.container);
+            let mut seen = protected.filter_map(|name| view.container(name));
+            let Some(bare) = seen.find(|container| !container.protected) else { return Ok(None) };
+            let is_over =
+                bare.primary.is_none() && matches!(bare.phase, Some(Phase::Ended | Phase::Failed));
+            if is_over || Instant::now() > deadline {
+                let reason = bare.reason.as_deref().map(|reason| format!(" ({reason})"));
+                let (name, reason) = (&bare.name, reason.unwrap_or_default());
+                return Ok(Some(format!("{name} is not protected again{reason}")));
+            }
+            std::thread::sleep(LOOK);
+        }
+    }
+
+    fn report(mut self, load_us: (u64, u64), unprotected: Option<String>) -> RunReport {
         self.look_for_failovers();
         let lab = self.standing.lab();
         let clients = self.clients.all.iter().map(|client| ClientOutcome {
@@ -294,6 +327,7 @@ impl Run<'_> {
             failovers: self.failovers.clone(),
             faults: self.faults.clone(),
             containers: LabView::ask(lab).containers,
+            unprotected,
         });
         if self.plan.switchovers > 0 {
             report.add_moves(std::mem::take(&mut self.moves), self.stuck.take());

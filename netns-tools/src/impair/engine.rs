@@ -1,8 +1,8 @@
 //! What an impaired link does to the frames of one direction, without sockets or clocks.
 //!
 //! ```text
-//! push -> lost? -> room? -> rate: wait for the frames before -> delay, jitter -> pop
-//!                                                     `-> reorder: no delay --^
+//! push -> lost? -> changed? -> room? -> rate: wait for the frames before -> delay, jitter -> pop
+//!                                                                 `-> reorder: no delay --^
 //! ```
 //! The caller says what time it is, as the time since some fixed moment. The same seed and the
 //! same calls give the same fate to each frame. At most [`Impair::queue`] frames wait; what comes
@@ -27,6 +27,8 @@ pub struct Counts {
     pub duplicated: u64,
     /// Sent ahead of others.
     pub reordered: u64,
+    /// Delivered with a bit changed.
+    pub corrupted: u64,
     /// Dropped because too many were waiting.
     pub overflowed: u64,
     /// Dropped because the link was cut.
@@ -56,7 +58,7 @@ struct Waiting<F> {
     frame: F,
 }
 
-impl<F: AsRef<[u8]> + Clone> Impairment<F> {
+impl<F: AsRef<[u8]> + AsMut<[u8]> + Clone> Impairment<F> {
     /// A link in working order. `seed` decides the fate of the frames; each direction of a link
     /// needs one of its own.
     pub fn new(config: Impair, seed: u64) -> Self {
@@ -73,7 +75,7 @@ impl<F: AsRef<[u8]> + Clone> Impairment<F> {
     }
 
     /// A frame enters the link.
-    pub fn push(&mut self, now: Duration, frame: F) {
+    pub fn push(&mut self, now: Duration, mut frame: F) {
         self.counts.pushed += 1;
         if self.is_cut {
             self.counts.cut += 1;
@@ -82,6 +84,10 @@ impl<F: AsRef<[u8]> + Clone> Impairment<F> {
         if self.happens(self.config.loss) {
             self.counts.lost += 1;
             return;
+        }
+        if self.happens(self.config.corrupt) {
+            self.counts.corrupted += 1;
+            self.change_a_bit(frame.as_mut());
         }
         let copy = self.happens(self.config.duplicate).then(|| frame.clone());
         self.send(now, frame);
@@ -106,6 +112,13 @@ impl<F: AsRef<[u8]> + Clone> Impairment<F> {
         };
         self.waiting.push(Reverse(Waiting { due, number: self.next, frame }));
         self.next += 1;
+    }
+
+    fn change_a_bit(&mut self, frame: &mut [u8]) {
+        if !frame.is_empty() {
+            let bit = self.random.usize(..frame.len() * 8);
+            frame[bit / 8] ^= 1 << (bit % 8);
+        }
     }
 
     /// When the last bit of a frame is on the link.
@@ -154,6 +167,11 @@ impl<F: AsRef<[u8]> + Clone> Impairment<F> {
             self.busy_until = Duration::ZERO;
             self.last_due = Duration::ZERO;
         }
+    }
+
+    /// From now on this happens to what enters the link; what is under way arrives as it would have.
+    pub fn change(&mut self, config: Impair) {
+        self.config = config;
     }
 
     /// Frames under way.
@@ -254,6 +272,33 @@ mod tests {
         assert_eq!(arrived.len() as u64, u64::from(FRAMES) - counts.lost + counts.duplicated);
         let everything = Impair { loss: ratio(1.0), ..Impair::default() };
         assert!(travel(everything, micros(10)).0.is_empty());
+    }
+
+    #[test]
+    fn a_changed_frame_differs_by_one_bit() {
+        let mut link = Impairment::new(Impair { corrupt: ratio(0.2), ..Impair::default() }, 7);
+        let mut changed = 0;
+        for number in 0..FRAMES {
+            link.push(Duration::ZERO, number.to_be_bytes());
+            let arrived = u32::from_be_bytes(link.pop(Duration::ZERO)[0]);
+            let bits = (arrived ^ number).count_ones();
+            assert!(bits <= 1, "{number} arrives as {arrived}");
+            changed += u64::from(bits);
+        }
+        assert_eq!(changed, link.counts().corrupted);
+        assert!(plausible(changed, 0.2), "{changed}");
+    }
+
+    #[test]
+    fn a_link_that_changes_loses_nothing_that_is_under_way() {
+        let mut link = Impairment::new(Impair { delay: Period::ms(9), ..Impair::default() }, 7);
+        link.push(Duration::ZERO, [1]);
+        link.change(Impair::default().silent());
+        link.push(Duration::ZERO, [2]);
+        link.change(Impair::default());
+        link.push(Duration::ZERO, [3]);
+        // In their order, as a delay that shrinks makes none overtake another.
+        assert_eq!(link.pop(Duration::from_millis(9)), [[1], [3]]);
     }
 
     #[test]

@@ -6,7 +6,8 @@
 //!             <--write-- [writer] <- Impairment <- [reader]  <--read--
 //! ```
 //! The devices exist as long as the process does. Cutting and healing are done from outside, at
-//! the devices, as on any other link.
+//! the devices, as on any other link. At SIGHUP the process reads again what it does to frames: a
+//! fault may have changed it ([`crate::lab::weather`]).
 
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -126,7 +127,7 @@ impl Direction {
 /// Carries the frames of link number `index` of a deployed lab. Returns what became of them in
 /// each direction when the process is asked to end by SIGTERM or SIGINT.
 ///
-/// To be called in a process of its own: it takes both signals for itself.
+/// To be called in a process of its own: it takes these signals and SIGHUP for itself.
 ///
 /// # Errors
 /// There is no such link, or its devices cannot be made.
@@ -135,24 +136,25 @@ pub fn run_link(lab: &str, index: usize) -> Result<[Counts; 2], ShuttleError> {
         .enable_io()
         .build()
         .map_err(ShuttleError::Signal)?;
-    let (mut terminate, mut interrupt) = {
+    let (mut terminate, mut interrupt, mut changed) = {
         let _inside = runtime.enter();
         let handle = |kind| signal(kind).map_err(ShuttleError::Signal);
-        (handle(SignalKind::terminate())?, handle(SignalKind::interrupt())?)
+        let ends = (handle(SignalKind::terminate())?, handle(SignalKind::interrupt())?);
+        (ends.0, ends.1, handle(SignalKind::hangup())?)
     };
 
     let no_such_link = || ShuttleError::NoSuchLink { lab: lab.to_owned(), index };
     let opened = Lab::open(lab)?;
     let link = opened.topology().links.get(index).ok_or_else(no_such_link)?;
-    let impair = link.impair.clone().ok_or_else(no_such_link)?;
+    let seed = link.impair.as_ref().ok_or_else(no_such_link)?.seed;
+    let [ahead, behind] = opened.weather_of(index)?;
     let [one, two] = link.endpoints.as_slice() else { return Err(no_such_link()) };
     let (here, there) = (opened.namespace(&one.node)?, opened.namespace(&two.node)?);
     let (one, two) = (Arc::new(device(&here, one)?), Arc::new(device(&there, two)?));
 
     let start = Instant::now();
-    let seed = impair.seed;
-    let forth = Direction::new(Impairment::new(impair.clone(), seed), start);
-    let back = Direction::new(Impairment::new(impair, !seed), start);
+    let forth = Direction::new(Impairment::new(ahead, seed), start);
+    let back = Direction::new(Impairment::new(behind, !seed), start);
     let mut threads = Vec::new();
     for (direction, from, to) in [(&forth, &one, &two), (&back, &two, &one)] {
         let (reading, from) = (Arc::clone(direction), Arc::clone(from));
@@ -163,9 +165,20 @@ pub fn run_link(lab: &str, index: usize) -> Result<[Counts; 2], ShuttleError> {
     tracing::info!(lab, index, "the link works");
 
     runtime.block_on(async {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => return,
+                _ = interrupt.recv() => return,
+                _ = changed.recv() => {}
+            }
+            match opened.weather_of(index) {
+                Ok([ahead, behind]) => {
+                    forth.lock().link.change(ahead);
+                    back.lock().link.change(behind);
+                    tracing::info!(lab, index, "the weather has changed");
+                }
+                Err(error) => tracing::error!(lab, index, %error, "the weather stays"),
+            }
         }
     });
     // Without their devices the readers end, and the writers after them.

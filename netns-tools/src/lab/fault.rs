@@ -12,7 +12,7 @@ use nix::sys::signal::Signal;
 use super::{Lab, LabError};
 use crate::cgroup::Cgroup;
 use crate::process::{self, ProcessId};
-use crate::topology::Endpoint;
+use crate::topology::{Endpoint, NodeKind};
 
 /// What dies with a host besides the processes in its own namespace.
 #[derive(Debug, Clone, Default)]
@@ -41,6 +41,9 @@ impl Lab {
     /// There is no such link, or the lab is not deployed whole.
     pub fn cut_out(&self, endpoint: &Endpoint) -> Result<(), LabError> {
         self.link_ends(endpoint)?;
+        if self.is_impaired(endpoint) {
+            return self.silence(endpoint, true);
+        }
         Ok(self.network(&endpoint.node)?.cut(&endpoint.interface)?)
     }
 
@@ -52,6 +55,34 @@ impl Lab {
         self.ends_of(node)?.iter().try_for_each(|end| self.cut_out(end))
     }
 
+    /// Cuts the other direction: what `endpoint` receives is lost, what it sends is not. A link to a
+    /// bridge needs an `impair` for that: the port of a bridge is cut both ways.
+    ///
+    /// # Errors
+    /// There is no such link, it cannot be cut in one direction, or the lab is not deployed whole.
+    pub fn cut_in(&self, endpoint: &Endpoint) -> Result<(), LabError> {
+        let ends = self.link_ends(endpoint)?;
+        if self.is_impaired(endpoint) {
+            return self.silence(endpoint, false);
+        }
+        for end in ends.iter().filter(|end| *end != endpoint) {
+            if self.topology().nodes.get(&end.node).is_some_and(|n| n.kind == NodeKind::Bridge) {
+                let (lab, endpoint) = (self.name().to_owned(), endpoint.clone());
+                return Err(LabError::NotImpaired { lab, endpoint });
+            }
+            self.network(&end.node)?.cut(&end.interface)?;
+        }
+        Ok(())
+    }
+
+    /// Cuts what a node receives on all its links.
+    ///
+    /// # Errors
+    /// As for [`Lab::cut_in`].
+    pub fn cut_in_of(&self, node: &str) -> Result<(), LabError> {
+        self.ends_of(node)?.iter().try_for_each(|end| self.cut_in(end))
+    }
+
     /// Makes the link that ends at `endpoint` work again, also after its host was without power, and
     /// waits until it does.
     ///
@@ -59,6 +90,9 @@ impl Lab {
     /// There is no such link, or the lab is not deployed whole.
     pub fn heal_link(&self, endpoint: &Endpoint) -> Result<(), LabError> {
         let ends = self.link_ends(endpoint)?;
+        if self.is_impaired(endpoint) {
+            self.clear_weather(endpoint)?;
+        }
         for end in ends {
             let network = self.network(&end.node)?;
             network.heal(&end.interface)?;
@@ -145,8 +179,12 @@ impl Lab {
     fn link_ends(&self, endpoint: &Endpoint) -> Result<&[Endpoint], LabError> {
         match self.topology().link_at(endpoint) {
             Some((_, link)) => Ok(&link.endpoints),
-            None => Err(self.unknown(format!("link that ends at {endpoint}"))),
+            None => Err(self.no_link_at(endpoint)),
         }
+    }
+
+    pub(super) fn no_link_at(&self, endpoint: &Endpoint) -> LabError {
+        self.unknown(format!("link that ends at {endpoint}"))
     }
 
     fn ends_of(&self, node: &str) -> Result<Vec<Endpoint>, LabError> {

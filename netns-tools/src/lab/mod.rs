@@ -7,6 +7,7 @@
 mod destroy;
 pub mod fault;
 mod state;
+mod weather;
 
 use std::fs::File;
 use std::io;
@@ -56,6 +57,17 @@ pub enum LabError {
     /// A link stays dead.
     #[error("no frame passes {endpoint} of the lab {lab} (is its other end switched off?)")]
     NoCarrier {
+        /// The lab.
+        lab: String,
+        /// The end.
+        endpoint: Endpoint,
+    },
+    /// What a link does to frames cannot be changed.
+    #[error(
+        "the frames of the link at {endpoint} of the lab {lab} do not pass through user space (give \
+         it `impair: {{}}` in the topology, and deploy it anew)"
+    )]
+    NotImpaired {
         /// The lab.
         lab: String,
         /// The end.

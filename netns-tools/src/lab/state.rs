@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::LabError;
 use crate::process::ProcessId;
-use crate::topology::Topology;
+use crate::topology::{Impair, Topology};
 
 const ROOT: &str = "/run/nilicon";
 const TOPOLOGY: &str = "topology.json";
@@ -109,6 +109,22 @@ pub(super) fn add_helper(lab: &str, helper: Helper, _: &Lock) -> Result<(), LabE
     all.push(helper);
     let path = directory(lab).join(PROCESSES);
     let text = serde_json::to_string_pretty(&all).map_err(io::Error::from);
+    write(&path, &text.map_err(failed(&path))?)
+}
+
+/// What an impaired link does to frames in each direction, where that is not as the topology says.
+pub(super) fn weather(lab: &str, link: usize) -> Result<Option<[Impair; 2]>, LabError> {
+    let path = directory(lab).join(format!("link-{link}.json"));
+    match fs::read_to_string(&path) {
+        Ok(text) => serde_json::from_str(&text).map_err(io::Error::from).map_err(failed(&path)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(failed(&path)(error)),
+    }
+}
+
+pub(super) fn write_weather(lab: &str, link: usize, weather: &[Impair; 2]) -> Result<(), LabError> {
+    let path = directory(lab).join(format!("link-{link}.json"));
+    let text = serde_json::to_string_pretty(weather).map_err(io::Error::from);
     write(&path, &text.map_err(failed(&path))?)
 }
 

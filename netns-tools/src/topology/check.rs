@@ -1,6 +1,8 @@
 //! The rules of topology files that types cannot express. Each broken rule is reported at the
 //! value that breaks it; all of them are found in one pass.
 
+mod events;
+
 use std::collections::HashMap;
 use std::hash::Hash;
 use std::net::IpAddr;
@@ -11,8 +13,7 @@ use miette::NamedSource;
 
 use super::error::{Problem, similar};
 use super::model::{
-    ArbiterKind, Client, Container, Device, Event, Fault, Link, NodeKind, OnBackupLoss, Protect,
-    Topology,
+    ArbiterKind, Client, Container, Device, Link, NodeKind, OnBackupLoss, Protect, Topology,
 };
 use super::names::{Cidr, Endpoint};
 use super::spans::Spans;
@@ -471,43 +472,6 @@ impl Check<'_> {
         ];
         for (key, _) in numbers.iter().filter(|(_, zero)| *zero) {
             self.at_value(&format!("{path}/{key}"), format!("`{key}` must not be 0"), None);
-        }
-    }
-
-    fn events(&mut self) {
-        for (index, event) in self.topology.events.iter().enumerate() {
-            let path = format!("events/{index}");
-            self.event(&path, event);
-            if let Some(end) = self.topology.duration.filter(|end| event.at > *end) {
-                let message = format!("the run is over after {end}");
-                self.at_value(&format!("{path}/at"), message, None);
-            }
-        }
-    }
-
-    fn event(&mut self, path: &str, event: &Event) {
-        let at_fault = format!("{path}/fault");
-        match (event.fault, &event.node, &event.link) {
-            (fault, Some(node), None) if fault.is_of_host() => {
-                self.host(&format!("{path}/node"), node);
-            }
-            (fault, _, _) if fault.is_of_host() => {
-                self.at_value(&at_fault, "this fault needs a `node` and no `link`", None);
-            }
-            (Fault::CutLink | Fault::CutOut | Fault::HealLink, Some(node), None) => {
-                self.node(&format!("{path}/node"), node);
-            }
-            (Fault::CutLink | Fault::CutOut | Fault::HealLink, None, Some(end)) => {
-                if self.topology.link_at(end).is_none() {
-                    let ends = self.topology.links.iter().flat_map(|link| &link.endpoints);
-                    let ends: Vec<String> = ends.map(Endpoint::to_string).collect();
-                    let help = did_you_mean(&end.to_string(), ends.iter().map(String::as_str));
-                    self.at_value(&format!("{path}/link"), format!("no link ends at {end}"), help);
-                }
-            }
-            _ => {
-                self.at_value(&at_fault, "this fault needs either a `node` or a `link`", None);
-            }
         }
     }
 

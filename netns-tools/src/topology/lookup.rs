@@ -119,7 +119,20 @@ impl Topology {
 impl Fault {
     /// Whether it happens to a host, and not to a link.
     pub fn is_of_host(self) -> bool {
-        !matches!(self, Fault::CutLink | Fault::CutOut | Fault::HealLink)
+        !matches!(
+            self,
+            Fault::CutLink
+                | Fault::CutOut
+                | Fault::CutIn
+                | Fault::SlowLink
+                | Fault::LossyLink
+                | Fault::HealLink
+        )
+    }
+
+    /// Whether it needs a link that goes through user space, named by one of its ends.
+    pub fn needs_impair(self) -> bool {
+        matches!(self, Fault::SlowLink | Fault::LossyLink)
     }
 }
 

@@ -13,6 +13,7 @@ mod names;
 mod spans;
 mod units;
 mod volumes;
+mod worse;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -22,8 +23,8 @@ use miette::NamedSource;
 pub use error::{Problem, TopologyError};
 pub use model::{
     ArbiterKind, Client, ClientProtocol, Container, Detector, Device, Embedded, Epochs, Event,
-    Fault, Impair, Link, Node, NodeKind, OnBackupLoss, OnUnprotectable, Protect, Ready, Topology,
-    Witness, Workload,
+    Fault, Impair, Link, Node, NodeKind, OnBackupLoss, OnContainerLoss, OnUnprotectable, Protect,
+    Ready, Topology, Witness, Workload,
 };
 pub use names::{Cidr, Endpoint, Mac, Target};
 pub use units::{BadValue, BitRate, Period, Ratio, Size, SizeRange};

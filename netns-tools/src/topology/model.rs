@@ -102,6 +102,8 @@ pub struct Impair {
     pub duplicate: Ratio,
     /// Part of the frames that skips the delay, and so overtakes others.
     pub reorder: Ratio,
+    /// Part of the frames that arrives with one bit changed.
+    pub corrupt: Ratio,
     /// Speed of the link; without it, as fast as it goes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rate: Option<BitRate>,
@@ -119,6 +121,7 @@ impl Default for Impair {
             loss: Ratio::default(),
             duplicate: Ratio::default(),
             reorder: Ratio::default(),
+            corrupt: Ratio::default(),
             rate: None,
             queue: 10_000,
             seed: 1,
@@ -268,6 +271,10 @@ pub struct Protect {
     /// What happens when the container comes to hold something that cannot be protected.
     #[serde(default)]
     pub on_unprotectable: OnUnprotectable,
+    /// What happens when the container's first process is killed (SIGKILL). One that ends in any
+    /// other way has ended.
+    #[serde(default)]
+    pub on_container_loss: OnContainerLoss,
 }
 
 /// Who decides which side may act alone.
@@ -307,6 +314,17 @@ pub enum OnUnprotectable {
     Freeze,
     /// The container ends.
     Stop,
+}
+
+/// What happens to a container whose first process is killed (SIGKILL).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnContainerLoss {
+    /// It has ended.
+    #[default]
+    Stop,
+    /// It goes on at its backup from the last checkpoint, once the arbiter agrees.
+    Failover,
 }
 
 /// A small third machine that both hosts can reach, and that remembers who may act alone.
@@ -466,7 +484,8 @@ pub struct Event {
     /// The node it happens to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub node: Option<String>,
-    /// For `cut-link`, `cut-out` and `heal-link`: one end of the link. Without it, all links of `node`.
+    /// For what happens to a link: one end of it. Without it, all links of `node`; `slow-link` and
+    /// `lossy-link` need it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub link: Option<Endpoint>,
 }
@@ -491,8 +510,18 @@ pub enum Fault {
     CutLink,
     /// A link carries nothing any more that its `link` end sends; the other direction works.
     CutOut,
-    /// A cut link works again.
+    /// A link carries nothing any more that its `link` end ought to receive; the other direction
+    /// works.
+    CutIn,
+    /// A link that has an `impair` takes 20 ms for each frame, and passes 20 Mbit a second.
+    SlowLink,
+    /// A link that has an `impair` loses frames, copies them, changes their order and their bits.
+    LossyLink,
+    /// A link works again as the topology says.
     HealLink,
+    /// The processes of the containers that run on a host are killed (SIGKILL), as by the kernel
+    /// when memory is short.
+    KillContainer,
 }
 
 mod defaults {

@@ -57,6 +57,7 @@ impl Capturer {
             pages: PageSet::default(),
             batch: Batch::new(),
             interrupted: waits::Interrupted::default(),
+            end: None,
             still: false,
             glances: Glances::On,
             refusals: refusals::Refusals::default(),

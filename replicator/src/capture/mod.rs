@@ -54,6 +54,7 @@ mod watched;
 
 use crate::Epoch;
 use crate::image::pages::PageSet;
+use crate::sys::ptrace::Status;
 use crate::sys::remote::Batch;
 use crate::sys::unix_diag::UnixDiag;
 use memory::AddressSpace;
@@ -133,6 +134,8 @@ pub struct Capturer {
     pages: PageSet,
     batch: Batch,
     interrupted: waits::Interrupted,
+    /// How its init has ended.
+    end: Option<Status>,
     /// The next stop that succeeds does not end.
     still: bool,
     glances: Glances,
@@ -175,8 +178,11 @@ impl Capturer {
             match change {
                 Change::Started(_) => {}
                 Change::Executed(pid) | Change::Ended(pid, _) => {
-                    if matches!(change, Change::Ended(..)) {
+                    if let Change::Ended(pid, status) = change {
                         self.remains.add(pid);
+                        if pid == self.root {
+                            self.end = Some(status);
+                        }
                     }
                     self.namespaces.forget(pid);
                     match self.processes.remove(&pid) {
@@ -187,6 +193,12 @@ impl Capturer {
                 }
             }
         }
+    }
+
+    /// How the container's init has ended, once [`CaptureError::Ended`] was given.
+    pub fn how_it_ended(&mut self) -> Option<Status> {
+        self.follow_changes();
+        self.end
     }
 
     /// How descriptors are looked at from the next full checkpoint on.

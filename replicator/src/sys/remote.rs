@@ -284,13 +284,7 @@ struct Heard<'a> {
     told_to_stop: bool,
 }
 
-fn run_table(
-    tid: i32,
-    base: &Regs,
-    calls: usize,
-    heard: &mut Heard,
-    wait: Wait,
-) -> SysResult<()> {
+fn run_table(tid: i32, base: &Regs, calls: usize, heard: &mut Heard, wait: Wait) -> SysResult<()> {
     let mut regs = *base;
     regs[reg::RIP] = SCRATCH;
     regs[reg::ORIG_RAX] = u64::MAX;

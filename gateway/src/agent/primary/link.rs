@@ -34,7 +34,12 @@ impl Listener for Ear {
         }
     }
 
-    fn tick(&self) {}
+    /// Silence counts only as far as it was listened to: it is asked for as often as pulses come.
+    fn tick(&self) {
+        if let Some(shell) = self.0.upgrade() {
+            shell.tick();
+        }
+    }
 }
 
 // Signs of life.
@@ -45,6 +50,14 @@ impl Shell {
         match connection.pulses(link, port) {
             Ok(session) => standby.pulse.meet(session, Arc::new(Ear(self.me.clone()))),
             Err(error) => tracing::warn!(container = self.name, %error, "no pulses"),
+        }
+    }
+
+    /// Gives the core its time, if it wants it.
+    fn tick(&self) {
+        let due = lock(&self.core).next_deadline().is_some_and(|d| d <= self.origin.elapsed());
+        if due {
+            self.handle(Input::Tick);
         }
     }
 
@@ -155,10 +168,7 @@ pub(in crate::agent) async fn beat(shell: Arc<Shell>) {
             let committed = lock(&shell.core).committed();
             link.heartbeat(committed, shell.progress.load(Ordering::Relaxed));
         }
-        let due = lock(&shell.core).next_deadline().is_some_and(|d| d <= shell.origin.elapsed());
-        if due {
-            shell.handle(Input::Tick);
-        }
+        shell.tick();
     }
 }
 
@@ -171,6 +181,15 @@ pub(in crate::agent) async fn send_input(shell: Arc<Shell>, mut log: LogReader) 
         for logged in frames {
             link.input(logged.epoch, logged.frame);
         }
+    }
+}
+
+/// Ends the connection without a word, and makes no new one: the backup is to go on with what it
+/// has.
+pub(in crate::agent) fn break_off(shell: &Shell) {
+    shell.retired.store(true, Ordering::Release);
+    if let Some((_, link)) = lock(&shell.link).take() {
+        link.close("the container's processes were killed");
     }
 }
 

@@ -1,6 +1,6 @@
 //! What the cores want done, and the checks of what they do.
 
-use super::{Life, Message, Moment, Snapshot, World};
+use super::{Life, Message, Snapshot, World};
 use crate::ack::AckLedger;
 use crate::protocol::LinkId;
 use crate::protocol::arbiter::{Arbiter, Claim, Unopposed, Verdict};
