@@ -20,6 +20,10 @@
 //! do not wait, or output goes on and on, an epoch is long enough for its work to be at most a set
 //! part of a processor. That few who wait get their answers at once, and many share an epoch.
 //!
+//! Pre-copy lies between the decision and the stop, and takes the longer the more was written. The
+//! longest epoch is from stop to stop, so the decision comes as much earlier as pre-copy has taken
+//! lately.
+//!
 //! All times are on one clock of the caller's.
 
 use std::time::Duration;
@@ -28,10 +32,14 @@ use std::time::Duration;
 const FAULT: Duration = Duration::from_nanos(850);
 /// Most time that output gathers, in units of [`Rates::gather`].
 const GATHERINGS: u32 = 8;
+/// The part of the gathering time that one frame alone has at least, to be joined by a second.
+const ALONE: u32 = 5;
 /// Weight of the newest cost in the average: one in so many.
 const MEMORY: u32 = 4;
 /// A look at least so often while the budget is used up.
 const GLANCE: Duration = Duration::from_micros(500);
+/// Pre-copy begins at most this part of the longest epoch before its end.
+const LEAD: u32 = 2;
 /// The part of the longest epoch that the container must have computed for an epoch without
 /// output.
 const WORTH: u32 = 20;
@@ -100,6 +108,8 @@ pub(super) struct Pacer {
     cost: Duration,
     /// Processor time that epochs have taken so far, and what one takes, on average.
     work: (Duration, Duration),
+    /// From the decision to the stop, on average.
+    lead: Duration,
     /// Output that waits: since when, frames at the last change, and when that was.
     waiting: Option<(Duration, usize, Duration)>,
 }
@@ -112,6 +122,7 @@ impl Pacer {
             last: (now, Duration::ZERO),
             cost: Duration::ZERO,
             work: Default::default(),
+            lead: Duration::ZERO,
             waiting: None,
         }
     }
@@ -120,6 +131,11 @@ impl Pacer {
     pub(super) fn stopped(&mut self, now: Duration, used: Duration, stop: Duration, pages: usize) {
         self.cost = average(self.cost, stop + FAULT * pages as u32);
         (self.last, self.waiting) = ((now, used), None);
+    }
+
+    /// It was stopped so long after [`Next::Stop`] had been said.
+    pub(super) fn prepared(&mut self, lead: Duration) {
+        self.lead = average(self.lead, lead);
     }
 
     /// The threads that make checkpoints have used so much processor time so far, in all.
@@ -147,6 +163,8 @@ impl Pacer {
     /// What to do now.
     pub(super) fn look(&mut self, look: Look) -> Next {
         let Rates { min, max, gather, .. } = self.rates;
+        let worth = max / WORTH;
+        let max = max - self.lead.min(max / LEAD);
         let since = self.since(look.now);
         if since < min {
             return Next::After(min - since);
@@ -158,7 +176,7 @@ impl Pacer {
         let frames = look.output;
         if frames == 0 {
             self.waiting = None;
-            let worth = !look.settled || busy >= max / WORTH;
+            let worth = !look.settled || busy >= worth;
             return match since >= max && worth {
                 true => Next::Stop,
                 false => Next::OnOutput(if since < max { max - since } else { max }),
@@ -171,6 +189,11 @@ impl Pacer {
         let changed = if before == frames { changed } else { look.now };
         self.waiting = Some((begun, frames, changed));
         let quiet = look.now - changed;
+        // The answer to the only one who asks: what follows it gathers while pre-copy runs.
+        let gather = match look.all_wait && frames == 1 {
+            true => gather.saturating_sub(self.lead).max(gather / ALONE),
+            false => gather,
+        };
         if quiet < gather && look.now - begun < gather * GATHERINGS {
             return Next::After((gather - quiet).min(max - since));
         }
@@ -266,6 +289,26 @@ mod tests {
     }
 
     #[test]
+    fn an_answer_of_one_frame_gathers_while_precopy_runs() {
+        let mut p = pacer(us(300));
+        let begun = |now, at: u64| usize::from(now >= us(at));
+        (0..20).for_each(|_| p.prepared(us(60)));
+        let at = run(&mut p, us(0), |now| begun(now, 700), |_| us(50));
+        assert!((us(740)..us(760)).contains(&at), "{at:?}: 60 us of 100 are to come");
+        (0..20).for_each(|_| p.prepared(us(400)));
+        p.waiting = None;
+        let at = run(&mut p, us(0), |now| begun(now, 700), |_| us(50));
+        assert!((us(720)..us(740)).contains(&at), "{at:?}: all of it is to come");
+        p.waiting = None;
+        let two = |now| begun(now, 700) + begun(now, 715);
+        let at = run(&mut p, us(0), two, |_| us(50));
+        assert!((us(815)..us(840)).contains(&at), "{at:?}: there was a second one");
+        p.waiting = None;
+        let at = run_with(&mut p, us(0), |now| begun(now, 700), |_| us(50), false);
+        assert!(at >= us(800), "{at:?}: others may be answered as well");
+    }
+
+    #[test]
     fn who_computes_pays_a_tenth_and_no_more() {
         let at = run(&mut pacer(us(300)), us(0), |_| 1, |now| now);
         assert!((us(3000)..us(3600)).contains(&at), "{at:?}");
@@ -332,6 +375,25 @@ mod tests {
         let frames = |now: Duration| now.as_micros() as usize;
         let at = run(&mut p, from, frames, |_| us(0)) - from;
         assert!((us(3900)..us(4600)).contains(&at), "{at:?}");
+    }
+
+    #[test]
+    fn the_longest_epoch_has_its_precopy_within() {
+        let mut p = pacer(us(300));
+        (0..20).for_each(|_| p.prepared(us(8000)));
+        let at = run(&mut p, us(0), |_| 1, |now| now * 2);
+        p.cost = us(5000);
+        assert!(at < us(3600), "{at:?}: it makes no other epoch longer or shorter");
+        let at = run(&mut p, us(0), |_| 1, |now| now * 2);
+        assert!((us(21_900)..us(22_100)).contains(&at), "{at:?}: the stop is at 30 ms");
+        let at = run(&mut p, us(0), |_| 0, |now| now / 2);
+        assert!((us(21_900)..us(22_100)).contains(&at), "{at:?}: nor without output");
+        (0..20).for_each(|_| p.prepared(us(500)));
+        let at = run(&mut p, us(0), |_| 1, |now| now * 2);
+        assert!((us(29_000)..us(29_600)).contains(&at), "{at:?}: it takes less again");
+        (0..20).for_each(|_| p.prepared(us(90_000)));
+        let at = run(&mut p, us(0), |_| 1, |now| now * 2);
+        assert!(at >= us(15_000), "{at:?}: half of the time is the container's");
     }
 
     #[test]

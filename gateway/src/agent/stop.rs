@@ -356,6 +356,7 @@ impl StopLoop {
 
     fn checkpoint(&mut self) -> Result<(), CaptureError> {
         let Some(mut taken) = self.buffers.pop() else { return Ok(()) };
+        let begun = self.origin.elapsed();
         let Next { link, full, provisional, generation } = self.shell.next();
         let last = !provisional && self.shell.hands_over();
         (taken.provisional, taken.generation) = (provisional, generation);
@@ -397,6 +398,9 @@ impl StopLoop {
         let now = self.origin.elapsed();
         taken.interval = self.pacer.since(now);
         // A full copy says nothing about the next epoch.
+        if !full {
+            self.pacer.prepared((now - begun).saturating_sub(taken.times.total));
+        }
         let (stop, pages) = (taken.times.total, if full { 0 } else { taken.times.pages });
         self.pacer.stopped(now, self.capturer.cpu_time(), stop, pages);
         let work = sched::thread_time() + self.shell.shipping();
