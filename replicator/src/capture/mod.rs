@@ -27,6 +27,7 @@ mod locks;
 mod maps;
 mod memory;
 mod namespaces;
+mod numbered;
 mod objects;
 mod one_shot;
 mod options;

@@ -31,11 +31,14 @@ pub(super) struct Remembered {
     what: What,
     sent: Queue,
     received: Queue,
+    /// A copy of the connection for the next stop, which saves it the time to make one.
+    ready: Option<Box<TcpConnection>>,
 }
 
 #[derive(Clone, Debug)]
 enum What {
-    Connection { local: SocketAddr, remote: SocketAddr, options: SocketOptions },
+    /// As far as it rarely changes.
+    Connection(Box<TcpConnection>),
     Listener(TcpListener),
 }
 
@@ -78,27 +81,64 @@ pub(super) fn remember(
         LISTEN => What::Listener(tcp::listener_ahead(fd, what, diag)?),
         ESTABLISHED => match tcp::ahead(fd, what, None, diag)? {
             Some(tcp::Ahead { local, remote, options }) => {
-                What::Connection { local, remote, options }
+                What::Connection(Box::new(rarely_changes(seen, local, remote, options)))
             }
             None => return Ok(None),
         },
         _ => return Ok(None),
     };
     let record = seen.with_cookie(u64::from_ne_bytes(cookie));
-    Ok(Some(Remembered { record, what, sent: Queue::default(), received: Queue::default() }))
+    let (sent, received) = Default::default();
+    let mut remembered = Remembered { record, what, sent, received, ready: None };
+    remembered.make_ready();
+    Ok(Some(remembered))
+}
+
+/// A connection without what changes from one stop to the next.
+fn rarely_changes(
+    seen: Tcp<'_>,
+    local: SocketAddr,
+    remote: SocketAddr,
+    options: SocketOptions,
+) -> TcpConnection {
+    TcpConnection {
+        local,
+        remote,
+        state: TcpState::Established,
+        write_seq: 0,
+        rcv_nxt: 0,
+        send_queue: Vec::new(),
+        receive_queue: Vec::new(),
+        window: [0; 5],
+        mss: seen.peer_segment(),
+        sack: seen.sack(),
+        window_scale: seen.scales(),
+        timestamp: None,
+        options,
+        shut_read: false,
+        error: false,
+    }
 }
 
 impl Remembered {
     /// Whether it counts for what is seen now.
     pub(super) fn is_of(&self, seen: Tcp<'_>) -> bool {
         let state = match self.what {
-            What::Connection { .. } => ESTABLISHED,
+            What::Connection(_) => ESTABLISHED,
             What::Listener(_) => LISTEN,
         };
         seen.state() == state
             && seen.is_of(&self.record)
             && seen.has_options_of(&self.record)
             && !seen.is_special()
+    }
+
+    /// Makes the copy that the next stop takes, if it is not there. True, for chains of conditions.
+    pub(super) fn make_ready(&mut self) -> bool {
+        if let What::Connection(it) = &self.what {
+            self.ready.get_or_insert_with(|| it.clone());
+        }
+        true
     }
 
     /// The socket as it is in a stop, for which [`Remembered::is_of`] was true. `open` gives a
@@ -108,20 +148,13 @@ impl Remembered {
         seen: Tcp<'_>,
         open: impl Fn() -> SysResult<OwnedFd>,
     ) -> Result<Kind, CaptureError> {
-        let options = |mut options: SocketOptions| {
-            options.buffers = seen.buffers();
-            (options.no_delay, options.cork) = seen.delays();
-            options
-        };
-        let (local, remote, options) = match &self.what {
+        let mut connection = match &self.what {
             What::Listener(l) => {
-                return Ok(Kind::TcpListener(TcpListener {
-                    local: l.local,
-                    backlog: seen.backlog(),
-                    options: options(l.options.clone()),
-                }));
+                let mut listener = TcpListener { backlog: seen.backlog(), ..l.clone() };
+                options_now(seen, &mut listener.options);
+                return Ok(Kind::TcpListener(listener));
             }
-            What::Connection { local, remote, options: o } => (*local, *remote, options(o.clone())),
+            What::Connection(it) => self.ready.take().unwrap_or_else(|| it.clone()),
         };
         let (write_seq, una) = seen.sent();
         let (rcv_nxt, copied) = seen.received();
@@ -130,7 +163,7 @@ impl Remembered {
             return Err(CaptureError::Transient("a TCP connection is changing"));
         }
         let mut dup = None;
-        let receive_queue = match self.received.get(copied, rcv_nxt) {
+        connection.receive_queue = match self.received.get(copied, rcv_nxt) {
             _ if unread == 0 => Vec::new(),
             Some(bytes) => bytes.to_vec(),
             None => {
@@ -140,7 +173,7 @@ impl Remembered {
                 bytes
             }
         };
-        let send_queue = match self.sent.get(una, write_seq) {
+        connection.send_queue = match self.sent.get(una, write_seq) {
             _ if unacknowledged == 0 => Vec::new(),
             Some(bytes) => bytes.to_vec(),
             None => {
@@ -148,29 +181,25 @@ impl Remembered {
                     Some(fd) => fd,
                     None => open()?,
                 };
-                let bytes = tcp::unacknowledged(fd.as_fd(), unacknowledged as usize, &options)?;
+                let bytes =
+                    tcp::unacknowledged(fd.as_fd(), unacknowledged as usize, &connection.options)?;
                 self.sent.keep(write_seq, &bytes);
                 bytes
             }
         };
-        Ok(Kind::Tcp(Box::new(TcpConnection {
-            local,
-            remote,
-            state: TcpState::Established,
-            write_seq,
-            rcv_nxt,
-            send_queue,
-            receive_queue,
-            window: seen.window(),
-            mss: seen.peer_segment(),
-            sack: seen.sack(),
-            window_scale: seen.scales(),
-            timestamp: seen.timestamp(),
-            options,
-            shut_read: seen.is_shut_for_reading(),
-            error: false,
-        })))
+        options_now(seen, &mut connection.options);
+        (connection.write_seq, connection.rcv_nxt) = (write_seq, rcv_nxt);
+        connection.window = seen.window();
+        connection.timestamp = seen.timestamp();
+        connection.shut_read = seen.is_shut_for_reading();
+        Ok(Kind::Tcp(connection))
     }
+}
+
+/// The options that a glance shows.
+fn options_now(seen: Tcp<'_>, options: &mut SocketOptions) {
+    options.buffers = seen.buffers();
+    (options.no_delay, options.cork) = seen.delays();
 }
 
 #[cfg(test)]

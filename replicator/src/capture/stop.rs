@@ -70,7 +70,8 @@ impl Capturer {
         let order = self.in_order()?;
         let inner_pids: HashMap<i32, i32> =
             self.processes.iter().map(|(pid, t)| (*pid, t.attributes.pid)).collect();
-        let mut builder = files::Builder::new(inner_pids.clone());
+        let mut builder = files::Builder::new(inner_pids.clone(), &self.files);
+        state.descriptions.reserve(self.files.descriptions());
         for pid in &order {
             let tracked = self.processes.get_mut(pid).ok_or(CaptureError::Ended)?;
             tracked.files.glance(&mut builder)?;

@@ -218,6 +218,11 @@ fn max_segment(fd: BorrowedFd<'_>) -> SysResult<i32> {
 /// Leaves repair mode, which clears SO_REUSEADDR, with everything as it was.
 fn leave_repair(fd: BorrowedFd<'_>, options: &SocketOptions) -> SysResult<()> {
     set_i32(fd, libc::IPPROTO_TCP, TCP_REPAIR_QUEUE, NO_QUEUE)?;
+    end_repair(fd, options)
+}
+
+/// The same with any queue selected.
+fn end_repair(fd: BorrowedFd<'_>, options: &SocketOptions) -> SysResult<()> {
     set_i32(fd, libc::IPPROTO_TCP, TCP_REPAIR, REPAIR_OFF_NO_WINDOW_PROBE)?;
     match options.reuse_addr {
         true => set_i32(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1),
@@ -360,7 +365,8 @@ pub(super) fn unacknowledged(
     set_i32(fd, libc::IPPROTO_TCP, TCP_REPAIR, REPAIR_ON)?;
     let bytes = set_i32(fd, libc::IPPROTO_TCP, TCP_REPAIR_QUEUE, SEND_QUEUE)
         .and_then(|()| peek_tail(fd, len));
-    leave_repair(fd, options)?;
+    // The queue counts only in repair mode, which begins with none the next time.
+    end_repair(fd, options)?;
     match bytes {
         Err(e) if e.code() == libc::EIO => {
             Err(CaptureError::Transient("a TCP connection has just been acknowledged"))

@@ -7,9 +7,9 @@
 use super::CaptureError;
 use super::fdinfo::Watched;
 use super::files::Builder;
+use super::numbered::{ByNumber, Few};
 use crate::image::{EpollTarget, Kind, Process, State};
 use crate::sys::pidfd;
-use std::collections::HashMap;
 
 impl Builder {
     /// Once all descriptors are known: finds the files of all entries. One that nobody has any more
@@ -20,12 +20,13 @@ impl Builder {
             let Some(holder) = state.processes.iter().find(holds) else { continue };
             let Kind::Epoll(targets) = &state.descriptions[*at as usize].kind else { continue };
             // The index of an entry among those with its number.
-            let mut nth: HashMap<i32, u32> = HashMap::new();
+            let mut nth = ByNumber::<i32, u32>::default();
+            nth.reserve(targets.len());
             let (mut here, mut past) = (Vec::with_capacity(targets.len()), Vec::new());
             for (target, file) in targets.iter().zip(watched) {
                 let count = nth.entry(target.fd).or_default();
-                let now = holder.fds.iter().find(|f| f.number == target.fd);
-                let now = now.map(|f| f.description);
+                let now = holder.fds.binary_search_by_key(&target.fd, |f| f.number);
+                let now = now.ok().map(|at| holder.fds[at].description);
                 match self.description_of(*at, *file, target, *count, now)? {
                     Some(it) if now == Some(it) => here.push(*target),
                     Some(it) => past.push((*target, it)),
@@ -53,7 +54,9 @@ impl Builder {
         if let Some(it) = self.by_file.get(&watched.file) {
             return Ok(Some(*it));
         }
-        let Some(candidates) = self.by_inode.get(&watched.inode) else { return Ok(None) };
+        let Some(candidates) = self.by_inode.get(&watched.inode).map(Few::all) else {
+            return Ok(None);
+        };
         // The usual case, without a question to the kernel.
         if let [only] = candidates[..]
             && now == Some(only)

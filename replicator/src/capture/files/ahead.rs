@@ -18,6 +18,7 @@ impl Files {
         objects: &mut Objects,
         diag: &UnixDiag,
     ) -> Result<(), CaptureError> {
+        self.forget_closed();
         let Some(mut glance) = self.glance.take() else {
             for number in numbers(pid)? {
                 self.look_ahead_at(pid, handle, number, None, objects, diag)?;
@@ -36,16 +37,16 @@ impl Files {
         looked
     }
 
-    /// Whether a look ahead would read nothing new.
-    fn is_up_to_date(&self, row: &Row<'_>) -> bool {
-        let Some(seen) = self.seen.get(&row.number()).filter(|s| s.is_of(row)) else {
+    /// Whether a look ahead would read nothing new. Then what the stop needs is made ready.
+    fn is_up_to_date(&mut self, row: &Row<'_>) -> bool {
+        let Some(seen) = self.seen.get_mut(&row.number()).filter(|s| s.is_of(row)) else {
             return false;
         };
         if row.may_tell() || seen.link.ends_with(" (deleted)") {
             return false;
         }
-        match (row.tcp, &seen.remembered) {
-            (Some(tcp), Some(remembered)) => remembered.is_of(tcp),
+        match (row.tcp, &mut seen.remembered) {
+            (Some(tcp), Some(remembered)) => remembered.is_of(tcp) && remembered.make_ready(),
             (Some(_), None) => false,
             _ => !seen.is_socket(),
         }

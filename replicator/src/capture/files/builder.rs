@@ -1,7 +1,8 @@
 //! Descriptions as they are found in one checkpoint: each once, however many descriptors share it.
 
-use super::{Files, Holder, World};
+use super::{Files, Holder, Memory, World};
 use crate::capture::fdinfo::{self, Info, Watched};
+use crate::capture::numbered::{ByNumber, Few};
 use crate::capture::{CaptureError, farewell, locks, pipes, terminals, unix};
 use crate::image::{Description, EpollTarget, Kind, State};
 use crate::sys::pidfd;
@@ -17,7 +18,7 @@ pub(in crate::capture) struct Builder {
     /// Host pid and number of the first descriptor of each description.
     pub(in crate::capture) first: Vec<(i32, i32)>,
     /// The descriptions of each inode, in the order of kcmp(2).
-    pub(in crate::capture) by_inode: HashMap<u64, Vec<u32>>,
+    pub(in crate::capture) by_inode: ByNumber<u64, Few>,
     pub(in crate::capture) pipes: HashMap<pipes::Key, u32>,
     pub(super) unix: unix::Sockets,
     pub(in crate::capture) terminals: terminals::Terminals,
@@ -30,7 +31,7 @@ pub(in crate::capture) struct Builder {
     /// What epoll instances watch, by the index of the instance, in the order of their targets.
     pub(in crate::capture) watched: Vec<(u32, Vec<Watched>)>,
     /// The description of each file that a glance has shown.
-    pub(in crate::capture) by_file: HashMap<u64, u32>,
+    pub(in crate::capture) by_file: ByNumber<u64, u32>,
     /// What glances have shown of epoll: the instance, the file watched, and how.
     pub(super) watchers: Vec<(u64, u64, EpollTarget, u64)>,
     /// Descriptors that a glance has told all of.
@@ -44,7 +45,7 @@ pub(in crate::capture) struct Builder {
 pub(in crate::capture) struct Sockets {
     /// Duplicates of TCP sockets with bytes under way, and their inodes.
     pub(in crate::capture) sending: Vec<(u64, OwnedFd)>,
-    by_inode: HashMap<u64, Vec<u32>>,
+    by_inode: ByNumber<u64, Few>,
 }
 
 impl Sockets {
@@ -55,9 +56,16 @@ impl Sockets {
 }
 
 impl Builder {
-    /// `inner` are the pids inside by the pids outside. The clocks of the image have just been read.
-    pub(in crate::capture) fn new(inner: HashMap<i32, i32>) -> Self {
-        Self { inner, clocks_read: Some(Instant::now()), ..Self::default() }
+    /// `inner` are the pids inside by the pids outside. `memory` tells how much there was last time.
+    /// The clocks of the image have just been read.
+    pub(in crate::capture) fn new(inner: HashMap<i32, i32>, memory: &Memory) -> Self {
+        let count = memory.descriptions;
+        let mut me = Self { inner, clocks_read: Some(Instant::now()), ..Self::default() };
+        me.first.reserve(count);
+        me.by_inode.reserve(count);
+        me.by_file.reserve(count);
+        me.watchers.reserve(count);
+        me
     }
 
     /// Nanoseconds since the clocks of the image were read: what a timer has left counts from there.
@@ -98,7 +106,10 @@ impl Builder {
         state.descriptions.push(Description { flags, kind });
         self.first.push(first);
         let at = state.descriptions.len() as u32 - 1;
-        self.by_inode.entry(info.inode).or_default().insert(place, at);
+        self.by_inode
+            .entry(info.inode)
+            .and_modify(|all| all.insert(place, at))
+            .or_insert(Few::One(at));
         at
     }
 
@@ -110,7 +121,7 @@ impl Builder {
         number: i32,
         inode: u64,
     ) -> Result<Result<u32, usize>, CaptureError> {
-        let Some(candidates) = self.by_inode.get(&inode) else { return Ok(Err(0)) };
+        let Some(candidates) = self.by_inode.get(&inode).map(Few::all) else { return Ok(Err(0)) };
         let (mut low, mut high) = (0, candidates.len());
         while low < high {
             let middle = (low + high) / 2;
@@ -132,6 +143,7 @@ impl Builder {
         state: &mut State,
         mut world: World<'_>,
     ) -> Result<Sockets, CaptureError> {
+        world.memory.descriptions = state.descriptions.len();
         let mut at = 0;
         // Descriptors in flight can be unix sockets, with a queue of their own.
         while at < self.unix.len() {
@@ -151,9 +163,11 @@ impl Builder {
         self.name_watched(state)?;
         // A duplicate would keep the file in the interest list after the program has closed it,
         // and events would come for what the program knows no longer.
-        let watched: HashSet<u64> =
-            self.watched.iter().flat_map(|(_, all)| all).map(|w| w.inode).collect();
-        self.sending.retain(|(inode, _)| !watched.contains(inode));
+        if !self.sending.is_empty() {
+            let watched: HashSet<u64> =
+                self.watched.iter().flat_map(|(_, all)| all).map(|w| w.inode).collect();
+            self.sending.retain(|(inode, _)| !watched.contains(inode));
+        }
         Ok(Sockets { sending: self.sending, by_inode: self.by_inode })
     }
 

@@ -16,6 +16,7 @@ mod seen;
 
 use super::fdinfo::{self, Info, Watched};
 use super::glance::{Glance, Row};
+use super::numbered::ByNumber;
 use super::objects::Objects;
 use super::refusals::Refusals;
 use super::unix::Empties;
@@ -24,7 +25,6 @@ use crate::image::{EpollTarget, Fd, Kind, State};
 use crate::sys::unix_diag::UnixDiag;
 use crate::sys::{SysError, pidfd};
 use seen::Seen;
-use std::collections::HashMap;
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd};
 
@@ -33,7 +33,9 @@ pub(super) use builder::Builder;
 /// Remembered between stops, one for a process.
 #[derive(Debug, Default)]
 pub(super) struct Files {
-    seen: HashMap<i32, Seen>,
+    seen: ByNumber<i32, Seen>,
+    /// The numbers that the last stop found, until the others are forgotten.
+    found: Option<Vec<i32>>,
     glance: Option<Glance>,
     /// What a glance tells is compared with what there is.
     checked: bool,
@@ -44,6 +46,15 @@ pub(super) struct Files {
 pub(super) struct Memory {
     empties: Empties,
     paths: inotify::Paths,
+    /// How many descriptions there were at the last checkpoint.
+    descriptions: usize,
+}
+
+impl Memory {
+    /// How many descriptions there were at the last checkpoint: there will be about as many.
+    pub(super) fn descriptions(&self) -> usize {
+        self.descriptions
+    }
 }
 
 /// A process that holds a descriptor, or this one with a duplicate.
@@ -194,6 +205,7 @@ impl Files {
         refusals: &mut Refusals,
     ) -> Result<Vec<Fd>, CaptureError> {
         let holder = Holder { pid, handle, place: pid };
+        self.forget_closed();
         let glance = self.glance.take();
         let mut whole = (builder, state, world, refusals);
         let captured = match &glance {
@@ -210,8 +222,16 @@ impl Files {
         };
         self.glance = glance;
         let fds: Vec<Fd> = captured?;
-        self.seen.retain(|n, _| fds.binary_search_by_key(n, |fd| fd.number).is_ok());
+        self.found = Some(fds.iter().map(|fd| fd.number).collect());
         Ok(fds)
+    }
+
+    /// Forgets the numbers that the last stop did not find: before the next look at them, and that
+    /// is after the stop.
+    fn forget_closed(&mut self) {
+        if let Some(found) = self.found.take() {
+            self.seen.retain(|number, _| found.binary_search(number).is_ok());
+        }
     }
 
     /// Captures a descriptor; none if it was refused and the survey goes on.

@@ -103,10 +103,17 @@ impl Layout {
         }
     }
 
-    /// Zeroes a record on the stack.
+    /// Zeroes what [`Layout::copy`] leaves of a record on the stack: the verifier demands that all
+    /// of it is written, and a program that ran before may have left something.
     pub(super) fn clear(&self, a: &mut Assembler, record: i16) {
         for at in (0..self.len).step_by(8) {
-            a.store_value(Size::Double, FP, record + at as i16, 0);
+            let word = at..at + 8;
+            let copied: usize = (self.slots.iter())
+                .map(|s| (s.place + s.member.size).min(word.end).saturating_sub(s.place.max(at)))
+                .sum();
+            if copied < word.len() {
+                a.store_value(Size::Double, FP, record + at as i16, 0);
+            }
         }
     }
 
