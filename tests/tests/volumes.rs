@@ -14,12 +14,13 @@ const REDIS_AOF: &str = "command: [redis-server, --port, \"6379\", --bind, 0.0.0
     ready: { tcp: 6379 }\n    volume-directory: @/kept\n    volumes:\n      \
     - { path: @/seen, kind: replicated }";
 
-/// A server that adds a row to a database, in WAL mode, for each connection and answers with their
-/// number and what the database's own check says; the test puts the directory of the volume for `@`.
+/// A server that adds a row to a database for each connection and answers with their number and what
+/// the database's own check says; the test puts the directory of the volume for `@`, and how it is
+/// written for MODE.
 const DATABASE: &str = "\
 import socket, sqlite3
 database = sqlite3.connect('@/data.db', isolation_level=None)
-database.execute('pragma journal_mode=wal')
+database.execute('pragma journal_mode=MODE')
 database.execute('create table if not exists rows (n integer primary key)')
 server = socket.create_server(('0.0.0.0', 7000))
 while True:
@@ -201,6 +202,16 @@ fn an_ephemeral_volume_goes_on_with_the_container() {
 /// VO-5: a database whose index of the log is shared memory in a file of the volume.
 #[test]
 fn a_database_in_wal_mode_goes_on_whole() {
+    a_database_goes_on_whole("wal");
+}
+
+/// VO-5: a database whose journal is made and removed in each transaction.
+#[test]
+fn a_database_with_a_rollback_journal_goes_on_whole() {
+    a_database_goes_on_whole("delete");
+}
+
+fn a_database_goes_on_whole(mode: &str) {
     if !is_installed("python3") {
         return;
     }
@@ -208,10 +219,10 @@ fn a_database_in_wal_mode_goes_on_whole() {
         "command: [python3, @/server.py]\n    ready: { tcp: 7000 }\n    \
          volume-directory: @/kept\n    volumes:\n      - { path: @/seen, kind: replicated }",
     );
-    let bed = Bed::new("db", &sketch);
+    let bed = Bed::new(&format!("db{}", &mode[..2]), &sketch);
     let directory = bed.directory().display().to_string();
     bed.write(&bed.text().replace('@', &directory));
-    let program = DATABASE.replace('@', &format!("{directory}/seen"));
+    let program = DATABASE.replace('@', &format!("{directory}/seen")).replace("MODE", mode);
     std::fs::write(bed.directory().join("server.py"), program).expect("written");
     let ask = |word: &str| {
         let call = "import socket, sys; s = socket.create_connection(('10.77.0.10', 7000)); \
@@ -234,4 +245,43 @@ fn a_database_in_wal_mode_goes_on_whole() {
     bed.until_store("it is protected again", |store| store["protected"] == true);
     assert_eq!(ask("add"), format!("{} ok", base + 40));
     bed.destroy();
+}
+
+/// VO-5: Nginx writes a line for each request to a log in a volume. After the loss of its host each
+/// line is whole, and there is one for each write that a client was told of.
+#[test]
+fn nginx_goes_on_with_its_access_log() {
+    if !is_installed("nginx") {
+        return;
+    }
+    let examples = concat!(env!("CARGO_MANIFEST_DIR"), "/../topologies");
+    let bed = Bed::new("nlog", &Sketch::of(REDIS_AOF));
+    let text = std::fs::read_to_string(format!("{examples}/nginx-log.topo.yml")).expect("it");
+    let directory = bed.directory().display().to_string();
+    let listed = format!("volume-directory: {directory}/kept\n    volumes:");
+    let changed = [
+        ("name: nginx-log\n", format!("name: {}\n", bed.name)),
+        ("workdir: services", format!("workdir: {examples}/services")),
+        ("volumes:", listed),
+        ("{ at: 4s, ", "{ at: 2s, ".to_owned()),
+    ];
+    bed.write(&changed.iter().fold(text, |text, (old, new)| {
+        assert!(text.contains(old), "there is no `{old}`");
+        text.replace(old, new)
+    }));
+    let report = bed.run("run", &["--duration", "5s", "-o", "json"]).expect_success().json();
+    assert_eq!(report["recovered"], true, "{report:#}");
+    let client = &report["clients"][0];
+    for figure in ["lost_writes", "wrong_replies", "broken_connections"] {
+        assert_eq!(client[figure], 0, "{figure}: {report:#}");
+    }
+    let log = kept(&bed, "beta")[0].join("access.log");
+    let log = std::fs::read_to_string(log).expect("the log of the survivor");
+    let whole = |line: &&str| line.starts_with("10.77.0.1 ") && line.ends_with(" end");
+    let torn: Vec<&str> = log.lines().filter(|line| !whole(line)).collect();
+    assert!(torn.is_empty(), "{torn:?}");
+    let writes = log.lines().filter(|line| line.contains(" PUT ")).count() as u64;
+    let acknowledged = client["acknowledged_writes"].as_u64().expect("a number");
+    assert!(acknowledged > 20 && writes >= acknowledged, "{writes} of {acknowledged}: {report:#}");
+    bed.expect_gone();
 }
