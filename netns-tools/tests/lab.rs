@@ -114,17 +114,6 @@ links:
     impair: { delay: 5ms, jitter: 1ms, loss: 20%, seed: 3 }
 ";
 
-const GOOD_LINK: &str = "\
-name: LAB
-nodes:
-  alpha: { kind: host }
-  beta: { kind: host }
-links:
-  - endpoints: [alpha:repl, beta:repl]
-    addresses: { alpha: 10.78.0.1/30, beta: 10.78.0.2/30 }
-    impair: {}
-";
-
 /// Whether bytes get from one node to another and back over TCP.
 fn tcp_works(lab: &Lab, from: &str, to: &str, address: &str) -> bool {
     let listener =
@@ -343,57 +332,6 @@ fn an_impaired_link_delays_and_loses() {
     nothing_arrives(&alpha, &beta);
     lab.heal_link(&end("alpha:repl")).unwrap();
     until_it_arrives(&beta, &alpha);
-}
-
-#[test]
-fn an_impaired_link_gets_worse_and_is_as_it_was() {
-    let test = TestLab::new(GOOD_LINK);
-    let lab = test.deploy();
-    let (alpha, beta) = udp_pair(&lab);
-    let at = end("alpha:repl");
-    // The process of the link learns a moment later what has become of it.
-    let takes = |from: &UdpSocket, to: &UdpSocket, patience: Duration| {
-        to.set_read_timeout(Some(Duration::from_millis(30))).unwrap();
-        while to.recv(&mut [0; 16]).is_ok() {}
-        to.set_read_timeout(Some(patience)).unwrap();
-        let start = Instant::now();
-        from.send(b"hello").expect("no error");
-        to.recv(&mut [0; 16]).is_ok().then(|| start.elapsed())
-    };
-    let until = |what: &str, wanted: &dyn Fn() -> bool| {
-        let deadline = Instant::now() + PATIENCE;
-        while !wanted() {
-            assert!(Instant::now() < deadline, "waited too long until {what}");
-        }
-    };
-    let until_silent = |from, to| until("nothing arrives", &|| takes(from, to, SILENCE).is_none());
-    // One direction only, whichever end it is named by.
-    lab.cut_in(&at).unwrap();
-    until_silent(&beta, &alpha);
-    until_it_arrives(&alpha, &beta);
-    lab.cut_out(&at).unwrap();
-    until_silent(&alpha, &beta);
-    until_it_arrives(&beta, &alpha);
-    lab.cut_out(&end("beta:repl")).unwrap();
-    until_silent(&beta, &alpha);
-    until_it_arrives(&alpha, &beta);
-
-    let slow = Duration::from_millis(20);
-    let is_slow = |from, to| takes(from, to, PATIENCE).is_some_and(|time| time >= slow);
-    lab.slow_link(&at).unwrap();
-    until("it is slow", &|| is_slow(&alpha, &beta));
-    assert!(is_slow(&beta, &alpha), "the other direction as well");
-    lab.lossy_link(&at).unwrap();
-    until_it_arrives(&alpha, &beta);
-    lab.heal_link(&at).unwrap();
-    until("it is fast", &|| !is_slow(&alpha, &beta));
-
-    let plain = TestLab::new(LAN);
-    let lab = plain.deploy();
-    let error = lab.slow_link(&at).unwrap_err().to_string();
-    assert!(error.contains("`impair: {}`") && error.contains("alpha:repl"), "{error}");
-    let error = lab.cut_in(&end("alpha:eth0")).unwrap_err().to_string();
-    assert!(error.contains("`impair: {}`") && error.contains("alpha:eth0"), "{error}");
 }
 
 #[test]

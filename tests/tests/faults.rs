@@ -1,9 +1,7 @@
 //! Faults that go by: links that get worse for a while, and a container that is killed. Nothing is
 //! lost, nothing is wrong, no connection is reset, and the container is protected again.
 
-use std::process::Command;
-
-use nilicon_tests::{Bed, EMBEDDED, Relay, Sketch, is_installed};
+use nilicon_tests::{Bed, EMBEDDED, Relay, Sketch};
 use serde_json::Value;
 
 const RELAY: &str = env!("CARGO_BIN_EXE_relay");
@@ -139,45 +137,5 @@ fn a_killed_container_without_a_backup_is_lost_and_that_is_said() {
     let store = bed.until_store("it is lost", |store| store["phase"] == "failed");
     let reason = store["reason"].as_str().unwrap_or_default();
     assert!(reason.contains("killed by signal 9; its backup"), "{store:#}");
-    bed.destroy();
-}
-
-/// A backup whose memory is full ends: its primary holds what it has not acknowledged, and when the
-/// backup is there again everything goes on, protected, with nothing lost.
-#[test]
-fn a_backup_without_memory_is_a_backup_lost() {
-    if !is_installed("prlimit") {
-        return;
-    }
-    let (bed, mut client) = start("full", "");
-    let inspected = bed.inspect();
-    let nodes = inspected["nodes"].as_array().expect("nodes");
-    let beta = nodes.iter().find(|node| node["name"] == "beta").expect("beta");
-    let pid = beta["agent_pid"].as_u64().expect("its agent runs").to_string();
-    // Not a page more than it has.
-    let limit = Command::new("prlimit").args(["--pid", &pid, "--as=1"]).status();
-    assert!(limit.expect("prlimit").success());
-    let value = "x".repeat(100_000);
-    let mut sent = 0;
-    while bed.store().is_some_and(|store| store["protected"] == true) {
-        assert!(sent < 500, "a backup takes {sent} values of 100 kB without memory");
-        let (key, length) = (format!("k{sent}"), value.len());
-        let head = format!("*3\r\n$3\r\nSET\r\n${}\r\n{key}\r\n${length}\r\n", key.len());
-        client.send(&format!("{head}{value}\r\n"));
-        sent += 1;
-    }
-    let store = bed.until_store("it is severed", |store| store["phase"] == "severed");
-    assert!(store["primary"] == "alpha" && store["reason"].is_string(), "{store:#}");
-    bed.fault("restart-agent:beta");
-    for _ in 0..sent {
-        assert_eq!(client.line(), "+OK");
-    }
-    bed.until_store("it is protected again", |store| store["protected"] == true);
-    bed.fault("kill-host:alpha");
-    for key in [0, sent - 1] {
-        let length = format!("${}", value.len());
-        assert_eq!((client.ask(&format!("GET k{key}")), client.line()), (length, value.clone()));
-    }
-    drop(client);
     bed.destroy();
 }

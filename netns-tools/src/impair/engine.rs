@@ -396,7 +396,7 @@ mod tests {
         ) {
             let config = Impair {
                 delay: Period(micros(delay)), jitter: Period(micros(delay / 2)),
-                loss: ratio(loss), duplicate: ratio(duplicate), reorder: ratio(reorder),
+                loss: ratio(loss), duplicate: ratio(duplicate), reorder: ratio(reorder), corrupt: ratio(loss),
                 rate: Some("100mbit".parse().unwrap()), queue, seed,
             };
             let mut link = Impairment::new(config, seed);
