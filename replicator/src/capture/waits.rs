@@ -24,7 +24,7 @@ use crate::image::Regs;
 use crate::image::task::{TimeUnit, Wait};
 use crate::sys::ptrace::{self, reg};
 use crate::sys::{SysResult, memory, pidfd, sockopt};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
@@ -76,6 +76,9 @@ pub(super) struct Interrupted {
     waits: HashMap<i32, Ongoing>,
     /// Calls that others had interrupted before we came, and that go on as restart_syscall(2).
     before: HashMap<i32, i64>,
+    /// Threads that the kernel has moved back to go on with their wait by restart_syscall(2), and
+    /// that were stopped before they made that call.
+    moved_back: HashSet<i32>,
     last_mark: u32,
     /// When the clocks of the image were read: what is left counts from there.
     read_at: Instant,
@@ -83,8 +86,8 @@ pub(super) struct Interrupted {
 
 impl Default for Interrupted {
     fn default() -> Self {
-        let (waits, before) = Default::default();
-        Self { waits, before, last_mark: 0, read_at: Instant::now() }
+        let (waits, before, moved_back) = Default::default();
+        Self { waits, before, moved_back, last_mark: 0, read_at: Instant::now() }
     }
 }
 
@@ -115,15 +118,15 @@ impl Interrupted {
         {
             call = earlier;
         }
+        self.moved_back.remove(&tid);
         match regs[reg::RAX] as i64 {
-            RESTART_BLOCK if call != libc::SYS_restart_syscall => {
-                let timeout = timeout_of(call, &regs);
-                let until = match timeout {
-                    Some(t) => left_of(tid, call, t, &regs)?.map(|left| Instant::now() + left),
-                    None => None,
-                };
-                self.waits.insert(tid, Ongoing { mark: 0, call, until, timeout });
-                Ok(())
+            RESTART_BLOCK if call != libc::SYS_restart_syscall => self.begins(tid, call, &regs),
+            libc::SYS_restart_syscall if is_at_call(tid, &regs)? => {
+                self.moved_back.insert(tid);
+                match call != libc::SYS_restart_syscall && self.resumed(tid, call).is_none() {
+                    true => self.begins(tid, call, &regs),
+                    false => Ok(()),
+                }
             }
             EINTR if EINTR_AT_STOP.contains(&call) => {
                 if signal_comes(tid)? {
@@ -149,6 +152,26 @@ impl Interrupted {
             }
             _ => Ok(()),
         }
+    }
+
+    /// A wait that the kernel goes on with itself is seen for the first time since it began, or since
+    /// the kernel told what was left of it.
+    fn begins(&mut self, tid: i32, call: i64, regs: &Regs) -> SysResult<()> {
+        let timeout = timeout_of(call, regs);
+        let until = match timeout {
+            Some(t) => left_of(tid, call, t, regs)?.map(|left| Instant::now() + left),
+            None => None,
+        };
+        self.waits.insert(tid, Ongoing { mark: 0, call, until, timeout });
+        Ok(())
+    }
+
+    /// The wait of this thread, if it is one that the kernel goes on with and of this call, or of any
+    /// for restart_syscall(2).
+    fn resumed(&self, tid: i32, call: i64) -> Option<&Ongoing> {
+        let is =
+            |w: &&Ongoing| w.mark == 0 && (call == libc::SYS_restart_syscall || w.call == call);
+        self.waits.get(&tid).filter(is)
     }
 
     /// Finds out which call a thread is in that goes on as restart_syscall(2), by where it sleeps
@@ -241,6 +264,17 @@ impl Interrupted {
         let mut wait = None;
         regs[reg::ORIG_RAX] = u64::MAX;
         match number(live) {
+            Some(call) if self.moved_back.contains(&tid) => match self.resumed(tid, call) {
+                Some(w) => {
+                    (regs[reg::RAX], regs[reg::ORIG_RAX]) = (w.call as u64, RESTART_NO_HAND as u64);
+                    wait = w.image(self.read_at);
+                }
+                // Begun before we came.
+                None => {
+                    regs[reg::RIP] += 2;
+                    regs[reg::RAX] = EINTR as u64;
+                }
+            },
             Some(libc::SYS_restart_syscall) if RESTARTS.contains(&rax) => match known {
                 Some(w) if w.mark == 0 => {
                     rewind(&mut regs, w.call, rax);
@@ -274,6 +308,7 @@ impl Interrupted {
     pub(super) fn retain(&mut self, is_there: impl Fn(i32) -> bool) {
         self.waits.retain(|tid, _| is_there(*tid));
         self.before.retain(|tid, _| is_there(*tid));
+        self.moved_back.retain(|tid| is_there(*tid));
     }
 }
 
@@ -298,6 +333,16 @@ fn left(until: Instant) -> Duration {
 fn number(regs: &Regs) -> Option<i64> {
     let whole = regs[reg::ORIG_RAX] as i64;
     (whole >= 0).then_some(i64::from(whole as i32))
+}
+
+/// Whether a stopped thread is about to make a system call.
+fn is_at_call(tid: i32, regs: &Regs) -> SysResult<bool> {
+    let mut instruction = [0; 2];
+    match memory::read(tid, regs[reg::RIP], &mut instruction) {
+        Err(e) if e.code() == libc::EFAULT => return Ok(false),
+        other => other?,
+    }
+    Ok(instruction == [0x0f, 0x05])
 }
 
 /// Back to the `syscall` instruction (two bytes), with the number of the call in rax, and in orig_rax
@@ -462,6 +507,60 @@ mod tests {
         // It has ended since.
         live[reg::RAX] = 1;
         assert_eq!(waits.image(7, &live).1, None);
+    }
+
+    /// It has RAX 219 and stands at its `syscall`, and the kernel's memory of the wait is lost
+    /// elsewhere.
+    #[test]
+    fn a_wait_that_was_about_to_go_on_is_the_same_wait() {
+        let child = std::process::Command::new("sleep").arg("600").spawn().expect("sleep starts");
+        let pid = child.id() as i32;
+        let _child = Killed(child);
+        ptrace::seize(pid, libc::PTRACE_O_EXITKILL).expect("seized");
+        let call = || std::fs::read_to_string(format!("/proc/{pid}/syscall")).unwrap_or_default();
+        while !call().starts_with("230 ") {
+            std::thread::yield_now();
+        }
+        ptrace::interrupt(pid).expect("interrupted");
+        assert!(ptrace::wait(pid).expect("stopped").is_event_stop());
+        let mut live = ptrace::regs(pid).expect("registers");
+        assert_eq!(live[reg::RAX] as i64, RESTART_BLOCK);
+        let mut waits = Interrupted::default();
+        waits.settle(pid).expect("settled");
+        waits.clocks_are_read();
+        let (usual, wait) = waits.image(pid, &live);
+        assert!(wait.and_then(|w| w.left) > Some(500_000_000_000));
+        // As the kernel does when it lets the thread go on.
+        (live[reg::RIP], live[reg::RAX]) = (live[reg::RIP] - 2, libc::SYS_restart_syscall as u64);
+        for orig in [libc::SYS_clock_nanosleep, libc::SYS_restart_syscall] {
+            live[reg::ORIG_RAX] = orig as u64;
+            ptrace::set_regs(pid, &live).expect("moved back");
+            waits.settle(pid).expect("settled");
+            assert_eq!(waits.image(pid, &live), (usual, wait), "{orig}");
+        }
+        // Whoever sees it for the first time so knows what it is, or that it cannot be known.
+        live[reg::ORIG_RAX] = libc::SYS_clock_nanosleep as u64;
+        ptrace::set_regs(pid, &live).expect("moved back");
+        let mut waits = Interrupted::default();
+        waits.settle(pid).expect("settled");
+        assert_eq!(waits.image(pid, &live).0, usual);
+        assert!(waits.image(pid, &live).1.is_some());
+        live[reg::ORIG_RAX] = libc::SYS_restart_syscall as u64;
+        ptrace::set_regs(pid, &live).expect("moved back");
+        let mut waits = Interrupted::default();
+        waits.settle(pid).expect("settled");
+        let (early, none) = waits.image(pid, &live);
+        assert_eq!((early[reg::RIP], early[reg::RAX] as i64), (live[reg::RIP] + 2, EINTR));
+        assert_eq!(none, None);
+    }
+
+    struct Killed(std::process::Child);
+
+    impl Drop for Killed {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
     }
 
     #[test]
