@@ -316,20 +316,21 @@ pub fn next_event() -> SysResult<Option<(i32, Status)>> {
 
 /// General registers of a stopped tracee.
 pub fn regs(tid: i32) -> SysResult<Regs> {
+    get_regs(tid).map(|(regs, _)| regs)
+}
+
+/// Registers, and how many bytes of them the kernel gave.
+fn get_regs(tid: i32) -> SysResult<(Regs, usize)> {
     let mut regs: Regs = [0; 27];
     let mut iov = iovec { iov_base: regs.as_mut_ptr().cast(), iov_len: size_of::<Regs>() };
     let data = (&raw mut iov) as usize;
     request(libc::PTRACE_GETREGSET, "PTRACE_GETREGSET", tid, NT_PRSTATUS, data)?;
-    Ok(regs)
+    Ok((regs, iov.iov_len))
 }
 
 /// Whether a stopped tracee runs code of 64 bits: the kernel gives fewer registers otherwise.
 pub fn is_wide(tid: i32) -> SysResult<bool> {
-    let mut regs: Regs = [0; 27];
-    let mut iov = iovec { iov_base: regs.as_mut_ptr().cast(), iov_len: size_of::<Regs>() };
-    let data = (&raw mut iov) as usize;
-    request(libc::PTRACE_GETREGSET, "PTRACE_GETREGSET", tid, NT_PRSTATUS, data)?;
-    Ok(iov.iov_len == size_of::<Regs>())
+    get_regs(tid).map(|(_, len)| len == size_of::<Regs>())
 }
 
 /// Sets the general registers of a stopped tracee.
