@@ -21,7 +21,7 @@ use nix::unistd::{Whence, lseek, pipe2, write};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// A description that could not be made: its index, and why.
 pub(super) type Failed = (usize, SysError);
@@ -49,6 +49,7 @@ pub(super) fn create_all(
     place: &Place<'_>,
     script: &mut Script,
 ) -> Result<Vec<OwnedFd>, Failed> {
+    let begin = Instant::now();
     let mut pipes = Pipes::new(state);
     let mut made: Vec<Option<OwnedFd>> = state.descriptions.iter().map(|_| None).collect();
     for (i, d) in state.descriptions.iter().enumerate() {
@@ -56,7 +57,7 @@ pub(super) fn create_all(
             Kind::File { path, offset } => file(place, d.flags, path, *offset),
             Kind::Pipe(index) => pipes.end(*index, d.flags),
             Kind::EventFd { count, semaphore } => event_fd(*count, *semaphore),
-            Kind::TimerFd(timer) => timer_fd(timer, place.elapsed),
+            Kind::TimerFd(timer) => timer_fd(timer, place.elapsed + begin.elapsed()),
             Kind::Epoll(_) | Kind::EpollPast { .. } => {
                 sys(Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC), "epoll_create1", text).map(|e| e.0)
             }
