@@ -5,6 +5,10 @@
 //! It is a short cut and no promise. A kernel without it (no BTF, no right to load programs,
 //! other structures) is looked at as before, one descriptor at a time; so is every descriptor that
 //! the glance says too little of.
+//!
+//! Rows name threads by their numbers in the first pid namespace. Whoever captures from within
+//! another one knows other numbers, would find no row of any process, and must not take that for a
+//! process without descriptors: there are no glances then.
 
 mod descriptors;
 mod layout;
@@ -20,22 +24,33 @@ use tasks::Tasks;
 /// The programs, each loaded once in the life of this process. None: this kernel cannot do it.
 fn descriptors() -> Option<&'static Descriptors> {
     static LOADED: OnceLock<Option<Descriptors>> = OnceLock::new();
-    LOADED.get_or_init(|| loaded(Descriptors::load(), "descriptors")).as_ref()
+    LOADED.get_or_init(|| loaded(Descriptors::load, "descriptors")).as_ref()
 }
 
 fn tasks() -> Option<&'static Tasks> {
     static LOADED: OnceLock<Option<Tasks>> = OnceLock::new();
-    LOADED.get_or_init(|| loaded(Tasks::load(), "threads")).as_ref()
+    LOADED.get_or_init(|| loaded(Tasks::load, "threads")).as_ref()
 }
 
-fn loaded<T>(result: SysResult<T>, what: &str) -> Option<T> {
-    match result {
+fn loaded<T>(load: impl Fn() -> SysResult<T>, what: &str) -> Option<T> {
+    if !knows_the_first_numbers() {
+        tracing::info!("in a pid namespace of its own, stops look at {what} one by one");
+        return None;
+    }
+    match load() {
         Ok(loaded) => Some(loaded),
         Err(error) => {
             tracing::info!(%error, "stops look at {what} one by one");
             None
         }
     }
+}
+
+/// Whether pids that we know are those of the first pid namespace, whose inode is PROC_PID_INIT_INO
+/// of the kernel's linux/proc_ns.h.
+fn knows_the_first_numbers() -> bool {
+    let link = std::fs::read_link("/proc/self/ns/pid");
+    link.is_ok_and(|link| link.as_os_str() == "pid:[4026531836]")
 }
 
 /// Loads what makes stops short, so that the first of them does not. Says whether this kernel can
