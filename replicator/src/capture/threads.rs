@@ -25,7 +25,7 @@ const DEATH_SIGNAL_AT: u64 = DATA + 0x1120;
 const UIDS_AT: u64 = DATA + 0x1124;
 const CAPS_AT: u64 = DATA + 0x1130;
 const CAPS_HEADER_AT: u64 = DATA + 0x1150;
-const TIME_STAMP_AT: u64 = DATA + 0x1158;
+const TIME_STAMP_AT: u64 = DATA + 0x1148;
 const SUBREAPER_AT: u64 = DATA + 0x1260;
 const TIMERS_AT: u64 = DATA + 0x1200;
 
@@ -143,11 +143,11 @@ impl Threads {
                 memory::write(tid, CAPS_HEADER_AT, &0x2008_0522u64.to_ne_bytes())?;
                 let results = run_unnoticed(&mut self.batch, tid, rseq)?;
                 let before = (!asks).then(|| (cache.answers(), self.inner.clone()));
-                read_thread(tid, &results[asked..], cache)?;
+                let time_stamp = read_thread(tid, &results[asked..], cache)?;
                 if let Some(at) = of_process {
                     self.inner = read_process(tid, &results[at..])?;
                 }
-                refuse_restricted(tid, &results[asked..])?;
+                refuse_restricted(tid, time_stamp, &results[asked..])?;
                 if let Some(before) = before
                     && before != (cache.answers(), self.inner.clone())
                 {
@@ -409,14 +409,9 @@ const ARCH_GET_CPUID: u64 = 0x1011;
 
 /// Refuses a thread for which the processor or the memory does less than usual. `results` are those
 /// of [`ask_thread`].
-fn refuse_restricted(tid: i32, results: &[i64]) -> Result<(), CaptureError> {
-    let mut time_stamp = [0; 4];
-    memory::read(tid, TIME_STAMP_AT, &mut time_stamp)?;
+fn refuse_restricted(tid: i32, time_stamp: i32, results: &[i64]) -> Result<(), CaptureError> {
     let forbidden = [
-        (
-            i32::from_ne_bytes(time_stamp) == libc::PR_TSC_SIGSEGV,
-            "the time stamp counter (PR_SET_TSC)",
-        ),
+        (time_stamp == libc::PR_TSC_SIGSEGV, "the time stamp counter (PR_SET_TSC)"),
         (results[9] > 0, "memory that becomes executable (PR_SET_MDWE)"),
         (results[10] == 0, "the instruction CPUID (ARCH_SET_CPUID)"),
     ];
@@ -456,8 +451,8 @@ fn word(bytes: &[u8], at: usize) -> u64 {
     u64::from_ne_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
 }
 
-/// `results` are those of [`ask_thread`].
-fn read_thread(tid: i32, results: &[i64], cache: &mut ThreadCache) -> SysResult<()> {
+/// `results` are those of [`ask_thread`]. Gives what PR_GET_TSC says.
+fn read_thread(tid: i32, results: &[i64], cache: &mut ThreadCache) -> SysResult<i32> {
     let mut bytes = [0u8; (CAPS_HEADER_AT - ALTSTACK_AT) as usize];
     memory::read(tid, ALTSTACK_AT, &mut bytes)?;
     let at = |place: u64| (place - ALTSTACK_AT) as usize;
@@ -478,7 +473,7 @@ fn read_thread(tid: i32, results: &[i64], cache: &mut ThreadCache) -> SysResult<
     let set =
         |i: u64| u64::from(half(CAPS_AT + 4 * i)) | u64::from(half(CAPS_AT + 12 + 4 * i)) << 32;
     cache.rights = (ids, [0, 1, 2].map(set));
-    Ok(())
+    Ok(half(TIME_STAMP_AT) as i32)
 }
 
 /// `results` are those of [`ask_process`].

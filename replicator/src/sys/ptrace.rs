@@ -214,33 +214,19 @@ pub fn poll(tid: i32) -> SysResult<Option<()>> {
 /// The next event of one tracee (`tid`) or any child of this thread's process (-1), without
 /// waiting.
 pub fn poll_wait(tid: i32) -> SysResult<Option<(i32, Status)>> {
-    let mut raw = 0;
-    // SAFETY: `raw` is ours and live.
-    let r = unsafe { libc::waitpid(tid, &mut raw, libc::__WALL | libc::WNOHANG) };
-    match r {
-        0 => Ok(None),
-        r if r > 0 => Ok(Some((r, Status::from_raw(raw)))),
-        _ => match std::io::Error::last_os_error().raw_os_error() {
-            Some(libc::ECHILD | libc::EINTR) => Ok(None),
-            _ => Err(SysError::last("waitpid", format!("tid {tid}"))),
-        },
-    }
+    Ok(match hear(tid, libc::WNOHANG)? {
+        Heard::Event(tid, status) => Some((tid, status)),
+        Heard::Nothing | Heard::NoTracee => None,
+    })
 }
 
 /// The event of a tracee, if it waits. One that is gone has ended.
 pub fn wait_now(tid: i32) -> SysResult<Option<Status>> {
-    let mut raw = 0;
-    // SAFETY: `raw` is ours and live.
-    let r = unsafe { libc::waitpid(tid, &mut raw, libc::__WALL | libc::WNOHANG) };
-    match r {
-        0 => Ok(None),
-        r if r > 0 => Ok(Some(Status::from_raw(raw))),
-        _ => match std::io::Error::last_os_error().raw_os_error() {
-            Some(libc::ECHILD) => Ok(Some(Status::Exited(0))),
-            Some(libc::EINTR) => Ok(None),
-            _ => Err(SysError::last("waitpid", format!("tid {tid}"))),
-        },
-    }
+    Ok(match hear(tid, libc::WNOHANG)? {
+        Heard::Event(_, status) => Some(status),
+        Heard::NoTracee => Some(Status::Exited(0)),
+        Heard::Nothing => None,
+    })
 }
 
 /// The next event of any tracee of the calling thread; none if there is no tracee. For whoever waits
@@ -248,16 +234,10 @@ pub fn wait_now(tid: i32) -> SysResult<Option<Status>> {
 /// the end of another one.
 pub fn wait_any() -> SysResult<Option<(i32, Status)>> {
     loop {
-        let mut raw = 0;
-        // SAFETY: `raw` is ours and live.
-        let r = unsafe { libc::waitpid(-1, &mut raw, libc::__WALL | libc::__WNOTHREAD) };
-        if r > 0 {
-            return Ok(Some((r, Status::from_raw(raw))));
-        }
-        match std::io::Error::last_os_error().raw_os_error() {
-            Some(libc::EINTR) => {}
-            Some(libc::ECHILD) => return Ok(None),
-            _ => return Err(SysError::last("waitpid", "any tracee".to_owned())),
+        match hear(-1, libc::__WNOTHREAD)? {
+            Heard::Event(tid, status) => return Ok(Some((tid, status))),
+            Heard::NoTracee => return Ok(None),
+            Heard::Nothing => {}
         }
     }
 }
@@ -300,16 +280,34 @@ fn is_exiting(tid: i32) -> bool {
 /// The next event of any tracee of the calling thread, without waiting. Children of other
 /// threads of this process are left alone (__WNOTHREAD).
 pub fn next_event() -> SysResult<Option<(i32, Status)>> {
+    Ok(match hear(-1, libc::WNOHANG | libc::__WNOTHREAD)? {
+        Heard::Event(tid, status) => Some((tid, status)),
+        Heard::Nothing | Heard::NoTracee => None,
+    })
+}
+
+/// What waitpid(2) tells.
+enum Heard {
+    /// Of this tracee.
+    Event(i32, Status),
+    /// Nothing yet, or a signal came first.
+    Nothing,
+    /// There is none to hear of.
+    NoTracee,
+}
+
+/// Asks for the event of a tracee, or of any (-1).
+fn hear(who: i32, flags: i32) -> SysResult<Heard> {
     let mut raw = 0;
-    let flags = libc::__WALL | libc::WNOHANG | libc::__WNOTHREAD;
     // SAFETY: `raw` is ours and live.
-    let r = unsafe { libc::waitpid(-1, &mut raw, flags) };
+    let r = unsafe { libc::waitpid(who, &mut raw, libc::__WALL | flags) };
     match r {
-        0 => Ok(None),
-        r if r > 0 => Ok(Some((r, Status::from_raw(raw)))),
+        0 => Ok(Heard::Nothing),
+        r if r > 0 => Ok(Heard::Event(r, Status::from_raw(raw))),
         _ => match std::io::Error::last_os_error().raw_os_error() {
-            Some(libc::ECHILD | libc::EINTR) => Ok(None),
-            _ => Err(SysError::last("waitpid", "any tracee")),
+            Some(libc::ECHILD) => Ok(Heard::NoTracee),
+            Some(libc::EINTR) => Ok(Heard::Nothing),
+            _ => Err(SysError::last("waitpid", format!("tid {who}"))),
         },
     }
 }
