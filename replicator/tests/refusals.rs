@@ -59,6 +59,19 @@ def nested(flags, deeper=False):
     os.close(tells)
     if os.read(told, 1) != b'x':
         sys.exit(0)
+def run_and_delete(program):
+    import subprocess, tempfile
+    fd, path = tempfile.mkstemp()
+    os.write(fd, program)
+    os.fchmod(fd, 0o700)
+    os.close(fd)
+    try:
+        # It ends when the test does: it reads what we read.
+        subprocess.Popen([path], stdout=subprocess.DEVNULL)
+    except OSError as e:
+        give_up(e)
+    finally:
+        os.unlink(path)
 def cloned(flags):
     if call(56, flags | 17, 0, 0, 0, 0) == 0:
         os.read(0, 1)
@@ -286,6 +299,17 @@ if os.fork() == 0:
     os.read(0, 1)
     os._exit(0)
 os.read(told, 1)" => "pid", "debugger";
+    program_whose_file_is_deleted: "
+with open('/bin/cat', 'rb') as f:
+    run_and_delete(f.read())" => "pid", "file of its program";
+    program_of_32_bits: "
+# read(0, stack, 1), then exit.
+code = bytes.fromhex('b80300000031db89e1ba01000000cd80b801000000cd80')
+base, at = 0x8048000, 84
+header = b'\\x7fELF\\x01\\x01\\x01' + bytes(9)
+header += struct.pack('HHIIIIIHHHHHH', 2, 3, 1, base + at, 52, 0, 0, 52, 32, 1, 0, 0, 0)
+header += struct.pack('IIIIIIII', 1, 0, base, base, at + len(code), at + len(code), 5, 4096)
+run_and_delete(header + code)" => "pid", "32 bits";
     memory_that_may_not_become_executable: "call(157, 65, 1, 0, 0, 0)" => "pid", "PR_SET_MDWE";
     time_stamp_counter_forbidden: "call(157, 26, 2, 0, 0, 0)" => "thread", "PR_SET_TSC";
     processor_identification_forbidden: "call(158, 0x1012, 0)" => "thread", "ARCH_SET_CPUID";

@@ -257,6 +257,30 @@ fn every_program_passes_after_its_checkpoint_and_restore() {
     assert!(failed.is_empty() && !sources.is_empty(), "failed: {failed:?}");
 }
 
+/// The numbers by which the kernel names tasks in its own lists are others there.
+#[test]
+fn whoever_is_in_a_pid_namespace_finds_all_descriptors_there() {
+    const INSIDE: &str = "NILICON_TEST_INSIDE";
+    if std::env::var_os(INSIDE).is_some() {
+        let bench = Bench::new("inside");
+        for name in ["pipeline", "files"] {
+            assert_eq!(round(&built(name, &bench)), Ok(()), "{name}");
+        }
+        return;
+    }
+    let name = "whoever_is_in_a_pid_namespace_finds_all_descriptors_there";
+    // The shell waits for the orphans that a daemon leaves.
+    let done = Command::new("unshare")
+        .args(["-pf", "--mount-proc", "sh", "-c", "\"$0\" \"$@\"; exit $?"])
+        .arg(std::env::current_exe().expect("this program"))
+        .args(["--exact", name, "--nocapture"])
+        .env(INSIDE, "1")
+        .output()
+        .expect("unshare starts");
+    let said = String::from_utf8_lossy(&done.stderr);
+    assert!(done.status.success(), "{}{said}", String::from_utf8_lossy(&done.stdout));
+}
+
 /// All programs as one tree: `NILICON_ROUNDS=200` for the long way.
 #[test]
 fn a_tree_that_uses_every_kind_at_once_never_notices() {
