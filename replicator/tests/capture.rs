@@ -335,8 +335,12 @@ fn the_program_that_waits() {
         let found = epoll.wait(&mut events, PATIENCE_MS as u16).expect("no error is shown to it");
         assert_eq!(found, 0);
         let early = count * PATIENCE_MS > begin.elapsed().as_millis() as u64 + 1;
-        std::fs::write(&path, if early { "early".to_owned() } else { count.to_string() })
-            .expect("written");
+        // Whole at every moment: it may be stopped in the middle.
+        let text = if early { "early".to_owned() } else { count.to_string() };
+        let mut next = path.clone();
+        next.push(".next");
+        std::fs::write(&next, text).expect("written");
+        std::fs::rename(&next, &path).expect("renamed");
     }
 }
 

@@ -38,6 +38,8 @@ fn run() {
     let mut epolls: Vec<Epoll> = Vec::new();
     let mut events: Vec<EventFd> = Vec::new();
     let mut spare: Vec<OwnedFd> = Vec::new();
+    let mut files: Vec<std::fs::File> = Vec::new();
+    let mut memory = Vec::new();
     let event = |data| EpollEvent::new(EpollFlags::EPOLLIN, data);
     while let Some(Ok(line)) = lines.next() {
         let words: Vec<&str> = line.split(' ').collect();
@@ -55,6 +57,23 @@ fn run() {
                 sockopt::set_i32(fd, n(1) as i32, n(2) as i32, n(3) as i32).expect("set");
             }
             "close" => drop(streams.remove(n(1))),
+            "create" => files.push(std::fs::File::create(words[1]).expect("made")),
+            "directory" => std::fs::create_dir(words[1]).expect("made"),
+            "rename" => std::fs::rename(words[1], words[2]).expect("renamed"),
+            "pipe" => {
+                let (read, write) = nix::unistd::pipe().expect("a pipe");
+                spare.extend([read, write]);
+            }
+            "fill" => drop(nix::unistd::write(&spare[1], &vec![7; n(1)]).expect("written")),
+            "empty" => drop(nix::unistd::read(&spare[0], &mut vec![0; n(1)]).expect("read")),
+            "widen" => {
+                fcntl(&spare[0], FcntlArg::F_SETPIPE_SZ(n(1) as i32)).expect("set");
+            }
+            "map" => {
+                // So much that the kernel makes a mapping of it.
+                memory.push(vec![1u8; n(1) << 20]);
+            }
+            "unmap" => drop(memory.pop()),
             "dup" => spare.push(streams[n(1)].try_clone().expect("a duplicate").into()),
             "undup" => spare.clear(),
             "keep" => {
@@ -360,4 +379,87 @@ fn whatever_a_thread_changes_before_a_stop_is_seen_in_it() {
 
 fn p_has_timers(original: &Original) -> bool {
     original.state.processes[0].timers.interval.iter().any(|t| t.value != 0)
+}
+
+#[test]
+fn names_pipes_and_mappings_are_what_they_are_at_each_stop() {
+    if !warm_up() {
+        println!("skipped: this kernel shows descriptors one by one only");
+        return;
+    }
+    let mut stage = Stage::new("names");
+    // Believed, or it would be looked at one by one.
+    stage.original.capturer.set_glances(Glances::On);
+    let at = stage.original.dir.to_string_lossy().into_owned();
+    let steps = [
+        format!("directory {at}/a"),
+        format!("create {at}/a/one"),
+        format!("rename {at}/a/one {at}/a/two"),
+        format!("directory {at}/b"),
+        format!("rename {at}/a/two {at}/b/two"),
+        format!("create {at}/other"),
+        format!("rename {at}/other {at}/b/two"),
+        format!("rename {at}/b/two {at}/a/three"),
+        "pipe".into(),
+        "fill 100".into(),
+        "empty 60".into(),
+        "empty 40".into(),
+        "widen 1048576".into(),
+        "fill 70000".into(),
+        "empty 70000".into(),
+        "undup".into(),
+        "map 3".into(),
+        "map 40".into(),
+        "unmap".into(),
+        "map 40".into(),
+        "unmap".into(),
+    ];
+    for step in &steps {
+        stage.look_ahead();
+        stage.tell(step);
+        stage.stop();
+        stage.shows_what_there_is(step);
+        stage.stop();
+        stage.shows_what_there_is(step);
+    }
+}
+
+impl Stage {
+    /// Compares paths, pipes and mappings of the last stop with /proc.
+    fn shows_what_there_is(&self, step: &str) {
+        let (state, pid) = (&self.original.state, self.original.launched.pid);
+        let process = &state.processes[0];
+        for fd in &process.fds {
+            let link = std::fs::read_link(format!("/proc/{pid}/fd/{}", fd.number)).expect("there");
+            let there = link.to_string_lossy();
+            match &state.descriptions[fd.description as usize].kind {
+                Kind::File { path, .. } => assert_eq!(*path, there, "{step}"),
+                Kind::Object { .. } => assert!(there.ends_with(" (deleted)"), "{step}: {there}"),
+                Kind::Pipe(at) => {
+                    let pipe = &state.pipes[*at as usize];
+                    let end = std::fs::File::open(format!("/proc/{pid}/fd/{}", fd.number));
+                    // The end that writes cannot be read.
+                    let Ok(end) = end else { continue };
+                    let waits = sockopt::in_queue(end.as_fd()).expect("asked");
+                    let holds = fcntl(&end, FcntlArg::F_GETPIPE_SZ).expect("asked");
+                    let shown = (pipe.contents.len(), pipe.capacity as i32);
+                    assert_eq!(shown, (waits, holds), "{step}");
+                }
+                _ => {}
+            }
+        }
+        let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).expect("maps");
+        let shown = process.mappings.iter().map(|m| (m.start, m.end));
+        let shown: Vec<_> = shown.collect();
+        for line in maps.lines().filter(|l| l.contains(" rw-p ") && !l.contains('[')) {
+            let (start, end) =
+                line.split(' ').next().expect("a range").split_once('-').expect("two");
+            let number = |hex| u64::from_str_radix(hex, 16).expect("hexadecimal");
+            let (start, end) = (number(start), number(end));
+            // A mapping may be shown in parts; the scratch area is ours.
+            let covered: u64 =
+                shown.iter().map(|(s, e)| (*e).min(end).saturating_sub((*s).max(start))).sum();
+            assert!(covered == end - start || end <= 0x50000, "{step}: {line}");
+        }
+    }
 }

@@ -243,7 +243,7 @@ call(321, 0, attr, 72)" => "descriptor", "BPF";
     huge_memfd: "
 fd = call(319, b'huge', 4)
 os.ftruncate(fd, 2 << 20)
-mapped(0x4001, fd)" => "mapping", "MFD_HUGETLB";
+mapped(0x4001, fd)" => "descriptor", "MFD_HUGETLB";
     huge_memfd_by_descriptor: "
 fd = call(319, b'huge', 4)
 os.ftruncate(fd, 2 << 20)" => "descriptor", "MFD_HUGETLB";

@@ -1,7 +1,7 @@
 //! Taking a container's processes over, all of its tree at the start and each new one later: seized,
 //! their memory watched, what cannot be protected refused (CP-3).
 
-use super::memory::AddressSpace;
+use super::memory::{self, AddressSpace};
 use super::tracer::{self, Tracer};
 use super::{
     CaptureError, Capturer, Glances, Tracked, advice, farewell, files, lineage, maps, namespaces,
@@ -63,6 +63,7 @@ impl Capturer {
             refusals: refusals::Refusals::default(),
             remains: lineage::Remains::default(),
             farewells: farewell::Farewells::default(),
+            helper: memory::Helper::of(root),
         })
     }
 
@@ -151,13 +152,14 @@ impl Capturer {
         self.batch.push(Call::new(libc::SYS_close, &[number as u64]));
         self.batch.run_all_ok(pid)?;
         Ok(Tracked {
-            space: AddressSpace::new(pid, attributes.pid, uffd?)?,
+            space: AddressSpace::new(pid, attributes.pid, uffd?, self.glances)?,
             advice: advice::Advices::default(),
             handle,
             threads: threads::Threads::open(pid, self.glances),
             files: files::Files::open(pid, self.glances),
             attributes,
             is_doubtful: true,
+            read: None,
             timers: timers::Timers::open(pid)?,
         })
     }

@@ -2,8 +2,9 @@
 //! mseal(2).
 //!
 //! Reading smaps walks all page tables, so it happens in pre-copy, when mappings changed or the
-//! amount of locked memory did, and from time to time for what leaves no other trace. An advice
-//! that is younger than that may be missing in a checkpoint; no contents depend on it.
+//! amount of locked memory did, and from time to time for what leaves no other trace: nothing does
+//! where a [`glance`](super::glance) shows the flags of mappings. An advice that is younger than that may be
+//! missing in a checkpoint; no contents depend on it.
 
 use super::CaptureError;
 use super::memory::is_scratch;
@@ -20,22 +21,26 @@ pub(super) struct Advices {
     refused: Option<(u64, u64, &'static str)>,
     locked: u64,
     last: Option<(Instant, Duration)>,
+    /// Mappings have changed since.
+    stale: bool,
 }
 
 impl Advices {
     /// Reads them if it is time to. `locked` is the amount of locked memory, `changed` says that
-    /// mappings changed.
+    /// mappings changed, `shown` that a change of flags is one.
     pub(super) fn look(
         &mut self,
         pid: i32,
         locked: u64,
         changed: bool,
+        shown: bool,
     ) -> Result<(), CaptureError> {
         let begin = Instant::now();
+        self.stale |= changed;
         if let Some((last, cost)) = self.last {
             let since = begin - last;
-            let due = since >= PERIOD.max(cost * 100);
-            if !due && locked == self.locked && !(changed && since >= cost * 10) {
+            let due = !shown && since >= PERIOD.max(cost * 100);
+            if !due && locked == self.locked && !(self.stale && since >= cost * 10) {
                 return Ok(());
             }
         }
@@ -43,14 +48,21 @@ impl Advices {
         let text = std::fs::read(&path).map_err(|e| CaptureError::proc(&path, e))?;
         (self.all, self.refused) = parse(&String::from_utf8_lossy(&text));
         self.locked = locked;
-        self.last = Some((begin, begin.elapsed()));
+        (self.last, self.stale) = (Some((begin, begin.elapsed())), false);
         Ok(())
     }
 
     /// Those for a checkpoint; reads them if that never happened.
-    pub(super) fn take(&mut self, pid: i32, locked: u64) -> Result<Vec<Advice>, CaptureError> {
+    /// `changed` says that mappings changed since the look before the stop.
+    pub(super) fn take(
+        &mut self,
+        pid: i32,
+        locked: u64,
+        changed: bool,
+    ) -> Result<Vec<Advice>, CaptureError> {
+        self.stale |= changed;
         if self.last.is_none() {
-            self.look(pid, locked, true)?;
+            self.look(pid, locked, true, false)?;
         }
         if let Some((start, end, why)) = self.refused {
             let object = format!("mapping {start:#x}-{end:#x} of pid {pid}");

@@ -12,6 +12,10 @@ pub(super) struct Info {
     pub(super) flags: i32,
     pub(super) inode: u64,
     pub(super) mount: u64,
+    /// What stands for its name in a glance, see `Row::name`.
+    pub(super) name: Option<[u64; 4]>,
+    /// If it is a pipe that a glance showed empty: how many bytes it may hold.
+    pub(super) empty_pipe: Option<u32>,
     /// Not of fdinfo: what stands for the kind of file, if a glance showed it.
     pub(super) operations: u64,
     pub(super) epoll: Vec<EpollTarget>,

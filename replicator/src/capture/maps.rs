@@ -276,7 +276,8 @@ mod tests {
     fn a_mapping_that_grew_between_two_looks_shows() {
         let text = ["1000-3000 rw-p 00000000 00:00 0", "3000-9000 ---p 00000000 00:00 0"];
         let vmas: Vec<Vma> = text.iter().filter_map(|line| parse(line, &[])).collect();
-        let extent = |start, end, flags| Extent { start, end, flags, offset: 0, inode: 0 };
+        let extent =
+            |start, end, flags| Extent { start, end, flags, offset: 0, inode: 0, watcher: 0 };
         assert!(agree(&vmas, &[extent(0x1000, 0x3000, 3), extent(0x3000, 0x9000, 0)]));
         assert!(!agree(&vmas, &[extent(0x1000, 0x4000, 3), extent(0x4000, 0x9000, 0)]));
         assert!(!agree(&vmas, &[extent(0x1000, 0x3000, 3), extent(0x3000, 0x9000, 1)]));

@@ -62,7 +62,7 @@ use memory::AddressSpace;
 use process::Attributes;
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tracer::{Change, Tracer};
 
 pub use error::CaptureError;
@@ -104,7 +104,28 @@ struct Tracked {
     attributes: Attributes,
     /// They were read while it ran, and are others than in the stop before.
     is_doubtful: bool,
+    /// When they were last read while it ran.
+    read: Option<Instant>,
     timers: timers::Timers,
+}
+
+/// How long what /proc says of a process counts where a glance shows changes of almost all of it: not
+/// new names of directories far above those that it is in.
+const ATTRIBUTES: Duration = Duration::from_millis(100);
+
+impl Tracked {
+    /// Reads what rarely changes while the process runs, so that a stop need not.
+    fn read_ahead(&mut self, pid: i32) -> Result<(), CaptureError> {
+        let begin = Instant::now();
+        if self.threads.shows_settings() && self.read.is_some_and(|t| begin - t < ATTRIBUTES) {
+            return Ok(());
+        }
+        let attributes = process::read(pid, Some(&self.attributes))?;
+        self.threads.look_ahead()?;
+        self.is_doubtful |= attributes != self.attributes;
+        (self.attributes, self.read) = (attributes, Some(begin));
+        Ok(())
+    }
 }
 
 /// How descriptors are looked at.
@@ -143,6 +164,8 @@ pub struct Capturer {
     refusals: refusals::Refusals,
     remains: lineage::Remains,
     farewells: farewell::Farewells,
+    /// Looks for written pages while the container stands still.
+    helper: Option<memory::Helper>,
 }
 
 impl Capturer {
@@ -311,19 +334,20 @@ impl Capturer {
                 _ => {}
             }
             // Pages last: what is written meanwhile is left for the stop.
-            let read = process::read(*pid, Some(&tracked.attributes)).and_then(|attributes| {
-                tracked.threads.look_ahead()?;
+            let read = tracked.read_ahead(*pid).and_then(|()| {
                 let handle = tracked.handle.as_fd();
-                let looked = tracked.files.look_ahead(*pid, handle, objects, diag);
-                looked.map(|()| attributes)
+                tracked.files.look_ahead(*pid, handle, objects, diag)
             });
-            let round = tracked.space.round(pages, objects, false);
+            let round =
+                tracked.threads.glance().map_err(CaptureError::from).and_then(|sequence| {
+                    tracked.space.round(pages, objects, false, None, sequence)
+                });
             match (round, read) {
-                (Ok(()), Ok(attributes)) => {
-                    tracked.is_doubtful |= attributes != tracked.attributes;
-                    tracked.attributes = attributes;
-                    let changed = tracked.space.is_changed();
-                    match tracked.advice.look(*pid, tracked.attributes.locked, changed) {
+                (Ok(()), Ok(())) => {
+                    let locked = tracked.attributes.locked;
+                    let (changed, shown) =
+                        (tracked.space.is_changed(), tracked.space.shows_flags());
+                    match tracked.advice.look(*pid, locked, changed, shown) {
                         Err(e) if !e.is_gone() => return Err(e),
                         _ => {}
                     }

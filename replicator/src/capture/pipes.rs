@@ -12,25 +12,34 @@ use std::os::unix::fs::OpenOptionsExt;
 /// Whether it is a named pipe, and its inode.
 pub(super) type Key = (bool, u64);
 
-/// Captures a pipe with the first end that is met; gives its index.
+/// Captures a pipe with the first end that is met; gives its index. `empty` is how much it may hold,
+/// if it is known to hold nothing.
 pub(super) fn pipe(
     handle: BorrowedFd<'_>,
     number: i32,
     key: Key,
+    empty: Option<u32>,
     builder: &mut Builder,
     state: &mut State,
 ) -> Result<u32, CaptureError> {
     if let Some(at) = builder.pipes.get(&key) {
         return Ok(*at);
     }
-    let dup = pidfd::get_fd(handle, number)?;
-    let capacity = nix::fcntl::fcntl(&dup, nix::fcntl::FcntlArg::F_GETPIPE_SZ)
-        .map_err(|e| SysError::errno("F_GETPIPE_SZ", format!("descriptor {number}"), e as i32))?;
-    let (contents, packets) = pipe_contents(&dup, capacity as usize)?;
-    state.pipes.push(Pipe { capacity: capacity as u32, contents, packets });
+    let pipe = match empty {
+        Some(capacity) => Pipe { capacity, contents: Vec::new(), packets: Vec::new() },
+        None => read(&pidfd::get_fd(handle, number)?, number)?,
+    };
+    state.pipes.push(pipe);
     let at = state.pipes.len() as u32 - 1;
     builder.pipes.insert(key, at);
     Ok(at)
+}
+
+fn read(end: &OwnedFd, number: i32) -> Result<Pipe, CaptureError> {
+    let capacity = nix::fcntl::fcntl(end, nix::fcntl::FcntlArg::F_GETPIPE_SZ)
+        .map_err(|e| SysError::errno("F_GETPIPE_SZ", format!("descriptor {number}"), e as i32))?;
+    let (contents, packets) = pipe_contents(end, capacity as usize)?;
+    Ok(Pipe { capacity: capacity as u32, contents, packets })
 }
 
 /// Copies what a pipe holds with tee(2), which consumes nothing.

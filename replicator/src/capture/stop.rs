@@ -1,5 +1,6 @@
 //! One stop (CP-1): freeze, capture, seal, thaw.
 
+use super::memory::Job;
 use super::times::{Lap, spent};
 use super::{
     Boundary, CaptureError, Capturer, StopTimes, files, guards, maps, memory, process, refusals,
@@ -13,6 +14,7 @@ use crate::image::{Clocks, Credentials, Kind, Process, Source, State};
 use crate::sys::SysError;
 use std::collections::HashMap;
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::time::Instant;
 
 impl Capturer {
@@ -65,6 +67,37 @@ impl Capturer {
         lap: &mut Lap,
     ) -> Result<State, CaptureError> {
         self.attach_new()?;
+        let job = self.begin_scan()?;
+        spent(&mut times.memory, &mut times.kinds.memory, lap);
+        let captured = self.capture_with(&job, times, lap);
+        if captured.is_err() {
+            self.processes.values_mut().for_each(|t| t.space.give_up(&job));
+        }
+        captured
+    }
+
+    /// Lets the scan of all memory begin, elsewhere if there is a processor for it.
+    fn begin_scan(&mut self) -> Result<Arc<Job>, CaptureError> {
+        let mut job = Job::default();
+        for tracked in self.processes.values_mut() {
+            let sequence = tracked.threads.glance()?;
+            if !self.refusals.collecting() {
+                tracked.space.begin(&mut job, sequence)?;
+            }
+        }
+        let job = Arc::new(job);
+        if let Some(helper) = &self.helper {
+            helper.call(&job);
+        }
+        Ok(job)
+    }
+
+    fn capture_with(
+        &mut self,
+        job: &Job,
+        times: &mut StopTimes,
+        lap: &mut Lap,
+    ) -> Result<State, CaptureError> {
         self.interrupted.clocks_are_read();
         let mut state = State { clocks: self.clocks()?, ..State::default() };
         let order = self.in_order()?;
@@ -130,19 +163,6 @@ impl Capturer {
             let mut timers = Timers { interval: inner.timers, posix };
             timers.count_from(self.interrupted.since_clocks());
             spent(&mut times.threads, &mut times.kinds.timers, lap);
-            if self.refusals.collecting() {
-                tracked.space.look(&mut self.objects)?;
-            } else {
-                tracked.space.round(&mut self.pages, &mut self.objects, true)?;
-            }
-            let volumes = self.tmpfs.volumes();
-            refuse_mappings(*pid, tracked.space.vmas(), volumes, &mut self.refusals)?;
-            let mappings = tracked.space.mappings();
-            let stuck = guards::refuse_stuck(*pid, &threads, tracked.space.vmas());
-            self.refusals.admit(stuck)?;
-            let mut advice = tracked.advice.take(*pid, tracked.attributes.locked)?;
-            tracked.space.guards().add_to(&mut advice);
-            spent(&mut times.memory, &mut times.kinds.memory, lap);
             let handle = tracked.handle.as_fd();
             let world = files::World {
                 diag: &self.diag,
@@ -153,6 +173,20 @@ impl Capturer {
             let fds =
                 tracked.files.capture(*pid, handle, &mut builder, &mut state, world, refusals)?;
             spent(&mut times.files, &mut times.kinds.descriptors, lap);
+            if self.refusals.collecting() {
+                tracked.space.look(&mut self.objects)?;
+            } else {
+                tracked.space.round(&mut self.pages, &mut self.objects, true, Some(job), None)?;
+            }
+            let volumes = self.tmpfs.volumes();
+            refuse_mappings(*pid, tracked.space.vmas(), volumes, &mut self.refusals)?;
+            let mappings = tracked.space.mappings();
+            let stuck = guards::refuse_stuck(*pid, &threads, tracked.space.vmas());
+            self.refusals.admit(stuck)?;
+            let mut advice =
+                tracked.advice.take(*pid, tracked.attributes.locked, tracked.space.is_changed())?;
+            tracked.space.guards().add_to(&mut advice);
+            spent(&mut times.memory, &mut times.kinds.memory, lap);
             let a = &tracked.attributes;
             let mut mm = a.mm;
             mm.brk = inner.brk;

@@ -28,6 +28,10 @@ pub(super) struct Namespaces {
     of_init: Vec<PathBuf>,
     /// Our uts namespace and the container's, if they are two.
     uts: Option<(File, File)>,
+    /// Files that tell by poll(2) that a host or domain name has changed, in any namespace.
+    renames: Vec<File>,
+    /// The names as they were last.
+    names: Option<(String, String)>,
     /// The container's mounts and how they were at first, if they are its own.
     mounts: Option<(File, Vec<u8>)>,
     /// The mounts are other ones than at first.
@@ -77,6 +81,8 @@ impl Namespaces {
         Ok(Self {
             of_init,
             uts,
+            renames: renames(),
+            names: None,
             mounts,
             differ: false,
             network: None,
@@ -151,25 +157,29 @@ impl Namespaces {
     }
 
     /// Host name and domain name, if the container has its own.
-    pub(super) fn names(&self) -> SysResult<Option<(String, String)>> {
+    pub(super) fn names(&mut self) -> SysResult<Option<(String, String)>> {
         let Some((ours, theirs)) = &self.uts else { return Ok(None) };
+        let told = self.renames.len() == RENAMES.len();
+        // A change is told once, and a name that is set meanwhile is told by the next poll.
+        let changed = told && tells(self.renames.iter())?;
+        if let Some(names) = self.names.as_ref().filter(|_| told && !changed) {
+            return Ok(Some(names.clone()));
+        }
         let failed = |call| move |e: nix::Error| SysError::errno(call, "uts namespace", e as i32);
         setns(theirs, CloneFlags::CLONE_NEWUTS).map_err(failed("setns"))?;
         let names = nix::sys::utsname::uname();
         setns(ours, CloneFlags::CLONE_NEWUTS).map_err(failed("setns"))?;
         let names = names.map_err(failed("uname"))?;
         let text = |s: &std::ffi::OsStr| s.to_string_lossy().into_owned();
-        Ok(Some((text(names.nodename()), text(names.domainname()))))
+        self.names = Some((text(names.nodename()), text(names.domainname())));
+        Ok(self.names.clone())
     }
 
     /// Refuses mounts that were made or taken away since the container began.
     pub(super) fn check_mounts(&mut self) -> Result<(), CaptureError> {
         let Some((file, at_first)) = &mut self.mounts else { return Ok(()) };
-        let mut polled = [PollFd::new(file.as_fd(), PollFlags::POLLPRI)];
-        let changed = poll(&mut polled, PollTimeout::ZERO)
-            .map_err(|e| SysError::errno("poll", "mountinfo", e as i32))?;
         // A change is told once.
-        if changed == 0 && !self.differ {
+        if !tells([&*file])? && !self.differ {
             return Ok(());
         }
         let now = read(file)?;
@@ -188,6 +198,23 @@ impl Namespaces {
                    mount it before the container starts";
         Err(CaptureError::unsupported(format!("the mount at {point}"), why.into()))
     }
+}
+
+/// What tells of changes of names, see proc_sys_kernel(5).
+const RENAMES: [&str; 2] = ["/proc/sys/kernel/hostname", "/proc/sys/kernel/domainname"];
+
+/// Those that are there.
+fn renames() -> Vec<File> {
+    RENAMES.iter().filter_map(|path| File::open(path).ok()).collect()
+}
+
+/// Whether any of these files of /proc tells by poll(2) that what it shows has changed since the file
+/// was opened or last told so.
+fn tells<'a>(files: impl IntoIterator<Item = &'a File>) -> SysResult<bool> {
+    let polled = |file: &'a File| PollFd::new(file.as_fd(), PollFlags::POLLPRI);
+    let mut polled: Vec<PollFd<'_>> = files.into_iter().map(polled).collect();
+    let changed = poll(&mut polled, PollTimeout::ZERO);
+    changed.map(|n| n > 0).map_err(|e| SysError::errno("poll", "files of /proc", e as i32))
 }
 
 /// The control groups of a process, see cgroups(7).

@@ -17,6 +17,9 @@ use std::os::unix::fs::FileExt;
 /// Most bytes of messages in one queue.
 const MOST_BYTES: u64 = 64 << 20;
 
+/// More bytes than a line of a list has.
+const LONGEST: usize = 512;
+
 /// The lists of one ipc namespace, kept open.
 #[derive(Debug)]
 pub(super) struct SystemV {
@@ -155,6 +158,10 @@ impl List {
                 0 => break,
                 n => n,
             };
+            // A read gives as many lines as there is room for, or all.
+            if used + LONGEST <= self.text.len() {
+                break;
+            }
             if used == self.text.len() {
                 self.text.resize(2 * used, 0);
             }

@@ -103,6 +103,14 @@ impl Threads {
         Self { glance, checked: glances == Glances::Checked, ..Self::default() }
     }
 
+    /// Takes a glance at them, if there are any: to be done before [`Threads::capture`]. Gives a
+    /// number that is another one once the mappings have changed.
+    pub(super) fn glance(&mut self) -> SysResult<Option<u64>> {
+        let Some(glance) = &mut self.glance else { return Ok(None) };
+        glance.look()?;
+        Ok(glance.sequence())
+    }
+
     /// Captures all threads of a process, leader first, and what the leader says of the process.
     /// `is_filtered` says of which seccomp filters are to be read.
     pub(super) fn capture(
@@ -111,9 +119,6 @@ impl Threads {
         interrupted: &Interrupted,
         is_filtered: impl Fn(i32) -> bool,
     ) -> Result<(Vec<Thread>, Inner), CaptureError> {
-        if let Some(glance) = &mut self.glance {
-            glance.look()?;
-        }
         self.unasked = 0;
         let group = tids.first().and_then(|pid| group_and_session(*pid));
         let mut all = Vec::with_capacity(tids.len());
@@ -221,6 +226,11 @@ impl Threads {
     /// [`Threads::remember_outside`] was last called.
     pub(super) fn is_unchanged_outside(&self) -> bool {
         self.glance.as_ref().is_some_and(TaskGlance::is_unchanged_outside)
+    }
+
+    /// Whether glances tell of changes, and are believed.
+    pub(super) fn shows_settings(&self) -> bool {
+        self.glance.is_some() && !self.checked
     }
 
     /// All that /proc says of the process has just been read, in a stop.

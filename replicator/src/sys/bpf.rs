@@ -125,12 +125,22 @@ fn load_as(
 
 /// Ties an iterator's program to the threads or descriptors of one process.
 pub fn iterate_process(program: BorrowedFd<'_>, pid: i32) -> SysResult<OwnedFd> {
+    iterate_task(program, 0, pid)
+}
+
+/// Ties an iterator's program to one thread.
+pub fn iterate_thread(program: BorrowedFd<'_>, tid: i32) -> SysResult<OwnedFd> {
+    iterate_task(program, tid, 0)
+}
+
+fn iterate_task(program: BorrowedFd<'_>, tid: i32, pid: i32) -> SysResult<OwnedFd> {
     // union bpf_iter_link_info: tid, pid of the whole process, pidfd.
     let mut info = [0u8; 16];
+    info[..4].copy_from_slice(&tid.to_ne_bytes());
     info[4..8].copy_from_slice(&pid.to_ne_bytes());
     let mut attr = Attr::new().word(program.as_raw_fd() as u32).word(0).word(TRACE_ITER).word(0);
     attr = attr.pointer(&info).word(info.len() as u32);
-    attr.open(LINK_CREATE, "BPF_LINK_CREATE", &format!("pid {pid}"))
+    attr.open(LINK_CREATE, "BPF_LINK_CREATE", &format!("pid {}", tid.max(pid)))
 }
 
 /// Runs an iterator from its beginning and puts what its program wrote at the beginning of `out`,

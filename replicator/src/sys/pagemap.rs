@@ -76,6 +76,22 @@ pub struct Pagemap {
     file: File,
 }
 
+/// Regions that one request finds at most.
+const ROOM: usize = 2048;
+
+/// Where the kernel writes what it finds.
+#[derive(Debug)]
+pub struct Buffer {
+    /// All zero between scans.
+    found: Vec<Region>,
+}
+
+impl Default for Buffer {
+    fn default() -> Self {
+        Self { found: vec![Region::default(); ROOM] }
+    }
+}
+
 impl Pagemap {
     /// Opens it.
     pub fn open(pid: i32) -> SysResult<Self> {
@@ -93,6 +109,7 @@ impl Pagemap {
         start: u64,
         end: u64,
         returned: u64,
+        buffer: &mut Buffer,
         out: &mut Vec<Region>,
     ) -> SysResult<Scan> {
         let mut arg = ScanArg {
@@ -105,29 +122,27 @@ impl Pagemap {
             ..ScanArg::default()
         };
         loop {
-            let used = out.len();
-            let room = 2048;
-            // Zeroed, because a scan that ends with EPERM fills the vector without a count.
-            out.resize(used + room, Region::default());
-            arg.vec = out[used..].as_mut_ptr() as u64;
-            arg.vec_len = room as u64;
-            // SAFETY: `vec` and `vec_len` describe the zeroed tail of `out`, which lives on.
+            arg.vec = buffer.found.as_mut_ptr() as u64;
+            arg.vec_len = ROOM as u64;
+            // SAFETY: `vec` and `vec_len` describe the buffer's regions, which live on.
             let n = unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, &mut arg) };
-            if n >= 0 {
-                out.truncate(used + n as usize);
-                if arg.walk_end >= end {
-                    return Ok(Scan::Complete);
-                }
-                arg.start = arg.walk_end;
-                continue;
-            }
-            let error = SysError::last("PAGEMAP_SCAN", format!("pid {}", self.pid));
-            let filled = out[used..].iter().position(|r| r.end == 0).unwrap_or(room);
-            out.truncate(used + filled);
-            return match error.code() {
-                libc::EPERM => Ok(Scan::Unregistered(arg.walk_end)),
-                _ => Err(error),
+            let error =
+                (n < 0).then(|| SysError::last("PAGEMAP_SCAN", format!("pid {}", self.pid)));
+            // A scan that ends with EPERM fills the vector without a count.
+            let filled = match usize::try_from(n) {
+                Ok(n) => n,
+                Err(_) => buffer.found.iter().position(|r| r.end == 0).unwrap_or(ROOM),
             };
+            out.extend_from_slice(&buffer.found[..filled]);
+            buffer.found[..filled].fill(Region::default());
+            match error {
+                None if arg.walk_end >= end => return Ok(Scan::Complete),
+                None => arg.start = arg.walk_end,
+                Some(e) if e.code() == libc::EPERM => {
+                    return Ok(Scan::Unregistered(arg.walk_end));
+                }
+                Some(e) => return Err(e),
+            }
         }
     }
 

@@ -10,6 +10,11 @@ use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 /// # Errors
 /// It cannot; the call that was refused says why.
 pub fn async_write_protection() -> SysResult<()> {
+    own_uffd().map(drop)
+}
+
+/// A userfaultfd of this process itself, with asynchronous write protection.
+pub(crate) fn own_uffd() -> SysResult<OwnedFd> {
     let flags = libc::O_CLOEXEC as u64 | uffd::USER_MODE_ONLY;
     // SAFETY: no pointers.
     let fd = check(unsafe { libc::syscall(libc::SYS_userfaultfd, flags) }, "userfaultfd", || {
@@ -17,7 +22,8 @@ pub fn async_write_protection() -> SysResult<()> {
     })?;
     // SAFETY: the kernel just gave us this descriptor.
     let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
-    uffd::enable_async_wp(fd.as_fd())
+    uffd::enable_async_wp(fd.as_fd())?;
+    Ok(fd)
 }
 
 /// Whether written pages can be asked for (PAGEMAP_SCAN, kernel 6.7).
@@ -28,7 +34,8 @@ pub fn pagemap_scan() -> SysResult<()> {
     // The first page is never mapped: nothing is found, and nothing is changed.
     let page = 4096;
     let map = pagemap::Pagemap::open(std::process::id() as i32)?;
-    map.take_written(0, page, pagemap::WRITTEN, &mut Vec::new()).map(|_| ())
+    let mut buffer = pagemap::Buffer::default();
+    map.take_written(0, page, pagemap::WRITTEN, &mut buffer, &mut Vec::new()).map(|_| ())
 }
 
 /// Whether a TCP socket can be put into repair mode.

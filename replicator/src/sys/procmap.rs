@@ -37,12 +37,14 @@ pub struct Extent {
     pub start: u64,
     /// One past the last address.
     pub end: u64,
-    /// 1 readable, 2 writable, 4 executable, 8 shared.
+    /// 1 readable, 2 writable, 4 executable; more where more is known.
     pub flags: u64,
     /// Offset in the file.
     pub offset: u64,
     /// Inode of the file, 0 for none.
     pub inode: u64,
+    /// What stands for the userfaultfd that watches it; 0: none, or not known.
+    pub watcher: u64,
 }
 
 /// An open /proc/PID/maps.
@@ -91,6 +93,7 @@ impl ProcMap {
             flags: q.vma_flags & 15,
             offset: q.vma_offset,
             inode: q.inode,
+            watcher: 0,
         }))
     }
 }

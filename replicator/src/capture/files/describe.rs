@@ -63,7 +63,8 @@ impl Files {
                 pidfd_of(info, builder, what)
             }
             link if link.starts_with("pipe:") => {
-                pipes::pipe(handle, number, (false, info.inode), builder, state).map(Kind::Pipe)
+                let key = (false, info.inode);
+                pipes::pipe(handle, number, key, info.empty_pipe, builder, state).map(Kind::Pipe)
             }
             link if link.starts_with('/') => {
                 if terminals::may_be(link) && info.flags & libc::O_PATH == 0 {
@@ -90,7 +91,7 @@ impl Files {
                 if info.flags & libc::O_PATH == 0 && is_fifo {
                     let path = link.to_owned();
                     let key = (true, info.inode);
-                    let pipe = pipes::pipe(handle, number, key, builder, state)?;
+                    let pipe = pipes::pipe(handle, number, key, info.empty_pipe, builder, state)?;
                     return Ok(Kind::Fifo { path, pipe });
                 }
                 file(link, info, what)

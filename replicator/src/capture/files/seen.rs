@@ -5,13 +5,14 @@ use super::Files;
 use crate::capture::fdinfo::{self, Info};
 use crate::capture::glance::Row;
 use crate::capture::remembered::Remembered;
-use crate::capture::{CaptureError, locks, tcp};
+use crate::capture::{ATTRIBUTES, CaptureError, locks, tcp};
 use crate::image::net::RawOptions;
 use crate::sys::pidfd;
 use crate::sys::sockopt::get_i32;
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
+use std::time::Instant;
 
 /// What a descriptor number referred to at the last look.
 #[derive(Clone, Debug)]
@@ -21,6 +22,8 @@ pub(super) struct Seen {
     /// The kind of file, if a glance showed it.
     pub(super) operations: u64,
     pub(super) link: String,
+    /// What stood for the name in `link` when it was read, and when that was.
+    name: Option<([u64; 4], Instant)>,
     pub(super) domain: i32,
     pub(super) kind: i32,
     pub(super) protocol: i32,
@@ -49,6 +52,14 @@ impl Seen {
         self.link.starts_with("anon_inode:") || self.link.starts_with("pidfd:")
     }
 
+    /// Whether the path is the one that was read, and that is not too long ago.
+    fn is_named(&self, info: &Info) -> bool {
+        info.name.is_some()
+            && self
+                .name
+                .is_some_and(|(name, read)| Some(name) == info.name && read.elapsed() < ATTRIBUTES)
+    }
+
     pub(super) fn is_tcp(&self) -> bool {
         matches!(self.domain, libc::AF_INET | libc::AF_INET6)
             && self.kind == libc::SOCK_STREAM
@@ -75,7 +86,8 @@ impl Files {
             return Ok(Info { mount, operations, ..fdinfo::info(pid, number)? });
         }
         let (pos, flags, inode) = (row.position(), row.flags(), row.inode());
-        Ok(Info { pos, flags, inode, mount, operations, ..Info::default() })
+        let (name, empty_pipe) = (Some(row.name()), row.as_empty_pipe());
+        Ok(Info { pos, flags, inode, mount, operations, name, empty_pipe, ..Info::default() })
     }
 
     /// What the number refers to: remembered, or looked up when its inode is another.
@@ -90,10 +102,11 @@ impl Files {
             s.inode == info.inode
                 && s.mount == info.mount
                 && s.operations == info.operations
-                && !s.link.starts_with('/')
+                && (!s.link.starts_with('/') || s.is_named(info))
         });
         if !same {
             let path = format!("/proc/{pid}/fd/{number}");
+            let name = info.name.map(|name| (name, Instant::now()));
             let link = fs::read_link(&path).map_err(|e| CaptureError::proc(&path, e))?;
             let link = link.to_string_lossy().into_owned();
             let (mut domain, mut kind, mut protocol) = (0, 0, 0);
@@ -121,6 +134,7 @@ impl Files {
                 operations,
                 remembered: None,
                 link,
+                name,
                 domain,
                 kind,
                 protocol,

@@ -37,7 +37,16 @@ mod head {
     pub(super) const EPOLL_REFERENCES: usize = 112;
     pub(super) const EVENTFD_FLAGS: usize = 116;
     pub(super) const EVENTFD_COUNT: usize = 120;
-    pub(super) const LEN: usize = 128;
+    /// Entry and directory of its name, and what says whether the name is still there.
+    pub(super) const ENTRY: usize = 128;
+    pub(super) const PARENT: usize = 136;
+    pub(super) const NAME: usize = 144;
+    pub(super) const HASHED: usize = 152;
+    /// What it would be if it were a pipe.
+    pub(super) const PIPE_HEAD: usize = 160;
+    pub(super) const PIPE_TAIL: usize = 164;
+    pub(super) const PIPE_SLOTS: usize = 168;
+    pub(super) const LEN: usize = 176;
 }
 
 /// Place of the head on the stack, and of eight bytes for pointers on their way.
@@ -245,6 +254,16 @@ fn write_head(a: &mut Assembler, btf: &Btf) -> io::Result<()> {
         a.load(Double, 1, 2, offset(btf, "inode", path)?);
         a.store(Double, FP, at(place), 1);
     }
+    a.load(Double, 2, 8, file("f_path.dentry")?);
+    a.store(Double, FP, at(head::ENTRY), 2);
+    for (path, place) in [
+        ("d_parent", head::PARENT),
+        ("d_name.hash_len", head::NAME),
+        ("d_hash.pprev", head::HASHED),
+    ] {
+        a.load(Double, 1, 2, offset(btf, "dentry", path)?);
+        a.store(Double, FP, at(place), 1);
+    }
     a.call(helper::KTIME);
     a.store(Double, FP, at(head::TIME), 0);
     // The word of the table that says whether it is closed on exec.
@@ -305,6 +324,9 @@ fn write_tcp(a: &mut Assembler, btf: &Btf, tcp: &Layout) -> io::Result<()> {
         ("eventpoll", "refcount", head::EPOLL_REFERENCES, 4),
         ("eventfd_ctx", "flags", head::EVENTFD_FLAGS, 4),
         ("eventfd_ctx", "count", head::EVENTFD_COUNT, 8),
+        ("pipe_inode_info", "head", head::PIPE_HEAD, 4),
+        ("pipe_inode_info", "tail", head::PIPE_TAIL, 4),
+        ("pipe_inode_info", "max_usage", head::PIPE_SLOTS, 4),
     ] {
         a.load(Double, 3, 8, offset(btf, "file", "private_data")?);
         a.add(3, offset(btf, of, path)?.into());
@@ -484,6 +506,21 @@ impl Row<'_> {
     pub(in crate::capture) fn as_epoll(&self) -> (u64, usize) {
         let references = u32_at(self.head, head::EPOLL_REFERENCES) as usize;
         (u64_at(self.head, head::PRIVATE), references.wrapping_sub(1))
+    }
+
+    /// Stands for its name, if it is a file with a path: for the name itself, that it is there, and
+    /// the directory that it is in, not for those above.
+    pub(in crate::capture) fn name(&self) -> [u64; 4] {
+        let [entry, parent, name, hashed] =
+            [head::ENTRY, head::PARENT, head::NAME, head::HASHED].map(|at| u64_at(self.head, at));
+        [entry, parent, name, u64::from(hashed != 0)]
+    }
+
+    /// If it is a pipe that is empty: how many bytes it may hold.
+    pub(in crate::capture) fn as_empty_pipe(&self) -> Option<u32> {
+        let [first, behind, slots] =
+            [head::PIPE_HEAD, head::PIPE_TAIL, head::PIPE_SLOTS].map(|at| u32_at(self.head, at));
+        (first == behind).then_some(slots * 4096)
     }
 
     /// If it is an eventfd: its count, and whether it is a semaphore.

@@ -12,9 +12,11 @@
 
 mod descriptors;
 mod layout;
+mod mappings;
 mod tasks;
 
 pub(super) use descriptors::{Descriptors, Glance, Row, Tcp};
+pub(super) use mappings::MappingGlance;
 pub(super) use tasks::{Task, TaskGlance};
 
 use crate::sys::SysResult;
@@ -30,6 +32,11 @@ fn descriptors() -> Option<&'static Descriptors> {
 fn tasks() -> Option<&'static Tasks> {
     static LOADED: OnceLock<Option<Tasks>> = OnceLock::new();
     LOADED.get_or_init(|| loaded(Tasks::load, "threads")).as_ref()
+}
+
+fn mappings() -> Option<&'static mappings::Mappings> {
+    static LOADED: OnceLock<Option<mappings::Mappings>> = OnceLock::new();
+    LOADED.get_or_init(|| loaded(mappings::Mappings::load, "mappings")).as_ref()
 }
 
 fn loaded<T>(load: impl Fn() -> SysResult<T>, what: &str) -> Option<T> {
@@ -56,6 +63,6 @@ fn knows_the_first_numbers() -> bool {
 /// Loads what makes stops short, so that the first of them does not. Says whether this kernel can
 /// do it.
 pub fn warm_up() -> bool {
-    let loaded = (descriptors().is_some(), tasks().is_some());
-    loaded == (true, true)
+    let loaded = [descriptors().is_some(), tasks().is_some(), mappings().is_some()];
+    loaded == [true; 3]
 }

@@ -76,6 +76,10 @@ const THREAD: &[Wanted] = &[
     (TASK, "rt_priority", Use::Outside),
     (TASK, "cpus_mask", Use::Outside),
     (IO, "ioprio", Use::Outside),
+    (TASK, "real_parent", Use::Outside),
+    (TASK, "exit_signal", Use::Outside),
+    (TASK, "atomic_flags", Use::Outside),
+    (TASK, "seccomp.mode", Use::Outside),
     (TASK, "sysvsem.undo_list", Use::Data),
     (UNDO, "list_proc.next", Use::Data),
 ];
@@ -85,8 +89,8 @@ const RSEQ: usize = 2;
 const RSEQ_LEN: usize = 3;
 const RSEQ_SIGNATURE: usize = 4;
 const GROUP_COUNT: usize = 19;
-const UNDO_LIST: usize = 33;
-const UNDO_FIRST: usize = 34;
+const UNDO_LIST: usize = 37;
+const UNDO_FIRST: usize = 38;
 
 const PROCESS: &[Wanted] = &[
     (SIGNAL, "shared_pending.signal", Use::Data),
@@ -109,7 +113,20 @@ const PROCESS: &[Wanted] = &[
     (PWD, "d_name.hash_len", Use::Outside),
     (ROOT, "d_parent", Use::Outside),
     (ROOT, "d_name.hash_len", Use::Outside),
+    (MM, "start_code", Use::Outside),
+    (MM, "end_code", Use::Outside),
+    (MM, "start_data", Use::Outside),
+    (MM, "end_data", Use::Outside),
+    (MM, "start_brk", Use::Outside),
+    (MM, "start_stack", Use::Outside),
+    (MM, "arg_start", Use::Outside),
+    (MM, "arg_end", Use::Outside),
+    (MM, "env_start", Use::Outside),
+    (MM, "env_end", Use::Outside),
 ];
+/// What of [`PROCESS`] counts how often mappings were changed, in the kernels that have it, the newest
+/// first. The lock that whoever changes them holds (mmap_lock, for writing) counts there.
+const SEQUENCES: [&str; 2] = ["mm_lock_seq.sequence", "mm_lock_seq"];
 const SHARED_PENDING: usize = 0;
 const REAL_TIMER: usize = 1;
 const CPU_TIMERS: usize = 2;
@@ -120,6 +137,8 @@ pub(super) struct Tasks {
     program: OwnedFd,
     thread: Layout,
     process: Layout,
+    /// The field of the process that counts changes of its mappings.
+    sequence: Option<usize>,
     /// Where the head of a list of semaphores to be undone lies in its structure.
     undo_head: u64,
 }
@@ -132,10 +151,18 @@ impl Tasks {
             source,
         };
         let btf = Btf::of_kernel().map_err(failed)?;
-        let (code, thread, process) = assemble(&btf).map_err(failed)?;
+        let mut wanted = PROCESS.to_vec();
+        let memory = btf.structure("mm_struct").map_err(failed)?;
+        let counts = |path: &&str| btf.member(memory, path).is_ok_and(|m| m.size == 4);
+        let sequence = SEQUENCES.into_iter().find(counts).map(|path| {
+            wanted.push((MM, path, Use::Data));
+            wanted.len() - 1
+        });
+        let (code, thread, process) = assemble(&btf, &wanted).map_err(failed)?;
         let target = btf.function("bpf_iter_task").map_err(failed)?;
         let undo_head = offset(&btf, "sem_undo_list", "list_proc").map_err(failed)? as u64;
-        Ok(Self { program: bpf::load_iterator(&code, target)?, thread, process, undo_head })
+        let program = bpf::load_iterator(&code, target)?;
+        Ok(Self { program, thread, process, sequence, undo_head })
     }
 }
 
@@ -145,7 +172,7 @@ fn offset(btf: &Btf, of: &str, path: &str) -> io::Result<i16> {
 }
 
 /// Register 6 is the context, 7 where to write to, 8 the task.
-fn assemble(btf: &Btf) -> io::Result<(Vec<u8>, Layout, Layout)> {
+fn assemble(btf: &Btf, wanted: &[Wanted]) -> io::Result<(Vec<u8>, Layout, Layout)> {
     use Size::{Double, Word};
     let task = |path| offset(btf, "task_struct", path);
     let structures = |names: &[&str]| -> io::Result<Vec<u32>> {
@@ -155,7 +182,7 @@ fn assemble(btf: &Btf) -> io::Result<(Vec<u8>, Layout, Layout)> {
     let of_thread = structures(&of_thread)?;
     let thread = Layout::new(btf, &of_thread, THREAD)?;
     let of_process = ["mm_struct", "signal_struct", "task_struct", "fs_struct", "dentry", "dentry"];
-    let process = Layout::new(btf, &structures(&of_process)?, PROCESS)?;
+    let process = Layout::new(btf, &structures(&of_process)?, wanted)?;
     if HEAD + thread.len() + GROUPS > STACK || process.len() > STACK {
         return Err(io::Error::new(io::ErrorKind::Unsupported, "the fields are too many"));
     }
@@ -317,6 +344,11 @@ impl TaskGlance {
 
     fn of_process(&self) -> Option<&[u8]> {
         self.bytes.get(self.process..self.process.checked_add(self.known.process.len() + ACTIONS)?)
+    }
+
+    /// A number that is another one once the mappings of the process have changed.
+    pub(in crate::capture) fn sequence(&self) -> Option<u64> {
+        Some(self.known.process.get(self.of_process()?, self.known.sequence?))
     }
 
     /// Whether a timer of setitimer(2) runs: then no answer counts for long.

@@ -8,18 +8,25 @@
 //! Mappings that are new, or that replaced an old one at the same place, are not registered for
 //! write protection; the scan says so, and such a mapping is taken whole and marked fresh.
 
+use super::glance::MappingGlance;
+mod copy;
+mod scan;
+
+pub(super) use scan::{Helper, Job};
+
 use super::guards::Guards;
 use super::objects::Objects;
-use super::{CaptureError, maps};
+use super::{CaptureError, Glances, maps};
 use crate::image::pages::{Content, PAGE, PageSet, Run};
 use crate::image::{Mapping, Source};
-use crate::sys::memory::{self, ForcedMemory, Range};
-use crate::sys::pagemap::{self, Pagemap, Region, Scan};
+use crate::sys::memory::ForcedMemory;
+use crate::sys::pagemap::{self, Buffer, Pagemap, Region, Scan};
 use crate::sys::procmap::{Extent, ProcMap};
 use crate::sys::remote::{SCRATCH, SCRATCH_LEN};
-use crate::sys::{SysResult, uffd};
+use crate::sys::{SysError, SysResult, uffd};
 use maps::Vma;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 
 /// The tracked address space of one process.
 #[derive(Debug)]
@@ -28,11 +35,17 @@ pub(super) struct AddressSpace {
     /// Pid in the container: the mark of this process's runs until the checkpoint is whole.
     mark: u32,
     uffd: OwnedFd,
-    pagemap: Pagemap,
+    pagemap: Arc<Pagemap>,
+    buffer: Buffer,
     procmap: ProcMap,
+    glance: Option<MappingGlance>,
+    /// What a glance tells is compared with what there is.
+    checked: bool,
     forced: ForcedMemory,
     extents: Vec<Extent>,
     look: Vec<Extent>,
+    /// What stood for their state just before `extents` were listed, if anything does.
+    sequence: Option<u64>,
     vmas: Vec<Vma>,
     spans: Vec<(u64, u64)>,
     /// Watched mappings of objects, whose pages are the objects'.
@@ -44,6 +57,8 @@ pub(super) struct AddressSpace {
     regions: Vec<Region>,
     guards: Guards,
     changed: bool,
+    /// The mappings are those of the last round, and a job scans their pages.
+    begun: bool,
 }
 
 /// A mapping of an object.
@@ -57,17 +72,25 @@ struct Shared {
 
 impl AddressSpace {
     /// Tracks a process whose userfaultfd was made in it and given to us.
-    pub(super) fn new(pid: i32, mark: i32, uffd: OwnedFd) -> SysResult<Self> {
+    pub(super) fn new(pid: i32, mark: i32, uffd: OwnedFd, glances: Glances) -> SysResult<Self> {
         uffd::enable_async_wp(uffd.as_fd())?;
+        let glance = match glances {
+            Glances::Off => None,
+            Glances::On | Glances::Checked => MappingGlance::open(pid),
+        };
         Ok(Self {
+            glance,
+            checked: glances == Glances::Checked,
             pid,
             mark: mark as u32,
             uffd,
-            pagemap: Pagemap::open(pid)?,
+            pagemap: Arc::new(Pagemap::open(pid)?),
+            buffer: Buffer::default(),
             procmap: ProcMap::open(pid)?,
             forced: ForcedMemory::open(pid)?,
             extents: Vec::new(),
             look: Vec::new(),
+            sequence: None,
             vmas: Vec::new(),
             spans: Vec::new(),
             shared: Vec::new(),
@@ -76,25 +99,71 @@ impl AddressSpace {
             regions: Vec::new(),
             guards: Guards::default(),
             changed: true,
+            begun: false,
         })
     }
 
     /// Takes the pages written since the last round and copies them into `pages`. `stopped` says
-    /// that no thread runs: then what cannot be copied is an error.
+    /// that no thread runs: then what cannot be copied is an error. What a job was given of it by
+    /// [`AddressSpace::begin`] is that job's. `sequence` is what stood for the state of the mappings
+    /// before the call.
     pub(super) fn round(
         &mut self,
         pages: &mut PageSet,
         objects: &mut Objects,
         stopped: bool,
+        job: Option<&Job>,
+        sequence: Option<u64>,
     ) -> Result<(), CaptureError> {
-        let result = self.try_round(pages, objects, stopped);
+        let result = self.try_round(pages, objects, stopped, job, sequence);
         if result.is_err() {
             objects.suspect_all();
-            // What was scanned counts as clean from now on, so it must not be forgotten.
-            self.carry.append(&mut self.regions);
-            self.extents.clear();
+            self.keep();
         }
         result
+    }
+
+    /// What was scanned counts as clean from now on, so it must not be forgotten.
+    fn keep(&mut self) {
+        self.carry.append(&mut self.regions);
+        self.extents.clear();
+    }
+
+    /// Begins a round of a stop, whose scan is left to a job if the mappings are still the same.
+    /// `sequence` is what stands for their state now.
+    pub(super) fn begin(&mut self, job: &mut Job, sequence: Option<u64>) -> SysResult<()> {
+        self.begun = self.is_as_listed(sequence)? && !self.spans.is_empty();
+        if self.begun {
+            self.spans
+                .iter()
+                .for_each(|(start, end)| job.add(&self.pagemap, self.pid, *start, *end));
+        }
+        Ok(())
+    }
+
+    /// Keeps what a job has found although the stop has failed.
+    pub(super) fn give_up(&mut self, job: &Job) {
+        if std::mem::take(&mut self.begun) {
+            // Whatever it says, all is looked at anew.
+            let _ = job.collect(self.pid, &mut self.buffer, &mut self.regions);
+            self.keep();
+        }
+    }
+
+    /// Whether the mappings are those in `extents`. `sequence` was read before this is called.
+    fn is_as_listed(&mut self, sequence: Option<u64>) -> SysResult<bool> {
+        let known = sequence.is_some() && sequence == self.sequence && !self.extents.is_empty();
+        if known && !self.checked {
+            return Ok(true);
+        }
+        list(&mut self.glance, &self.procmap, &mut self.look)?;
+        self.sequence = sequence;
+        let same = self.look == self.extents;
+        if known && !same {
+            let object = format!("pid {}, whose mappings have changed unseen", self.pid);
+            return Err(SysError::errno("a glance", object, libc::EIO));
+        }
+        Ok(same)
     }
 
     fn try_round(
@@ -102,25 +171,25 @@ impl AddressSpace {
         pages: &mut PageSet,
         objects: &mut Objects,
         stopped: bool,
+        job: Option<&Job>,
+        sequence: Option<u64>,
     ) -> Result<(), CaptureError> {
         self.regions.clear();
         self.regions.append(&mut self.carry);
-        self.procmap.list(&mut self.look)?;
-        if self.look != self.extents
-            || self.spans.is_empty()
-            || self.scan_shared(objects)? != Scan::Complete
-        {
-            self.relist(pages, objects, stopped)?;
-        } else {
-            for at in 0..self.spans.len() {
-                let (start, end) = self.spans[at];
-                let scan =
-                    self.pagemap.take_written(start, end, pagemap::WRITTEN, &mut self.regions)?;
-                if scan != Scan::Complete {
-                    self.relist(pages, objects, stopped)?;
-                    break;
-                }
+        let scanned = match job.filter(|_| std::mem::take(&mut self.begun)) {
+            Some(job) => {
+                let scan = job.collect(self.pid, &mut self.buffer, &mut self.regions)?;
+                scan == Scan::Complete && self.scan_shared(objects)? == Scan::Complete
             }
+            None => {
+                self.is_as_listed(sequence)?
+                    && !self.spans.is_empty()
+                    && self.scan_shared(objects)? == Scan::Complete
+                    && self.scan_spans()? == Scan::Complete
+            }
+        };
+        if !scanned {
+            self.relist(pages, objects, stopped)?;
         }
         for region in &self.regions {
             self.guards.remove(region.start, region.end);
@@ -128,12 +197,35 @@ impl AddressSpace {
         self.copy(pages, stopped)
     }
 
+    /// Appends what was written in a range to the regions, see [`Pagemap::take_written`].
+    fn take(&mut self, start: u64, end: u64, wanted: u64) -> SysResult<Scan> {
+        self.pagemap.take_written(start, end, wanted, &mut self.buffer, &mut self.regions)
+    }
+
+    /// Takes what was written in the process's own memory since the round before.
+    fn scan_spans(&mut self) -> SysResult<Scan> {
+        for at in 0..self.spans.len() {
+            let (start, end) = self.spans[at];
+            let scan = self.take(start, end, pagemap::WRITTEN)?;
+            if scan != Scan::Complete {
+                return Ok(scan);
+            }
+        }
+        Ok(Scan::Complete)
+    }
+
     /// Tells the objects what was written through mappings of this process.
     fn scan_shared(&mut self, objects: &mut Objects) -> SysResult<Scan> {
         let mut found = Vec::new();
         for Shared { start, end, id, offset } in self.shared.iter().copied() {
             found.clear();
-            let scan = self.pagemap.take_written(start, end, pagemap::WRITTEN, &mut found)?;
+            let scan = self.pagemap.take_written(
+                start,
+                end,
+                pagemap::WRITTEN,
+                &mut self.buffer,
+                &mut found,
+            )?;
             objects.written(id, start, offset, &found);
             found.iter().for_each(|r| self.guards.remove(r.start, r.end));
             if scan != Scan::Complete {
@@ -181,11 +273,14 @@ impl AddressSpace {
         stopped: bool,
     ) -> Result<(), CaptureError> {
         self.changed = true;
+        // It is known for a list that was read after it only.
+        self.sequence = None;
         self.vmas = maps::read(self.pid, objects.own_devices())?;
         self.guards.keep_within(&self.vmas);
         let named = self.name_objects(objects, stopped)?;
-        self.procmap.list(&mut self.extents)?;
+        list(&mut self.glance, &self.procmap, &mut self.extents)?;
         let agreed = maps::agree(&self.vmas, &self.extents);
+        let mut registered = false;
         self.spans.clear();
         let shared_before = std::mem::take(&mut self.shared);
         for at in 0..self.vmas.len() {
@@ -195,14 +290,14 @@ impl AddressSpace {
             }
             if let Some((id, offset)) = self.vmas[at].shared_object() {
                 let shared = Shared { start, end, id, offset };
+                registered = true;
                 if self.list_shared(shared, objects)? {
                     self.shared.push(shared);
                 }
                 continue;
             }
             let before = self.regions.len();
-            let mut scan =
-                self.pagemap.take_written(start, end, pagemap::WRITTEN, &mut self.regions)?;
+            let mut scan = self.take(start, end, pagemap::WRITTEN)?;
             if scan != Scan::Complete {
                 // Memory that is watched and memory that is not never share a mapping. If this is
                 // none any more, a part of it may have been watched and just counted as clean:
@@ -214,7 +309,7 @@ impl AddressSpace {
                 }
                 self.regions.truncate(before);
                 match uffd::register(self.uffd.as_fd(), start, end) {
-                    Ok(()) => {}
+                    Ok(()) => registered = true,
                     Err(e) if e.code() == libc::EPERM && self.vmas[at].is_shared_file() => continue,
                     // The mapping went away while the container runs: the next look shows it.
                     Err(e) if e.code() == libc::ENOMEM || e.code() == libc::EINVAL => {
@@ -237,6 +332,15 @@ impl AddressSpace {
         for gone in shared_before.iter().filter(|s| !self.shared.contains(s)) {
             objects.suspect(gone.id);
         }
+        if registered && self.glance.is_some() && !self.extents.is_empty() {
+            // From now on we watch them, and nothing else may be new about them.
+            list(&mut self.glance, &self.procmap, &mut self.look)?;
+            let place = |e: &Extent| Extent { watcher: 0, ..*e };
+            match self.look.iter().map(place).eq(self.extents.iter().map(place)) {
+                true => std::mem::swap(&mut self.look, &mut self.extents),
+                false => self.extents.clear(),
+            }
+        }
         if !agreed || !named {
             // A thread changed its mappings between the two looks: the next look must not find
             // them as they were.
@@ -250,7 +354,13 @@ impl AddressSpace {
     fn list_shared(&mut self, shared: Shared, objects: &mut Objects) -> SysResult<bool> {
         let Shared { start, end, id, offset } = shared;
         let mut found = Vec::new();
-        let scan = self.pagemap.take_written(start, end, pagemap::WRITTEN, &mut found)?;
+        let scan = self.pagemap.take_written(
+            start,
+            end,
+            pagemap::WRITTEN,
+            &mut self.buffer,
+            &mut found,
+        )?;
         if scan == Scan::Complete {
             objects.written(id, start, offset, &found);
             found.iter().for_each(|r| self.guards.remove(r.start, r.end));
@@ -274,7 +384,13 @@ impl AddressSpace {
             Err(e) => return Err(e),
         }
         found.clear();
-        let scan = self.pagemap.take_written(start, end, pagemap::WRITTEN, &mut found)?;
+        let scan = self.pagemap.take_written(
+            start,
+            end,
+            pagemap::WRITTEN,
+            &mut self.buffer,
+            &mut found,
+        )?;
         if scan != Scan::Complete {
             self.extents.clear();
         }
@@ -300,7 +416,7 @@ impl AddressSpace {
             | pagemap::SWAPPED
             | pagemap::FILE
             | pagemap::PFNZERO;
-        let scan = self.pagemap.take_written(start, end, wanted, &mut self.regions)?;
+        let scan = self.take(start, end, wanted)?;
         let private_file = matches!(
             self.vmas[at].mapping.source,
             Source::File { shared: false, .. } | Source::Object { shared: false, .. }
@@ -320,97 +436,6 @@ impl AddressSpace {
         Ok(scan)
     }
 
-    fn copy(&mut self, pages: &mut PageSet, stopped: bool) -> Result<(), CaptureError> {
-        let regions = std::mem::take(&mut self.regions);
-        let result = self.copy_all(&regions, pages, stopped);
-        self.regions = regions;
-        result
-    }
-
-    fn copy_all(
-        &mut self,
-        regions: &[Region],
-        pages: &mut PageSet,
-        stopped: bool,
-    ) -> Result<(), CaptureError> {
-        for chunk in regions.chunks(512) {
-            let ranges: Vec<Range> = chunk
-                .iter()
-                .map(|r| Range { start: r.start, len: (r.end - r.start) as usize })
-                .collect();
-            let total: usize = ranges.iter().map(|r| r.len).sum();
-            let used = pages.bytes.len();
-            pages.bytes.resize(used + total, 0);
-            match memory::read_vectored(self.pid, &ranges, &mut pages.bytes[used..]) {
-                Ok(()) => {
-                    let mut at = used;
-                    for r in &ranges {
-                        pages.runs.push(self.run(r, at));
-                        at += r.len;
-                    }
-                }
-                Err(e) if e.code() == libc::EFAULT => {
-                    pages.bytes.truncate(used);
-                    for region in chunk {
-                        self.copy_region(*region, pages, stopped)?;
-                    }
-                }
-                Err(e) => return Err(e.into()),
-            }
-        }
-        Ok(())
-    }
-
-    fn run(&self, range: &Range, at: usize) -> Run {
-        Run {
-            process: self.mark,
-            start: range.start,
-            count: (range.len / PAGE) as u32,
-            content: Content::Data(at),
-        }
-    }
-
-    /// For a region in which something cannot be read like the rest.
-    fn copy_region(
-        &mut self,
-        region: Region,
-        pages: &mut PageSet,
-        stopped: bool,
-    ) -> Result<(), CaptureError> {
-        if self.try_copy(region, pages)? {
-            return Ok(());
-        }
-        let guards = self.find_guards(region.start, region.end)?;
-        let ends = guards.iter().map(|g| g.1);
-        let starts = [region.start].into_iter().chain(ends);
-        let gaps = starts.zip(guards.iter().map(|g| g.0).chain([region.end]));
-        for (start, end) in gaps.filter(|(start, end)| start < end) {
-            let part = Region { start, end, ..region };
-            if guards.is_empty() || !self.try_copy(part, pages)? {
-                self.copy_page_by_page(part, pages, stopped)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Copies a region if all of it can be read.
-    fn try_copy(&self, region: Region, pages: &mut PageSet) -> SysResult<bool> {
-        let used = pages.bytes.len();
-        let range = Range { start: region.start, len: (region.end - region.start) as usize };
-        pages.bytes.resize(used + range.len, 0);
-        match memory::read_vectored(self.pid, &[range], &mut pages.bytes[used..]) {
-            Ok(()) => {
-                pages.runs.push(self.run(&range, used));
-                Ok(true)
-            }
-            Err(e) if e.code() == libc::EFAULT => {
-                pages.bytes.truncate(used);
-                Ok(false)
-            }
-            Err(e) => Err(e),
-        }
-    }
-
     /// Looks for guard regions in a range, and keeps them in mind.
     fn find_guards(&mut self, start: u64, end: u64) -> SysResult<Vec<(u64, u64)>> {
         let mut found = Vec::new();
@@ -422,36 +447,6 @@ impl AddressSpace {
     /// The guard regions that the last round knows.
     pub(super) fn guards(&self) -> &Guards {
         &self.guards
-    }
-
-    /// For pages that the process itself may not read, and for those that went away.
-    fn copy_page_by_page(
-        &mut self,
-        region: Region,
-        pages: &mut PageSet,
-        stopped: bool,
-    ) -> Result<(), CaptureError> {
-        let mut page = [0u8; PAGE];
-        for start in (region.start..region.end).step_by(PAGE) {
-            match self.forced.read(start, &mut page) {
-                Ok(()) => {
-                    let at = pages.bytes.len();
-                    pages.bytes.extend_from_slice(&page);
-                    pages.runs.push(self.run(&Range { start, len: PAGE }, at));
-                }
-                Err(_) if !stopped => {
-                    self.carry.push(Region { start, end: start + PAGE as u64, categories: 0 });
-                }
-                Err(e) => {
-                    let mapped =
-                        self.vmas.iter().any(|v| (v.mapping.start..v.mapping.end).contains(&start));
-                    if mapped {
-                        return Err(e.into());
-                    }
-                }
-            }
-        }
-        Ok(())
     }
 
     /// The mappings for the checkpoint, those new since the last one marked fresh.
@@ -469,6 +464,11 @@ impl AddressSpace {
     /// The mappings are read anew in the next round, whatever they look like.
     pub(super) fn read_anew(&mut self) {
         self.extents.clear();
+    }
+
+    /// Whether a change of what was said of mappings is one of the mappings.
+    pub(super) fn shows_flags(&self) -> bool {
+        self.glance.is_some()
     }
 
     /// Whether the mappings changed since the last checkpoint.
@@ -493,6 +493,18 @@ impl AddressSpace {
     /// The mappings as last read.
     pub(super) fn vmas(&self) -> &[Vma] {
         &self.vmas
+    }
+}
+
+/// All mappings, in order of address.
+fn list(
+    glance: &mut Option<MappingGlance>,
+    procmap: &ProcMap,
+    out: &mut Vec<Extent>,
+) -> SysResult<()> {
+    match glance {
+        Some(glance) => glance.list(out).map(drop),
+        None => procmap.list(out),
     }
 }
 

@@ -1,0 +1,133 @@
+//! Copying what was written: in large calls where all of it can be read, else part by part, around
+//! guard regions, and at last page by page.
+
+use super::AddressSpace;
+use crate::capture::CaptureError;
+use crate::image::pages::{Content, PAGE, PageSet, Run};
+use crate::sys::SysResult;
+use crate::sys::memory::{self, Range};
+use crate::sys::pagemap::Region;
+
+impl AddressSpace {
+    /// Copies the regions that the last scans have found.
+    pub(super) fn copy(&mut self, pages: &mut PageSet, stopped: bool) -> Result<(), CaptureError> {
+        let regions = std::mem::take(&mut self.regions);
+        let result = self.copy_all(&regions, pages, stopped);
+        self.regions = regions;
+        result
+    }
+
+    fn copy_all(
+        &mut self,
+        regions: &[Region],
+        pages: &mut PageSet,
+        stopped: bool,
+    ) -> Result<(), CaptureError> {
+        for chunk in regions.chunks(512) {
+            let ranges: Vec<Range> = chunk
+                .iter()
+                .map(|r| Range { start: r.start, len: (r.end - r.start) as usize })
+                .collect();
+            let total: usize = ranges.iter().map(|r| r.len).sum();
+            let used = pages.bytes.len();
+            pages.bytes.resize(used + total, 0);
+            match memory::read_vectored(self.pid, &ranges, &mut pages.bytes[used..]) {
+                Ok(()) => {
+                    let mut at = used;
+                    for r in &ranges {
+                        pages.runs.push(self.run(r, at));
+                        at += r.len;
+                    }
+                }
+                Err(e) if e.code() == libc::EFAULT => {
+                    pages.bytes.truncate(used);
+                    for region in chunk {
+                        self.copy_region(*region, pages, stopped)?;
+                    }
+                }
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(())
+    }
+
+    fn run(&self, range: &Range, at: usize) -> Run {
+        Run {
+            process: self.mark,
+            start: range.start,
+            count: (range.len / PAGE) as u32,
+            content: Content::Data(at),
+        }
+    }
+
+    /// For a region in which something cannot be read like the rest.
+    fn copy_region(
+        &mut self,
+        region: Region,
+        pages: &mut PageSet,
+        stopped: bool,
+    ) -> Result<(), CaptureError> {
+        if self.try_copy(region, pages)? {
+            return Ok(());
+        }
+        let guards = self.find_guards(region.start, region.end)?;
+        let ends = guards.iter().map(|g| g.1);
+        let starts = [region.start].into_iter().chain(ends);
+        let gaps = starts.zip(guards.iter().map(|g| g.0).chain([region.end]));
+        for (start, end) in gaps.filter(|(start, end)| start < end) {
+            let part = Region { start, end, ..region };
+            if guards.is_empty() || !self.try_copy(part, pages)? {
+                self.copy_page_by_page(part, pages, stopped)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies a region if all of it can be read.
+    fn try_copy(&self, region: Region, pages: &mut PageSet) -> SysResult<bool> {
+        let used = pages.bytes.len();
+        let range = Range { start: region.start, len: (region.end - region.start) as usize };
+        pages.bytes.resize(used + range.len, 0);
+        match memory::read_vectored(self.pid, &[range], &mut pages.bytes[used..]) {
+            Ok(()) => {
+                pages.runs.push(self.run(&range, used));
+                Ok(true)
+            }
+            Err(e) if e.code() == libc::EFAULT => {
+                pages.bytes.truncate(used);
+                Ok(false)
+            }
+            Err(e) => Err(e),
+        }
+    }
+
+    /// For pages that the process itself may not read, and for those that went away.
+    fn copy_page_by_page(
+        &mut self,
+        region: Region,
+        pages: &mut PageSet,
+        stopped: bool,
+    ) -> Result<(), CaptureError> {
+        let mut page = [0u8; PAGE];
+        for start in (region.start..region.end).step_by(PAGE) {
+            match self.forced.read(start, &mut page) {
+                Ok(()) => {
+                    let at = pages.bytes.len();
+                    pages.bytes.extend_from_slice(&page);
+                    pages.runs.push(self.run(&Range { start, len: PAGE }, at));
+                }
+                Err(_) if !stopped => {
+                    self.carry.push(Region { start, end: start + PAGE as u64, categories: 0 });
+                }
+                Err(e) => {
+                    let mapped =
+                        self.vmas.iter().any(|v| (v.mapping.start..v.mapping.end).contains(&start));
+                    if mapped {
+                        return Err(e.into());
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}

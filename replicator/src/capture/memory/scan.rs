@@ -1,0 +1,279 @@
+//! The scan of a stop, on two processors: while a container stands still its own processors have
+//! nothing to do, and one of them looks for written pages while the stop thread reads threads and
+//! descriptors. Whoever is done first takes the next piece, so that a helper that gets no processor
+//! delays the stop by one piece at most.
+//!
+//! A scan protects again what it finds, so nothing of it may be lost: what a stop that fails has found
+//! is kept for the next one ([`Job::collect`] is called whatever happened).
+
+use crate::capture::CaptureError;
+use crate::sys::pagemap::{self, Buffer, Pagemap, Region, Scan};
+use crate::sys::{SysResult, sched};
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// Bytes of memory in one piece.
+const PIECE: u64 = 8 << 20;
+/// Memory of fewer bytes is scanned sooner than a helper is awake.
+const WORTH: u64 = 32 << 20;
+/// How often a piece that somebody else has begun is looked at before its scanner may need our
+/// processor, and for how long it then gets it.
+const PATIENCE: u32 = 1_000;
+const PAUSE: Duration = Duration::from_micros(20);
+/// Real-time priority of the helper: that of the stop thread.
+const PRIORITY: i32 = 20;
+
+/// A part of one process's memory.
+#[derive(Debug)]
+struct Piece {
+    pagemap: Arc<Pagemap>,
+    process: i32,
+    start: u64,
+    end: u64,
+    found: Mutex<Found>,
+}
+
+#[derive(Debug, Default)]
+struct Found {
+    regions: Vec<Region>,
+    result: Option<SysResult<Scan>>,
+}
+
+/// What is to be scanned in one stop.
+#[derive(Debug, Default)]
+pub(in crate::capture) struct Job {
+    pieces: Vec<Piece>,
+    bytes: u64,
+    next: AtomicUsize,
+    done: AtomicUsize,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+impl Job {
+    /// Adds memory of a process.
+    pub(super) fn add(&mut self, pagemap: &Arc<Pagemap>, process: i32, start: u64, end: u64) {
+        self.bytes += end - start;
+        for start in (start..end).step_by(PIECE as usize) {
+            let end = end.min(start + PIECE);
+            let (pagemap, found) = (pagemap.clone(), Mutex::default());
+            self.pieces.push(Piece { pagemap, process, start, end, found });
+        }
+    }
+
+    /// Scans pieces until none is left that nobody has begun.
+    fn work(&self, buffer: &mut Buffer) {
+        while let Some(piece) = self.pieces.get(self.next.fetch_add(1, Ordering::SeqCst)) {
+            let mut found = lock(&piece.found);
+            let Found { regions, result } = &mut *found;
+            let (start, end) = (piece.start, piece.end);
+            let written = pagemap::WRITTEN;
+            *result = Some(piece.pagemap.take_written(start, end, written, buffer, regions));
+            drop(found);
+            self.done.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    /// Scans what is left, waits for what others have begun, and appends what was found in the memory of
+    /// a process to `out`. Says whether all of it is watched.
+    pub(super) fn collect(
+        &self,
+        process: i32,
+        buffer: &mut Buffer,
+        out: &mut Vec<Region>,
+    ) -> Result<Scan, CaptureError> {
+        self.work(buffer);
+        let mut looks = 0;
+        while self.done.load(Ordering::SeqCst) < self.pieces.len() {
+            // To whoever has the same priority; sleeping lets those of a lower one on.
+            looks += 1;
+            match looks < PATIENCE {
+                true => std::thread::yield_now(),
+                false => std::thread::sleep(PAUSE),
+            }
+        }
+        let mut whole = Ok(Scan::Complete);
+        for piece in self.pieces.iter().filter(|p| p.process == process) {
+            let mut found = lock(&piece.found);
+            out.append(&mut found.regions);
+            match found.result.take() {
+                None | Some(Ok(Scan::Complete)) => {}
+                Some(Ok(other)) => whole = whole.and(Ok(other)),
+                Some(Err(e)) => whole = Err(e.into()),
+            }
+        }
+        whole
+    }
+}
+
+/// A thread that helps.
+#[derive(Debug)]
+pub(in crate::capture) struct Helper {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    order: Mutex<Order>,
+    come: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Order {
+    job: Option<Arc<Job>>,
+    end: bool,
+}
+
+impl Helper {
+    /// One that runs where the process with this host pid does. None where that leaves but one
+    /// processor for it and the calling thread.
+    pub(in crate::capture) fn of(root: i32) -> Option<Self> {
+        let (theirs, ours) = (affinity(root)?, affinity(0)?);
+        let either = |cpu| {
+            let has = |set: &CpuSet| set.is_set(cpu).unwrap_or(false);
+            has(&theirs) || has(&ours)
+        };
+        if (0..CpuSet::count()).filter(|cpu| either(*cpu)).count() < 2 {
+            return None;
+        }
+        let shared = Arc::<Shared>::default();
+        let for_thread = shared.clone();
+        let run = move || {
+            let placed = sched_setaffinity(Pid::from_raw(0), &theirs);
+            if let Err(error) = placed {
+                tracing::debug!(%error, "the scan is not where the container is");
+            }
+            if let Err(error) = sched::set_fifo(PRIORITY) {
+                tracing::debug!(%error, "the scan is not real-time");
+            }
+            help(&for_thread);
+        };
+        let thread = std::thread::Builder::new().name("scan".into()).spawn(run);
+        match thread {
+            Ok(thread) => Some(Self { shared, thread: Some(thread) }),
+            Err(error) => {
+                tracing::debug!(%error, "stops scan alone");
+                None
+            }
+        }
+    }
+
+    /// Has it take part in a job, if that is worth its while.
+    pub(in crate::capture) fn call(&self, job: &Arc<Job>) {
+        if job.bytes >= WORTH {
+            lock(&self.shared.order).job = Some(job.clone());
+            self.shared.come.notify_one();
+        }
+    }
+}
+
+fn help(shared: &Shared) {
+    let mut buffer = Buffer::default();
+    let mut order = lock(&shared.order);
+    loop {
+        if order.end {
+            return;
+        }
+        let Some(job) = order.job.take() else {
+            order = shared.come.wait(order).unwrap_or_else(|e| e.into_inner());
+            continue;
+        };
+        drop(order);
+        job.work(&mut buffer);
+        drop(job);
+        order = lock(&shared.order);
+    }
+}
+
+fn affinity(pid: i32) -> Option<CpuSet> {
+    sched_getaffinity(Pid::from_raw(pid)).ok()
+}
+
+impl Drop for Helper {
+    fn drop(&mut self) {
+        lock(&self.shared.order).end = true;
+        self.shared.come.notify_one();
+        if let Some(thread) = self.thread.take() {
+            // It has not panicked: nothing in it does.
+            let _ = thread.join();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::pages::PAGE;
+    use crate::sys::{probe, uffd};
+    use std::os::fd::AsFd;
+
+    const LEN: usize = 96 << 20;
+
+    /// Memory of our own that is watched, with the numbers of its pages that are written.
+    fn watched() -> Option<(memmap2::MmapMut, std::os::fd::OwnedFd)> {
+        let mut memory = memmap2::MmapMut::map_anon(LEN).expect("memory");
+        // No huge pages, and all of it there.
+        memory.advise(memmap2::Advice::NoHugePage).expect("said");
+        memory.iter_mut().step_by(PAGE).for_each(|byte| *byte = 1);
+        let fd = probe::own_uffd().ok()?;
+        let start = memory.as_ptr() as u64;
+        uffd::register(fd.as_fd(), start, start + LEN as u64).ok()?;
+        Some((memory, fd))
+    }
+
+    #[test]
+    fn every_written_page_is_found_once_whoever_scans() {
+        let Some((mut memory, _fd)) = watched() else {
+            println!("skipped: no userfaultfd");
+            return;
+        };
+        let me = std::process::id() as i32;
+        let pagemap = Arc::new(Pagemap::open(me).expect("pagemap"));
+        let helper = Helper::of(me);
+        let (start, mut buffer) = (memory.as_ptr() as u64, Buffer::default());
+        for round in 0..20 {
+            let mut wanted: Vec<u64> = (0..LEN / PAGE)
+                .filter(|page| round == 0 || page % (97 + round) == 3)
+                .map(|page| start + (page * PAGE) as u64)
+                .collect();
+            for address in &wanted {
+                memory[(address - start) as usize] = round as u8;
+            }
+            let mut job = Job::default();
+            job.add(&pagemap, me, start, start + LEN as u64);
+            let job = Arc::new(job);
+            if let Some(helper) = &helper {
+                helper.call(&job);
+            }
+            let mut found = Vec::new();
+            let scan = job.collect(me, &mut buffer, &mut found).expect("scanned");
+            assert_eq!(scan, Scan::Complete);
+            let mut pages: Vec<u64> =
+                found.iter().flat_map(|r| (r.start..r.end).step_by(PAGE)).collect();
+            pages.sort_unstable();
+            wanted.sort_unstable();
+            assert!(pages == wanted, "round {round}: {} and {}", pages.len(), wanted.len());
+            let mut again = Vec::new();
+            job.collect(me, &mut buffer, &mut again).expect("nothing is left");
+            assert!(again.is_empty());
+        }
+    }
+
+    #[test]
+    fn memory_that_is_not_watched_is_told() {
+        let memory = memmap2::MmapMut::map_anon(LEN).expect("memory");
+        let me = std::process::id() as i32;
+        let pagemap = Arc::new(Pagemap::open(me).expect("pagemap"));
+        let (mut job, start) = (Job::default(), memory.as_ptr() as u64);
+        job.add(&pagemap, me, start, start + LEN as u64);
+        let scan = job.collect(me, &mut Buffer::default(), &mut Vec::new()).expect("scanned");
+        assert!(matches!(scan, Scan::Unregistered(_)));
+    }
+}
