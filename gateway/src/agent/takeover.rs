@@ -86,9 +86,12 @@ pub(super) fn run(
     let elapsed = received.elapsed();
     young::restore(warm, takeover.place.mac, &checkpoint.state, elapsed)?;
     young::stand_in(&gate, takeover.place.mac, &checkpoint.state, elapsed)?;
+    let young = lap.elapsed();
     warm.spare.push_unsent()?;
+    let unsent = lap.elapsed() - young;
     let restored = warm.spare.complete()?;
     phases.finish = lap_ms(&mut lap);
+    tracing::debug!(young = ms(young), unsent = ms(unsent), all = phases.finish, "finish, ms");
 
     let mac_of = |s: &Segment| answers.get(&key(s.local, s.remote)).and_then(|(_, mac)| *mac);
     let say = |segments: &[Segment], what: fn(&PeerSegment) -> Option<Vec<u8>>| {

@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 use netns_tools::namespace::Namespace;
 use replicator::image::net::{Parting, TcpListener, Young};
 use replicator::image::{Kind, State};
+use replicator::young::Door;
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
@@ -64,7 +65,7 @@ pub(super) fn restore(warm: &mut Warm, mac: Mac, state: &State, elapsed: Duratio
     if state.young.is_empty() {
         return Ok(());
     }
-    let Some(mut door) = warm.door.take() else {
+    let Some(door) = warm.door.take() else {
         tracing::warn!(
             count = state.young.len(),
             "connections that were not accepted yet are reset: this kernel cannot restore them"
@@ -74,13 +75,6 @@ pub(super) fn restore(warm: &mut Warm, mac: Mac, state: &State, elapsed: Duratio
     for young in &state.young {
         door.expect(young, elapsed)?;
     }
-    let namespace =
-        Namespace::of_process(warm.spare.pid()).context("enter the container's network")?;
-    namespace.enter(|| {
-        let device = nix::net::if_::if_nametoindex(super::network::INNER)
-            .context("the container's device")?;
-        door.open(device).context("a program at the container's device")
-    })??;
     let gate = &warm.gate;
     gate.adopt_young(&state.young);
     // The primary has acknowledged all of it, so no client sends it again: it must fit.
@@ -97,11 +91,33 @@ pub(super) fn restore(warm: &mut Warm, mac: Mac, state: &State, elapsed: Duratio
     }
     warm.spare.narrow_listeners()?;
     // Until clients in the middle of their handshake have answered or given up.
-    std::thread::Builder::new().name("door".into()).spawn(move || {
-        std::thread::sleep(HANDSHAKE);
-        drop(door);
-    })?;
+    shut(Some(door), HANDSHAKE);
     Ok(())
+}
+
+/// The way in for young connections, at the device of the spare with this pid. To attach a program
+/// takes milliseconds, as all processors must have heard of it: so it is there before it is needed,
+/// and lets everything pass until then.
+pub(super) fn door(pid: i32) -> Result<Door> {
+    let mut door = Door::load()?;
+    Namespace::of_process(pid).context("enter the container's network")?.enter(|| {
+        let device = nix::net::if_::if_nametoindex(super::network::INNER)
+            .context("the container's device")?;
+        door.open(device).context("a program at the container's device")
+    })??;
+    Ok(door)
+}
+
+/// Takes it away after this time. That takes as long, and nobody waits for it.
+pub(super) fn shut(door: Option<Door>, after: Duration) {
+    let Some(door) = door else { return };
+    let close = move || {
+        std::thread::sleep(after);
+        drop(door);
+    };
+    if let Err(error) = std::thread::Builder::new().name("door".into()).spawn(close) {
+        tracing::debug!(%error, "the program at the container's device is taken away at once");
+    }
 }
 
 /// Whether its listener wants to hear of connections only when data has come (TCP_DEFER_ACCEPT).

@@ -10,6 +10,7 @@ use crate::agent::status::{FailoverPhases, Phase, Role};
 use crate::agent::stop::{RealTime, become_stop_thread};
 use crate::agent::takeover::{self, Takeover};
 use crate::agent::worker::{Life, Outcome, Place};
+use crate::agent::young;
 use crate::chain::chain;
 use crate::frames::gate::{Gate, GateConfig};
 use anyhow::{Context, Result};
@@ -187,10 +188,13 @@ impl Applier {
         )?;
         lock(&self.shell.status).pid = Some(pid);
         let files = self.place.files.as_ref().map(|files| files.copy()).transpose()?;
-        let door = Door::load();
+        let door = young::door(pid);
         if let Err(error) = &door {
-            tracing::warn!(container = self.shell.name, %error,
-                "connections that are not accepted yet will be reset by a failover");
+            tracing::warn!(
+                container = self.shell.name,
+                error = chain(error),
+                "connections that are not accepted yet will be reset by a failover"
+            );
         }
         self.warm = Some(Warm { spare, files, gate: Arc::new(gate), last: None, door: door.ok() });
         Ok(())
@@ -312,7 +316,8 @@ impl Applier {
         let diag = Namespace::of_process(warm.spare.pid())?.enter(UnixDiag::open)??;
         let mut capturer = Capturer::adopt_running(&tree, diag)?;
         capturer.watch_network()?;
-        let Warm { spare, gate, .. } = warm;
+        let Warm { spare, gate, door, .. } = warm;
+        young::shut(door, Duration::ZERO);
         let launched = spare.into_launched();
         Ok(Life { files, launched, capturer, gate, signals, generation, from: Some(from) })
     }
