@@ -190,6 +190,13 @@ fn protections() {
         refused("backup: beta", "backup: beta\n    on-container-loss: ^failovr", "is not known");
     assert_eq!(error.problems()[0].help.as_deref(), Some("did you mean `failover`?"));
     refused("backup: beta", "backup: beta\n    detector: ^{ timeout: 3ms }", "two heartbeats");
+    let ports = "backup: beta\n    port: 7000\n    pulse-port: ^7000";
+    refused("backup: beta", ports, "the host alpha listens on port 7000");
+    let etcd = |members: &str| format!("backup: beta\n    arbiter: ^{{ etcd: [{members}] }}");
+    refused("backup: beta", &etcd(""), "it names no member");
+    refused("backup: beta", &etcd("\"https://10.79.0.3:2379\""), "no address of an etcd");
+    let good = etcd("\"http://10.79.0.3:2379\"").replace('^', "");
+    Topology::parse("lab", &GOOD.replace("backup: beta", &good)).unwrap();
     refused("backup: beta", "backup: beta\n    detector: ^{ most: 20ms }", "at least the timeout");
     refused("backup: beta", "backup: beta\n    detector: ^{ stall: 100ms }", "at least 1s");
 }

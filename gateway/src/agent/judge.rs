@@ -2,6 +2,8 @@
 
 use super::backup::Standby;
 use super::primary::lock;
+#[cfg(not(feature = "etcd"))]
+use anyhow::bail;
 use anyhow::{Context, Result};
 use netns_tools::topology::{ArbiterKind, Protect};
 use replicator::Generation;
@@ -22,6 +24,9 @@ pub(super) enum Judge {
     Witness(WitnessClient),
     /// The operator.
     Manual(Operator),
+    /// An etcd.
+    #[cfg(feature = "etcd")]
+    Etcd(super::etcd::Etcd),
 }
 
 /// What an operator is asked.
@@ -34,9 +39,18 @@ pub(super) struct Operator {
 impl Judge {
     /// The one that a protection names.
     pub(super) fn of(options: &super::AgentOptions, protect: &Protect) -> Result<Self> {
-        Ok(match protect.arbiter {
+        Ok(match &protect.arbiter {
             ArbiterKind::None => Self::Unopposed,
             ArbiterKind::Manual => Self::Manual(Operator::default()),
+            #[cfg(feature = "etcd")]
+            ArbiterKind::Etcd(members) => {
+                Self::Etcd(super::etcd::Etcd::new(members, &options.topology.name))
+            }
+            #[cfg(not(feature = "etcd"))]
+            ArbiterKind::Etcd(_) => bail!(
+                "its arbiter is an etcd, which this nilicon was built without: build it with \
+                 `cargo build --release --features etcd`, on both hosts"
+            ),
             ArbiterKind::Witness => {
                 let topology = &options.topology;
                 let name = topology.witness.as_ref().map(|witness| witness.node.clone());
@@ -68,6 +82,22 @@ impl Judge {
                 }
                 tokio::time::sleep(ASK_AGAIN).await;
             },
+            #[cfg(feature = "etcd")]
+            Self::Etcd(etcd) => loop {
+                let (etcd, asked) = (etcd.clone(), claim.clone());
+                let decided = tokio::task::spawn_blocking(move || etcd.decide(&asked)).await;
+                match decided.context("the question ended in a panic").flatten() {
+                    Ok(verdict) => return verdict,
+                    Err(error) => {
+                        tracing::warn!(
+                            container = claim.container,
+                            error = crate::chain::chain(&error),
+                            "the etcd does not answer; nobody may act alone"
+                        );
+                    }
+                }
+                tokio::time::sleep(ASK_AGAIN).await;
+            },
             Self::Manual(operator) => {
                 tracing::error!(container = claim.container, wanted = %claim.wanted,
                     "an operator must say whether this side may go on alone (nilicon allow)");
@@ -95,14 +125,16 @@ impl Judge {
     /// The generation for a new life of a container that nobody runs, newer than `newest`. The
     /// operator has said yes to it by starting both agents.
     pub(super) async fn begin(&self, standby: &Standby, newest: Generation) -> Generation {
+        if matches!(self, Self::Unopposed | Self::Manual(_)) {
+            return newest.next();
+        }
         let mut base = newest;
-        while let Self::Witness(_) = self {
+        loop {
             let wanted = base.next();
             match self.ask(standby.claim(base, wanted)).await {
                 Verdict::Granted => return wanted,
                 Verdict::Denied { newest } => base = newest.max(wanted),
             }
         }
-        base.next()
     }
 }

@@ -6,6 +6,8 @@
 
 mod backup;
 pub mod control;
+#[cfg(feature = "etcd")]
+mod etcd;
 mod journal;
 mod judge;
 mod network;
@@ -221,7 +223,10 @@ impl Agent {
         let clocks = SharedClocks::default();
         let read = clocks.clone();
         let address = place.address(protect, host)?;
-        let pulse = Arc::new(Pulse::start(SocketAddr::new(address, 0), times.interval)?);
+        let pulse = Arc::new(Pulse::start(
+            SocketAddr::new(address, protect.pulse_port.unwrap_or(0)),
+            times.interval,
+        )?);
         let (beating, port) = (pulse.clone(), pulse.port());
         let core = Arc::new_cyclic(|me: &Weak<SharedBackup>| {
             let me = me.clone();

@@ -364,17 +364,24 @@ impl Check<'_> {
                 self.replication_link(&path, protect);
             }
             // Either host can be the backup, so that each listens there.
-            let at_port = format!("{path}/port");
-            for host in [&protect.primary, &protect.backup] {
-                let first = ports.first_use((host.clone(), protect.port), &at_port);
-                if let Some(first) = first.filter(|first| *first != at_port) {
-                    let line = self.line(first.trim_end_matches("/port"));
-                    let message = format!(
-                        "the host {host} listens on port {} for the protection in line {line}",
-                        protect.port
-                    );
-                    self.at_value(&at_port, message, Some("give each its own `port`".into()));
-                    break;
+            let pulses = protect.pulse_port.map(|port| ("pulse-port", port));
+            for (key, port) in [("port", protect.port)].into_iter().chain(pulses) {
+                let at_port = format!("{path}/{key}");
+                for host in [&protect.primary, &protect.backup] {
+                    let first = ports.first_use((host.clone(), port), &at_port);
+                    if let Some(first) = first.filter(|first| *first != at_port) {
+                        let line = self.line(first.rsplit_once('/').map_or("", |(path, _)| path));
+                        let message = format!(
+                            "the host {host} listens on port {port} for the protection in line \
+                             {line}"
+                        );
+                        self.at_value(
+                            &at_port,
+                            message,
+                            Some(format!("give each its own `{key}`")),
+                        );
+                        break;
+                    }
                 }
             }
             self.arbiter(&path, protect);
@@ -405,6 +412,19 @@ impl Check<'_> {
             let help = "say `arbiter: witness` or `arbiter: manual`";
             self.at_value(&format!("{path}/on-backup-loss"), message, Some(help.to_owned()));
         }
+        let ArbiterKind::Etcd(members) = &protect.arbiter else { return };
+        let bad = |member: &&String| {
+            let rest = member.strip_prefix("http://").unwrap_or_default();
+            rest.is_empty() || rest.contains('/')
+        };
+        let message = match (members.is_empty(), members.iter().find(bad)) {
+            (true, _) => "it names no member of the etcd".to_owned(),
+            (false, Some(member)) => format!("`{member}` is no address of an etcd"),
+            (false, None) => return,
+        };
+        let help = "write `arbiter: { etcd: [\"http://10.79.0.3:2379\"] }`, without a path; for TLS \
+                    put a proxy before it";
+        self.at_value(&format!("{path}/arbiter"), message, Some(help.to_owned()));
     }
 
     fn witness(&mut self) {

@@ -256,6 +256,10 @@ pub struct Protect {
     /// The UDP port of the backup that checkpoints are sent to.
     #[serde(default = "defaults::port")]
     pub port: u16,
+    /// The UDP port on which each host expects the other's pulses, for firewalls; by default any
+    /// that is free.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pulse_port: Option<u16>,
     /// How often a checkpoint is taken.
     #[serde(default)]
     pub epoch: Epochs,
@@ -278,7 +282,7 @@ pub struct Protect {
 }
 
 /// Who decides which side may act alone.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum ArbiterKind {
     /// Nobody: the backup may take over, the primary may never go on without its backup.
@@ -288,6 +292,9 @@ pub enum ArbiterKind {
     Witness,
     /// The operator, with `nilicon allow`.
     Manual,
+    /// An etcd, by the addresses of its members, such as `http://10.79.0.3:2379`. Needs a `nilicon`
+    /// that was built with the feature `etcd`.
+    Etcd(Vec<String>),
 }
 
 /// What a primary does without its backup.
@@ -325,6 +332,9 @@ pub enum OnContainerLoss {
     Stop,
     /// It goes on at its backup from the last checkpoint, once the arbiter agrees.
     Failover,
+    /// It goes on at its backup, and comes back to this host as soon as that has a whole copy
+    /// again.
+    Restart,
 }
 
 /// A small third machine that both hosts can reach, and that remembers who may act alone.

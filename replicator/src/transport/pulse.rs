@@ -130,13 +130,12 @@ pub struct Pulse {
 }
 
 impl Pulse {
-    /// Starts the thread, with a socket on a free port of `bind`'s address. Each end beats once in
-    /// `interval`.
+    /// Starts the thread, with a socket at `address`; its port may be 0 for any that is free. Each end
+    /// beats once in `interval`.
     ///
     /// # Errors
     /// The socket or the thread cannot be made.
-    pub fn start(bind: SocketAddr, interval: Duration) -> Result<Self, LinkError> {
-        let address = SocketAddr::new(bind.ip(), 0);
+    pub fn start(address: SocketAddr, interval: Duration) -> Result<Self, LinkError> {
         let failed = |source| LinkError::Bind { address, source };
         let socket = UdpSocket::bind(address).map_err(failed)?;
         socket.set_nonblocking(true).map_err(failed)?;
