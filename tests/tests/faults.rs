@@ -9,9 +9,14 @@ const STORE: &str = "10.77.0.10:6379";
 
 /// A drill of one run with this fault, on a bed whose container fails over when it is killed.
 fn drill(tag: &str, fault: &str) {
+    drill_with(tag, fault, "on-container-loss: failover");
+}
+
+/// The same with this policy.
+fn drill_with(tag: &str, fault: &str, policy: &str) {
     let mut sketch = Sketch::of(EMBEDDED).loaded();
     sketch.clients[0] = sketch.clients[0].replace(" }", ", churn: 100 }");
-    sketch.protection = "on-container-loss: failover".to_owned();
+    sketch.protection = policy.to_owned();
     let bed = Bed::new(tag, &sketch);
     let line = ["--runs", "1", "--seed", "3", "--duration", "5s", "--fault", fault, "-o", "json"];
     let report = bed.run("drill", &line).expect_success().json();
@@ -67,6 +72,11 @@ fn a_killed_container_goes_on_at_its_backup() {
     drill("killed", "kill-container");
 }
 
+#[test]
+fn a_killed_container_goes_back_and_nothing_is_lost() {
+    drill_with("killback", "kill-container", "on-container-loss: restart");
+}
+
 /// A bed with this policy, and a client that has been answered.
 fn start(tag: &str, policy: &str) -> (Bed, Relay) {
     let mut sketch = Sketch::of(EMBEDDED);
@@ -93,6 +103,31 @@ fn a_killed_container_can_be_killed_again() {
         assert_eq!(store["generation"], generation, "{store:#}");
         assert_eq!((client.ask("GET a"), client.line()), ("$1".to_owned(), value));
     }
+    drop(client);
+    bed.destroy();
+}
+
+/// With the policy `restart` it is soon back where it was killed. Killed there again it stays away, as
+/// what killed it is there.
+#[test]
+fn a_killed_container_goes_back_to_its_host_once() {
+    let (bed, mut client) = start("restart", "on-container-loss: restart");
+    bed.until_store("it is protected", |store| store["protected"] == true);
+    bed.fault("kill-container:alpha");
+    assert_eq!(client.ask("SET a 2"), "+OK");
+    let store = bed.until_store("it is back and protected", |store| {
+        store["protected"] == true && store["primary"] == "alpha"
+    });
+    assert_eq!(store["generation"], 3, "there and back: {store:#}");
+    assert_eq!((client.ask("GET a"), client.line()), ("$1".to_owned(), "2".to_owned()));
+    bed.fault("kill-container:alpha");
+    assert_eq!(client.ask("SET a 3"), "+OK");
+    let store = bed.until_store("it is protected", |store| store["protected"] == true);
+    assert_eq!((&store["primary"], &store["generation"]), (&"beta".into(), &4.into()));
+    // There it goes on; it would have been moved as soon as it was protected.
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    let store = bed.until_store("it is protected", |store| store["protected"] == true);
+    assert_eq!((&store["primary"], &store["generation"]), (&"beta".into(), &4.into()));
     drop(client);
     bed.destroy();
 }

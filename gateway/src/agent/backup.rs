@@ -47,6 +47,9 @@ const LOG_FRAMES: usize = 1 << 17;
 /// Pause between heartbeats over the connection, which keep it alive where pulses do not arrive.
 pub(super) const BEAT: Duration = Duration::from_millis(10);
 
+/// A container that is killed twice within this time at one host stays away from it.
+const QUIET: Duration = Duration::from_secs(60);
+
 /// What the applier is told apart from checkpoints.
 #[derive(Debug)]
 pub(super) enum Order {
@@ -92,6 +95,10 @@ pub(super) struct Standby {
     suspicion: Mutex<Option<(Instant, Duration)>>,
     /// A primary was admitted since the agent's start.
     pub(super) admitted: AtomicBool,
+    /// The other host, where the container was killed, wants it back.
+    wanted_back: AtomicBool,
+    /// When the container was killed here last.
+    killed: Mutex<Option<Instant>>,
 }
 
 impl Standby {
@@ -119,6 +126,8 @@ impl Standby {
             applier: AtomicI32::new(0),
             suspicion: Mutex::default(),
             admitted: AtomicBool::new(false),
+            wanted_back: AtomicBool::new(false),
+            killed: Mutex::default(),
         })
     }
 
@@ -129,6 +138,7 @@ impl Standby {
 
     /// The container does not run here any longer.
     pub(super) fn give_way(&self, newest: Generation) {
+        self.wanted_back.store(false, Ordering::Release);
         self.memory.keep(newest);
         self.core.handle(Input::Demoted(newest));
     }
@@ -141,6 +151,17 @@ impl Standby {
                 "files that are newer than the other host's do not say so");
         }
         self.core.handle(Input::RunsOn(generation));
+    }
+
+    /// Whether the other host wants the container back, which was killed there.
+    pub(super) fn is_wanted_back(&self) -> bool {
+        self.wanted_back.load(Ordering::Acquire)
+    }
+
+    /// The container was killed here; whether that is the first time for [`QUIET`].
+    pub(super) fn killed_here(&self) -> bool {
+        let before = lock(&self.killed).replace(Instant::now());
+        before.is_none_or(|before| before.elapsed() > QUIET)
     }
 
     fn clear_log(&self) {
@@ -197,6 +218,13 @@ pub(super) async fn follow(
             Notice::Event(_, event) => heard(&shell, event),
             // Taken by whoever beats.
             Notice::Pulses(_) => {}
+            Notice::WantedBack => {
+                tracing::warn!(
+                    container = shell.name,
+                    "it was killed at the other host, and goes back there once it is protected"
+                );
+                shell.wanted_back.store(true, Ordering::Release);
+            }
             Notice::TurnedAway(peer, error) => {
                 metrics::counter!("nilicon_peers_turned_away_total").increment(1);
                 tracing::warn!(container = shell.name, %peer, %error, "turned away");

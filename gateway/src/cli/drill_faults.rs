@@ -23,7 +23,7 @@ pub(crate) enum DrillFault {
     KillHost,
     /// The agent of the primary is killed.
     KillAgent,
-    /// The container's processes are killed; its topology says that it fails over then.
+    /// The container's processes are killed; its topology says that it goes on then.
     KillContainer,
     /// All links of the primary are cut; it does not know that it is alone.
     CutLink,
@@ -122,7 +122,8 @@ impl DrillFault {
     /// Whether somebody goes on with the container after it.
     fn leaves_one(self, topology: &Topology) -> bool {
         let policy = topology.protect.first().map(|protect| protect.on_container_loss);
-        self != Self::KillContainer || policy == Some(OnContainerLoss::Failover)
+        let goes_on = |policy| policy != OnContainerLoss::Stop;
+        self != Self::KillContainer || policy.is_some_and(goes_on)
     }
 
     /// Its name on the command line.

@@ -12,7 +12,7 @@
 
 use std::time::Duration;
 
-use netns_tools::topology::Event;
+use netns_tools::topology::{Event, Fault};
 use nilicon_clients::load::{HistoryReport, Report};
 use serde::{Deserialize, Serialize};
 
@@ -356,6 +356,15 @@ impl RunReport {
     }
 }
 
+/// Whether a container that was killed has been elsewhere since.
+fn went_and_came_back(evidence: &Evidence, fault: usize, container: &str, lost: &str) -> bool {
+    let fault = &evidence.faults[fault];
+    let elsewhere = |f: &Failover| {
+        f.container == container && f.host != lost && f.record.running_at_us > fault.at_us
+    };
+    fault.event.fault == Fault::KillContainer && evidence.failovers.iter().any(elsewhere)
+}
+
 /// Why a run has not recovered; none if it has.
 fn not_recovered(evidence: &Evidence) -> Option<String> {
     if let Some(idle) = evidence.clients.iter().find(|client| client.last_reply_us.is_none()) {
@@ -378,6 +387,8 @@ fn not_recovered(evidence: &Evidence) -> Option<String> {
         let now = evidence.containers.iter().find(|now| now.name == *container);
         match now.and_then(|now| now.primary.as_ref()) {
             Some(host) if host != lost => {}
+            // With the policy `restart` it comes back by itself.
+            Some(_) if went_and_came_back(evidence, index, container, lost) => {}
             Some(_) => return Some(format!("{container} still is on {lost}")),
             None => {
                 let reason = now.and_then(|now| now.reason.as_ref());
@@ -473,6 +484,17 @@ mod tests {
         assert_eq!((failover.total_ms, failover.outage_ms), (40.0, Some(90.0)));
         assert_eq!(report.faults[0].at_s, 3.0);
         assert_eq!(report.gap_ms(), 80.0);
+    }
+
+    #[test]
+    fn one_that_was_killed_may_be_back_where_it_was() {
+        let back = || Evidence { containers: vec![container(Some("alpha"))], ..evidence() };
+        let mut killed = back();
+        killed.faults[0].event.fault = Fault::KillContainer;
+        assert_eq!(RunReport::of(killed).why, None);
+        let mut never_gone = Evidence { failovers: Vec::new(), ..back() };
+        never_gone.faults[0].event.fault = Fault::KillContainer;
+        assert_eq!(RunReport::of(never_gone).why.unwrap(), "redis still is on alpha");
     }
 
     #[test]

@@ -87,6 +87,8 @@ pub enum Notice {
     Event(LinkId, Event),
     /// A connection failed before it was admitted.
     TurnedAway(SocketAddr, LinkError),
+    /// The other host, where the container was killed, wants it back from here.
+    WantedBack,
 }
 
 /// The backup core behind a lock, shared by connections, timers and operators.
@@ -206,7 +208,7 @@ impl Admission for SharedBackup {
         }
         let input = match hello.role {
             Role::Primary => Input::Hello { link, generation },
-            Role::Backup => Input::Inquiry(link),
+            Role::Backup | Role::Bereft => Input::Inquiry(link),
         };
         let actions = self.with(|core, now| core.handle(now, input));
         let mut answer = None;
@@ -243,6 +245,10 @@ impl Admission for SharedBackup {
         });
         if answer.is_ok() {
             (self.notices)(Notice::Admitted(link, generation, hello.clone()));
+        }
+        let goes_on = |(refusal, _): &(Refuse, _)| refusal.code == RefuseCode::Promoted;
+        if hello.role == Role::Bereft && answer.as_ref().is_err_and(goes_on) {
+            (self.notices)(Notice::WantedBack);
         }
         answer
     }

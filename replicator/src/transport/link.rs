@@ -254,7 +254,7 @@ impl PrimaryLink {
 
     /// Asks the other side, as one that runs nothing, who runs the container: the code of its
     /// refusal is the answer, with the newest generation that it knows. The hello in `config` must
-    /// be of the role [`Role::Backup`].
+    /// be of the role [`Role::Backup`] or [`Role::Bereft`].
     pub async fn inquire(config: PrimaryConfig) -> Result<(RefuseCode, Generation), LinkError> {
         match Self::connect(config, |_| {}).await {
             Err(LinkError::Refused { code, newest, .. }) => Ok((code, newest)),

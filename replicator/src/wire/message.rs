@@ -14,6 +14,9 @@ pub enum Role {
     Primary,
     /// It holds the warm spare.
     Backup,
+    /// Its container was killed: it holds nothing, and wants the container back from whoever goes on
+    /// with it, once it is protected there.
+    Bereft,
 }
 
 /// First message of a connection, by the primary.
@@ -23,8 +26,8 @@ pub struct Hello {
     pub container: String,
     /// Name of the host that sends it.
     pub host: String,
-    /// What it is. A backup only asks who runs the container; its hello is always refused, and
-    /// the code is the answer.
+    /// What it is. One that is no primary only asks who runs the container; its hello is always
+    /// refused, and the code is the answer.
     pub role: Role,
     /// The container's addresses, in the gateway's own encoding.
     pub network: Vec<u8>,

@@ -61,6 +61,15 @@ impl Shell {
         }
     }
 
+    /// Hands the container over to the host where it was killed, if that wants it and has a whole
+    /// copy by now. One that comes to nothing is tried again.
+    fn go_back(&self) {
+        let wanted = self.standby.as_ref().is_some_and(|standby| standby.is_wanted_back());
+        if wanted && !self.hands_over() && self.hand_over().is_ok() {
+            tracing::warn!(container = self.name, "it goes back to where it was killed");
+        }
+    }
+
     /// The stop thread has come around; whether what it does next may take long.
     pub(in crate::agent) fn worked(&self, long: bool) {
         if let Some(standby) = &self.standby {
@@ -168,6 +177,7 @@ pub(in crate::agent) async fn beat(shell: Arc<Shell>) {
             let committed = lock(&shell.core).committed();
             link.heartbeat(committed, shell.progress.load(Ordering::Relaxed));
         }
+        shell.go_back();
         shell.tick();
     }
 }

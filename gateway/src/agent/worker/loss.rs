@@ -35,10 +35,14 @@ impl Place {
             return None;
         }
         let policy = self.protect.as_ref().map(|p| p.on_container_loss);
-        let word = if policy == Some(OnContainerLoss::Failover) { "failover" } else { "stop" };
+        let word = match policy.unwrap_or_default() {
+            OnContainerLoss::Stop => "stop",
+            OnContainerLoss::Failover => "failover",
+            OnContainerLoss::Restart => "restart",
+        };
         metrics::counter!("nilicon_killed_total", "container" => name.clone(), "policy" => word)
             .increment(1);
-        (policy == Some(OnContainerLoss::Failover)).then_some(how)
+        (word != "stop").then_some(how)
     }
 
     /// Leaves a container whose processes are gone to the backup.
@@ -50,7 +54,20 @@ impl Place {
         }
         let Some(protect) = &self.protect else { return };
         standby.admitted.store(false, Ordering::Release);
-        match self.link_config(protect, Generation::default(), WireRole::Backup) {
+        let first = standby.killed_here();
+        let role = match protect.on_container_loss {
+            OnContainerLoss::Restart if first => WireRole::Bereft,
+            OnContainerLoss::Restart => {
+                tracing::error!(
+                    container = self.network.name,
+                    "killed twice within a minute: it \
+                    stays at its backup; nilicon switchover moves it back"
+                );
+                WireRole::Backup
+            }
+            OnContainerLoss::Failover | OnContainerLoss::Stop => WireRole::Backup,
+        };
+        match self.link_config(protect, Generation::default(), role) {
             Ok(question) => {
                 self.runtime.spawn(backup::leave_to_backup(standby.clone(), question, why));
             }
