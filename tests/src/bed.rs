@@ -105,9 +105,20 @@ impl Bed {
 
     /// Starts nilicon beside the test, with the same arguments as [`Bed::run`].
     pub fn start(&self, verb: &str, arguments: &[&str]) -> Running {
+        self.start_with(verb, arguments, &[])
+    }
+
+    /// As [`Bed::start`], with more variables, which the agents inherit.
+    pub fn start_with(
+        &self,
+        verb: &str,
+        arguments: &[&str],
+        environment: &[(&str, &str)],
+    ) -> Running {
         let mut line = vec![verb, &self.file];
         line.extend(arguments);
-        Running::start(&line, (MARK, &self.name), &self.directory)
+        let environment = [&[(MARK, self.name.as_str())], environment].concat();
+        Running::start(&line, &environment, &self.directory)
     }
 
     /// Makes the lab, and waits until the container is protected.

@@ -163,15 +163,15 @@ pub struct Running {
 }
 
 impl Running {
-    /// Starts it; `directory` gets its output.
-    pub fn start(arguments: &[&str], mark: (&str, &str), directory: &Path) -> Self {
+    /// Starts it with more variables in its environment; `directory` gets its output.
+    pub fn start(arguments: &[&str], environment: &[(&str, &str)], directory: &Path) -> Self {
         static STARTED: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
         let number = STARTED.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let output = directory.join(format!("run-{number}"));
         let file = |kind| File::create(output.with_extension(kind)).expect("a file for output");
         let child = Command::new(binary())
             .args(arguments)
-            .env(mark.0, mark.1)
+            .envs(environment.iter().copied())
             .stdin(Stdio::null())
             .stdout(file("out"))
             .stderr(file("err"))
@@ -199,6 +199,12 @@ impl Running {
     /// Whether it has ended.
     pub fn has_ended(&mut self) -> bool {
         self.child.try_wait().expect("wait for nilicon").is_some()
+    }
+
+    /// What it has printed so far.
+    pub fn printed(&self) -> String {
+        let bytes = fs::read(self.output.with_extension("out")).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
     }
 
     /// Waits for its end.

@@ -222,3 +222,50 @@ fn a_drill_loses_nothing() {
     assert!(number(&report, "/failover_ms/p50") > 0.0);
     bed.expect_gone();
 }
+
+/// When alpha and beta spoke to the clients in the container's name, by the kernel's time: both uplinks
+/// are watched while the hosts cannot hear each other, and both see the clients.
+fn voices(tag: &str, output_commit: &str) -> (Vec<i128>, Vec<i128>) {
+    const UPLINK: &str = env!("CARGO_BIN_EXE_uplink");
+    const MAC: &str = "02:00:00:00:77:10";
+    let bed = Bed::new(tag, &Sketch::of(&format!("{EMBEDDED}\n    mac: '{MAC}'")).loaded());
+    let fault = ["--fault", "cut-link:alpha:repl@5s", "--output-commit", output_commit];
+    let line: Vec<&str> = ["--duration", "10s", "-o", "json"].into_iter().chain(fault).collect();
+    let run = bed.start("run", &line);
+    bed.until_store("the load runs", |store| store["epoch"].as_u64() > Some(20));
+    let watch = |host| bed.start_exec(host, &[UPLINK, "lan", MAC, "9"]);
+    let (alpha, beta) = (watch("alpha"), watch("beta"));
+    let ready = |watcher: &nilicon_tests::Running| watcher.printed().starts_with("ready");
+    nilicon_tests::until("the watchers", || (ready(&alpha) && ready(&beta)).then_some(()));
+    let store = bed.until_store("nothing has happened yet", |store| store["phase"].is_string());
+    assert_eq!(store["primary"], "alpha", "{store:#}");
+    let frames = |watcher: nilicon_tests::Running| -> Vec<i128> {
+        let done = watcher.wait(std::time::Duration::from_secs(60)).expect_success();
+        done.stdout.lines().skip(1).map(|line| line.parse().expect("a time")).collect()
+    };
+    let voices = (frames(alpha), frames(beta));
+    // Without output commit something may be lost, and the run says so.
+    let done = run.wait(std::time::Duration::from_secs(200));
+    if output_commit == "on" {
+        expect_clean(&done.expect_success().json());
+    }
+    assert!(!voices.0.is_empty() && !voices.1.is_empty(), "both have spoken: {voices:?}");
+    bed.expect_gone();
+    voices
+}
+
+/// Of the two sides of a cut never more than one speaks: nothing leaves the old primary once the new
+/// one has said its first word, though its container runs on, and its clients still ask it.
+#[test]
+fn on_a_cut_link_never_more_than_one_side_speaks() {
+    let (alpha, beta) = voices("voices", "on");
+    let (last, first) = (alpha.iter().max(), beta.iter().min());
+    assert!(last < first, "alpha spoke until {last:?}, beta from {first:?} on");
+}
+
+/// The control: without output commit both do, and it shows.
+#[test]
+fn without_output_commit_both_sides_speak() {
+    let (alpha, beta) = voices("voicesun", "off");
+    assert!(alpha.iter().max() > beta.iter().min(), "a second voice was not heard");
+}

@@ -1,0 +1,109 @@
+//! A backup that gets no memory: its agent, or the spare. The primary does what its policy says, nothing
+//! is lost, it is said, and protection comes back when there is room.
+
+use nilicon_tests::{Bed, EMBEDDED, Relay, Sketch, is_installed};
+use std::process::Command;
+
+const RELAY: &str = env!("CARGO_BIN_EXE_relay");
+const STORE: &str = "10.77.0.10:6379";
+/// Larger than any room that is left.
+const VALUE: usize = 32 << 20;
+
+/// A protected container, and a client that has been answered.
+fn start(tag: &str, policy: &str) -> (Bed, Relay) {
+    let mut sketch = Sketch::of(EMBEDDED);
+    sketch.protection = policy.to_owned();
+    let bed = Bed::new(tag, &sketch);
+    bed.deploy();
+    let mut client = bed.connect(RELAY, "client", STORE);
+    assert_eq!(client.ask("SET a 1"), "+OK");
+    bed.until_store("it is protected", |store| store["protected"] == true);
+    (bed, client)
+}
+
+/// The agent of a host.
+fn agent(bed: &Bed, host: &str) -> u64 {
+    let lab = bed.inspect();
+    let nodes = lab["nodes"].as_array().expect("nodes");
+    let node = nodes.iter().find(|node| node["name"] == host).expect("the host");
+    node["agent_pid"].as_u64().expect("it runs")
+}
+
+/// The first process of the spare that an agent keeps.
+fn spare(agent: u64) -> u64 {
+    let tasks = std::fs::read_dir(format!("/proc/{agent}/task")).expect("threads");
+    let children = tasks
+        .flatten()
+        .filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok());
+    let all: String = children.collect();
+    all.split_whitespace().next().and_then(|pid| pid.parse().ok()).expect("it has a spare")
+}
+
+/// From now on a process gets no more memory than it has, but for a megabyte.
+fn no_more_for(pid: u64) {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("its status");
+    let size = status.lines().find_map(|line| line.strip_prefix("VmData:")).expect("its size");
+    let size: u64 = size.trim().trim_end_matches(" kB").parse().expect("a number");
+    let limit = format!("--data={}", (size << 10) + (1 << 20));
+    let done = Command::new("prlimit").args(["--pid", &pid.to_string(), &limit]).status();
+    assert!(done.expect("prlimit runs").success());
+}
+
+/// Writes more than there is room for; the answer is yet to come.
+fn write_much(client: &mut Relay) {
+    client.send(&format!("*3\r\n$3\r\nSET\r\n$3\r\nbig\r\n${VALUE}\r\n"));
+    client.send(&"x".repeat(VALUE));
+    client.send("\r\n");
+}
+
+/// It is all there after the loss of the primary.
+fn expect_all(bed: &Bed, mut client: Relay) {
+    bed.until_store("it is protected again", |store| store["protected"] == true);
+    bed.fault("kill-host:alpha");
+    assert_eq!((client.ask("GET a"), client.line()), ("$1".to_owned(), "1".to_owned()));
+    assert_eq!(client.ask("GET big"), format!("${VALUE}"));
+    assert_eq!(client.line().len(), VALUE);
+    drop(client);
+    let store = bed.until_store("beta has it", |store| store["primary"] == "beta");
+    assert_eq!(store["phase"], "unprotected", "{store:#}");
+    bed.destroy();
+}
+
+fn log(bed: &Bed, host: &str) -> String {
+    std::fs::read_to_string(bed.state().join(format!("{host}.log"))).expect("a log")
+}
+
+/// The agent ends, as one that the kernel ends; clients wait until there is another one.
+#[test]
+fn an_agent_that_gets_no_memory_is_a_lost_backup() {
+    if !is_installed("prlimit") {
+        return;
+    }
+    let (bed, mut client) = start("nomem", "");
+    no_more_for(agent(&bed, "beta"));
+    write_much(&mut client);
+    let store = bed.until_store("the loss is noticed", |store| store["phase"] == "severed");
+    assert_eq!((&store["primary"], &store["protected"]), (&"alpha".into(), &false.into()));
+    assert!(store["reason"].is_string(), "{store:#}");
+    let said = log(&bed, "beta");
+    assert!(said.contains("memory") || said.contains("Cannot allocate"), "{said}");
+    bed.fault("restart-agent:beta");
+    assert_eq!(client.line(), "+OK");
+    expect_all(&bed, client);
+}
+
+/// The spare is given up, and a new one is made: it has room.
+#[test]
+fn a_spare_that_gets_no_memory_is_made_anew() {
+    if !is_installed("prlimit") {
+        return;
+    }
+    let (bed, mut client) = start("sparemem", "");
+    no_more_for(spare(agent(&bed, "beta")));
+    write_much(&mut client);
+    assert_eq!(client.line(), "+OK");
+    let said = log(&bed, "beta");
+    assert!(said.contains("the warm spare cannot follow"), "{said}");
+    assert!(said.contains("Cannot allocate memory"), "{said}");
+    expect_all(&bed, client);
+}
