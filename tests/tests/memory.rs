@@ -6,8 +6,9 @@ use std::process::Command;
 
 const RELAY: &str = env!("CARGO_BIN_EXE_relay");
 const STORE: &str = "10.77.0.10:6379";
-/// Larger than any room that is left.
-const VALUE: usize = 32 << 20;
+/// What is written: many megabytes, more than any room that is left.
+const KEYS: usize = 20_000;
+const SIZE: usize = 2048;
 
 /// A protected container, and a client that has been answered.
 fn start(tag: &str, policy: &str) -> (Bed, Relay) {
@@ -51,9 +52,7 @@ fn no_more_for(pid: u64) {
 
 /// Writes more than there is room for; the answer is yet to come.
 fn write_much(client: &mut Relay) {
-    client.send(&format!("*3\r\n$3\r\nSET\r\n$3\r\nbig\r\n${VALUE}\r\n"));
-    client.send(&"x".repeat(VALUE));
-    client.send("\r\n");
+    client.send(&format!("DEBUG POPULATE {KEYS} big {SIZE}\r\n"));
 }
 
 /// It is all there after the loss of the primary.
@@ -61,8 +60,10 @@ fn expect_all(bed: &Bed, mut client: Relay) {
     bed.until_store("it is protected again", |store| store["protected"] == true);
     bed.fault("kill-host:alpha");
     assert_eq!((client.ask("GET a"), client.line()), ("$1".to_owned(), "1".to_owned()));
-    assert_eq!(client.ask("GET big"), format!("${VALUE}"));
-    assert_eq!(client.line().len(), VALUE);
+    for at in [0, KEYS / 2, KEYS - 1] {
+        assert_eq!(client.ask(&format!("GET big:{at}")), format!("${SIZE}"));
+        assert!(client.line().starts_with(&format!("value:{at}")));
+    }
     drop(client);
     let store = bed.until_store("beta has it", |store| store["primary"] == "beta");
     assert_eq!(store["phase"], "unprotected", "{store:#}");

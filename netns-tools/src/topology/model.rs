@@ -380,7 +380,7 @@ pub struct Detector {
     /// How often each side says that it is alive.
     pub heartbeat: Period,
     /// How long the primary may be silent before it counts as lost. The backup is given four times
-    /// as long.
+    /// as long, and half a second at least.
     pub timeout: Period,
     /// The time-out grows up to this with a host that is often late: twice its longest pause of the
     /// last 10 s. By default four time-outs; as `timeout`, it is fixed.
