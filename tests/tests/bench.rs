@@ -3,6 +3,9 @@
 use nilicon_tests::{Bed, EMBEDDED, Sketch};
 use serde_json::Value;
 
+/// The part of a core that agents may take on a busy machine while nothing happens.
+const MOST_IDLE: f64 = 0.25;
+
 /// All modes answer, only the protected one has epochs, and the pictures are there.
 #[test]
 fn a_bench_compares_three_modes() {
@@ -13,13 +16,16 @@ fn a_bench_compares_three_modes() {
     let bench = bed.run("bench", &[&line[..], &["-o", "json"]].concat()).expect_success().json();
     let points = bench["points"].as_array().expect("points");
     let loads: Vec<&Value> = points.iter().map(|point| &point["load"]).collect();
-    assert_eq!(loads, ["max", "50%"], "{bench:#}");
+    assert_eq!(loads, ["closed", "saturation", "50%"], "{bench:#}");
     for mode in points.iter().flat_map(|point| point["modes"].as_array().expect("modes")) {
         assert!(mode["rate_per_s"]["median"].as_f64().is_some_and(|rate| rate > 0.0), "{mode:#}");
         assert!(mode["cpu"]["container"].as_f64().is_some_and(|cpu| cpu > 0.0), "{mode:#}");
         let epochs = mode["epochs"]["count"].as_u64();
         assert_eq!(epochs.is_some_and(|count| count > 0), mode["mode"] == "protected", "{mode:#}");
     }
+    // With more requests in flight more is answered, also where each answer waits for its epoch.
+    let protected = |point: &Value| point["modes"][2]["rate_per_s"]["median"].as_f64();
+    assert!(protected(&points[1]) > protected(&points[0]), "{bench:#}");
     // The unprotected container is what the others are measured against.
     for point in points {
         let veth = &point["modes"][0];
@@ -33,5 +39,64 @@ fn a_bench_compares_three_modes() {
         assert!(text.contains("</svg>"), "{picture}");
     }
     std::fs::remove_dir_all(&plots).expect("the folder");
+    bed.expect_gone();
+}
+
+/// Nobody asks: there are no epochs, and agents and gateway do next to nothing. How little is a
+/// figure of the bench; here a busy machine must pass as well.
+#[test]
+fn an_idle_container_has_no_epochs() {
+    let bed = Bed::new("idle", &Sketch::of(EMBEDDED));
+    let line = ["--idle", "--rounds", "1", "--load", "4s", "-o", "json"];
+    let rows = bed.run("bench", &line).expect_success().json();
+    let rows = rows.as_array().expect("rows");
+    let modes: Vec<&Value> = rows.iter().map(|row| &row["mode"]).collect();
+    assert_eq!(modes, ["gateway", "protected"]);
+    for row in rows {
+        assert_eq!(row["epochs_per_s"]["max"], 0.0, "{row:#}");
+        assert!(row["agents"]["max"].as_f64().is_some_and(|part| part < MOST_IDLE), "{row:#}");
+    }
+    // It was measured at all.
+    assert!(rows[1]["agents"]["max"].as_f64() > Some(0.0), "{rows:#?}");
+    bed.expect_gone();
+}
+
+/// A program without clients is measured by its work.
+#[test]
+fn a_bench_counts_the_work_of_a_program_without_clients() {
+    let store = "command: [nilicon, __compute, options, --threads, \"2\", --listen, \
+                 \"0.0.0.0:7000\"]\n    ready: { tcp: 7000 }";
+    let mut sketch = Sketch::of(store);
+    sketch.protection = "epoch: { min: 30ms, max: 30ms }".to_owned();
+    let bed = Bed::new("work", &sketch);
+    let line = ["--rounds", "1", "--load", "2s", "-o", "json"];
+    let bench = bed.run("bench", &line).expect_success().json();
+    let modes = bench["modes"].as_array().expect("modes");
+    assert_eq!(modes.len(), 3, "{bench:#}");
+    for mode in modes {
+        assert!(mode["steps_per_s"]["median"].as_f64() > Some(0.0), "{mode:#}");
+        let epochs = mode["epochs"]["count"].as_u64();
+        assert_eq!(epochs.is_some_and(|count| count > 2), mode["mode"] == "protected", "{mode:#}");
+    }
+    // No epoch is shorter than it is told.
+    assert!(modes[2]["epochs"]["interval_us"]["p50"].as_u64() >= Some(30_000), "{bench:#}");
+    bed.expect_gone();
+}
+
+/// Two builds, here one and the same, in turns.
+#[test]
+fn a_bench_compares_two_builds() {
+    let bed = Bed::new("against", &Sketch::of(EMBEDDED).loaded());
+    let program = nilicon_tests::binary();
+    let program = program.to_str().expect("a path of plain text");
+    let line = ["--against", program, "--rounds", "2", "--load", "1s", "--connections", "2"];
+    let bench = bed.run("bench", &[&line[..], &["-o", "json"]].concat()).expect_success().json();
+    let figures = bench["figures"].as_array().expect("figures");
+    for name in ["stop p50", "requests/s"] {
+        let figure = figures.iter().find(|figure| figure["name"] == name).expect(name);
+        for side in ["own", "other", "ratio"] {
+            assert!(figure[side]["median"].as_f64() > Some(0.0), "{name}, {side}: {figure:#}");
+        }
+    }
     bed.expect_gone();
 }

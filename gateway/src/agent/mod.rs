@@ -280,8 +280,11 @@ impl Agent {
         let path = std::env::var("PATH").unwrap_or_else(|_| DEFAULT_PATH.to_owned());
         let any = if container.addresses().any(|a| a.ip.is_ipv6()) { "[::]" } else { "0.0.0.0" };
         let command = match container.workload(|p| is_installed(&path, p)) {
-            Workload::Command(program, arguments) => {
-                std::iter::once(program.to_owned()).chain(arguments.iter().cloned()).collect()
+            Workload::Command(wanted, arguments) => {
+                // By this name, this program itself, wherever it is.
+                let own = (wanted == OWN_NAME).then(|| program.to_string_lossy().into_owned());
+                let first = own.unwrap_or_else(|| wanted.to_owned());
+                std::iter::once(first).chain(arguments.iter().cloned()).collect()
             }
             Workload::Embedded(e) => vec![
                 program.to_string_lossy().into_owned(),
@@ -373,6 +376,9 @@ impl Agent {
 }
 
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// The command of a topology that stands for this program.
+const OWN_NAME: &str = "nilicon";
 
 fn is_installed(path: &str, program: &str) -> bool {
     if program.contains('/') {

@@ -7,6 +7,7 @@
 use super::primary::Shell;
 use super::stop::Taken;
 use bytes::Bytes;
+use replicator::image::pages::PageSet;
 use replicator::protocol::LinkId;
 use replicator::protocol::primary::Input;
 use replicator::sys::sched;
@@ -41,7 +42,7 @@ pub(super) fn run(shell: Arc<Shell>, taken: Receiver<Taken>, buffers: SyncSender
         tracing::debug!(%error, "the shipper runs at ordinary priority");
     }
     let mut builder: Option<(LinkId, CheckpointBuilder)> = None;
-    for taken in taken {
+    for mut taken in taken {
         // The container stands still until this one is with the backup.
         let hurry = shell.hands_over();
         if hurry && let Err(error) = sched::set_fifo(PRIORITY) {
@@ -54,6 +55,10 @@ pub(super) fn run(shell: Arc<Shell>, taken: Receiver<Taken>, buffers: SyncSender
                 // Later ones build on it, so nothing could be acknowledged any more: start anew.
                 shell.handle(Input::Lost(taken.link));
             }
+        }
+        if taken.full {
+            // As large as the container, and of no use for what follows.
+            taken.pages = PageSet::default();
         }
         // The stop thread holds the other end as long as it runs. It is woken when it can have
         // the buffers.

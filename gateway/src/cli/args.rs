@@ -3,13 +3,15 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use netns_tools::topology::{Event, Period, Ratio, Size, Topology};
+use netns_tools::topology::{Event, Period, Topology};
 use replicator::protocol::simulation::STEPS;
 use replicator::restore::Place;
 
-use super::bench::Load;
+use super::bench::BenchArgs;
+use super::compute::ComputeArgs;
 use super::drill_faults::DrillFault;
 use super::faults;
+use super::shape::ShapeArgs;
 use super::sim::Mutation;
 
 /// Keeps a Linux container alive through the loss of its host.
@@ -93,6 +95,9 @@ pub(super) enum Verb {
     /// A program of any shape, for `bench --scale`.
     #[command(name = "__shape", hide = true)]
     Shape(ShapeArgs),
+    /// A program that computes.
+    #[command(name = "__compute", hide = true)]
+    Compute(ComputeArgs),
 }
 
 /// How data is printed.
@@ -257,38 +262,6 @@ pub(super) struct SimArgs {
     /// A mistake to be made, which must be found; the code is 1 if it is.
     #[arg(long, value_enum)]
     pub(super) mutation: Option<Mutation>,
-    #[command(flatten)]
-    pub(super) output: OutputArg,
-}
-
-/// `bench`.
-#[derive(Debug, Args)]
-pub(super) struct BenchArgs {
-    #[command(flatten)]
-    pub(super) topology: TopologyArg,
-    /// How often everything is measured; medians are told.
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
-    pub(super) rounds: u32,
-    /// How long each measured load lasts.
-    #[arg(long, value_name = "TIME", default_value = "4s")]
-    pub(super) load: Period,
-    /// Connections of the topology's first client; others stay out.
-    #[arg(long, value_name = "NUMBERS", value_delimiter = ',', default_value = "1,50")]
-    pub(super) connections: Vec<usize>,
-    /// Loads besides `max`: parts of what the unprotected container answers at most.
-    #[arg(long, value_name = "PARTS", value_delimiter = ',', default_value = "50%")]
-    pub(super) loads: Vec<Load>,
-    /// Part of the requests that reads, instead of the client's.
-    #[arg(long, value_name = "PART")]
-    pub(super) read_ratio: Option<Ratio>,
-    /// Writes plots (SVG) and all figures (bench.json) into this folder; a failover is measured
-    /// for them, too.
-    #[arg(long, value_name = "FOLDER")]
-    pub(super) plots: Option<PathBuf>,
-    /// Measures stops against data, dirty pages, threads, processes, connections and mappings
-    /// instead, one at a time, with a program that has that shape.
-    #[arg(long, conflicts_with_all = ["rounds", "load", "connections", "loads", "read_ratio"])]
-    pub(super) scale: bool,
     #[command(flatten)]
     pub(super) output: OutputArg,
 }
@@ -581,30 +554,4 @@ mod tests {
         assert!(help.contains("Usage: nilicon <COMMAND>"), "{help}");
         assert!(!help.contains("__client"));
     }
-}
-
-/// `__shape`.
-#[derive(Debug, Args)]
-pub(super) struct ShapeArgs {
-    /// Bytes of data.
-    #[arg(long, default_value = "1MB")]
-    pub(super) memory: Size,
-    /// Pages that are written for each byte that it is sent.
-    #[arg(long, default_value_t = 0)]
-    pub(super) dirty: usize,
-    /// Threads.
-    #[arg(long, default_value_t = 1)]
-    pub(super) threads: usize,
-    /// Processes.
-    #[arg(long, default_value_t = 1)]
-    pub(super) processes: usize,
-    /// Mappings besides.
-    #[arg(long, default_value_t = 0)]
-    pub(super) mappings: usize,
-    /// Where it listens.
-    #[arg(long, default_value = "0.0.0.0:6379")]
-    pub(super) listen: std::net::SocketAddr,
-    /// Does nothing, for ever.
-    #[arg(long)]
-    pub(super) idle: bool,
 }

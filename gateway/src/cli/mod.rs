@@ -8,6 +8,7 @@ mod bench;
 mod check;
 mod clients;
 mod clock;
+mod compute;
 mod demo;
 mod deploy;
 mod doctor;
@@ -97,6 +98,7 @@ fn dispatch(verb: &Verb) -> Result<ExitCode> {
             netns_tools::impair::run_link(&args.lab, args.index)?;
         }
         Verb::Shape(args) => shape::shape(args)?,
+        Verb::Compute(args) => compute::compute(args)?,
         Verb::Server(args) => {
             server::run(ServerConfig { listen: args.listen, threads: args.threads })
                 .context("the built-in server cannot run")?;

@@ -13,7 +13,8 @@ use anyhow::{Context, Result};
 use memmap2::MmapMut;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::args::ShapeArgs;
+use clap::Args;
+use netns_tools::topology::Size;
 
 const PAGE: usize = 4096;
 /// Small, so that only their number matters.
@@ -21,6 +22,32 @@ const MAPPING: usize = 4 * PAGE;
 /// Step from page to page: odd, so that it visits all pages where their number is a power of two,
 /// and most otherwise.
 const STRIDE: usize = 7919;
+
+/// `__shape`.
+#[derive(Debug, Args)]
+pub(super) struct ShapeArgs {
+    /// Bytes of data.
+    #[arg(long, default_value = "1MB")]
+    pub(super) memory: Size,
+    /// Pages that are written for each byte that it is sent.
+    #[arg(long, default_value_t = 0)]
+    pub(super) dirty: usize,
+    /// Threads.
+    #[arg(long, default_value_t = 1)]
+    pub(super) threads: usize,
+    /// Processes.
+    #[arg(long, default_value_t = 1)]
+    pub(super) processes: usize,
+    /// Mappings besides.
+    #[arg(long, default_value_t = 0)]
+    pub(super) mappings: usize,
+    /// Where it listens.
+    #[arg(long, default_value = "0.0.0.0:6379")]
+    pub(super) listen: std::net::SocketAddr,
+    /// Does nothing, for ever.
+    #[arg(long)]
+    pub(super) idle: bool,
+}
 
 /// `nilicon __shape`.
 pub(super) fn shape(args: &ShapeArgs) -> Result<()> {

@@ -1,7 +1,6 @@
 //! What a bench found, put together by pure functions.
 
 use std::fmt;
-use std::time::Duration;
 
 use netns_tools::topology::Ratio;
 use serde::Serialize;
@@ -9,6 +8,7 @@ use serde::Serialize;
 use super::super::clock;
 use super::super::numbers::{Spread, median};
 use super::super::report::RunReport;
+use super::args::BenchArgs;
 use super::cores::{Cores, Usage};
 use crate::agent::status::{EpochRecord, StopStages};
 
@@ -41,8 +41,11 @@ impl fmt::Display for Mode {
 /// How much the clients ask for.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Load {
-    /// Each connection asks again as soon as it has its answer.
-    Most,
+    /// Each connection asks again as soon as it has its answer: it waits for one answer at a time, so
+    /// that what is answered tells of the latency.
+    Closed,
+    /// Each connection has many requests in flight: the container has always something to do.
+    Saturation,
     /// A part of what the unprotected container answers at most, evenly over time.
     Part(Ratio),
 }
@@ -51,13 +54,16 @@ impl std::str::FromStr for Load {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        if text == "max" {
-            return Ok(Self::Most);
+        match text {
+            "closed" => return Ok(Self::Closed),
+            "saturation" => return Ok(Self::Saturation),
+            _ => {}
         }
-        let part: Ratio = text.parse().map_err(|error| format!("{error}, or max"))?;
+        let part: Ratio =
+            text.parse().map_err(|error| format!("{error}, or closed, or saturation"))?;
         match part.get() > 0.0 {
             true => Ok(Self::Part(part)),
-            false => Err("a load of nothing measures nothing".to_owned()),
+            false => Err("a load of nothing measures nothing (but see --idle)".to_owned()),
         }
     }
 }
@@ -65,7 +71,8 @@ impl std::str::FromStr for Load {
 impl fmt::Display for Load {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Most => f.write_str("max"),
+            Self::Closed => f.write_str("closed"),
+            Self::Saturation => f.write_str("saturation"),
             Self::Part(part) => write!(f, "{:.0}%", part.get() * 100.0),
         }
     }
@@ -82,12 +89,18 @@ impl Serialize for Load {
 pub(super) struct Point {
     pub(super) connections: usize,
     pub(super) load: Load,
+    /// Part of the requests that reads, if it is not the topology's.
+    pub(super) reads: Option<Ratio>,
 }
 
 impl fmt::Display for Point {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let plural = if self.connections == 1 { "" } else { "s" };
-        write!(f, "{} connection{plural}, load {}", self.connections, self.load)
+        write!(f, "{} connection{plural}, load {}", self.connections, self.load)?;
+        match self.reads {
+            Some(reads) => write!(f, ", {:.0}% reads", reads.get() * 100.0),
+            None => Ok(()),
+        }
     }
 }
 
@@ -139,7 +152,7 @@ pub(super) struct Runs {
 }
 
 impl Runs {
-    fn of(values: impl IntoIterator<Item = f64>) -> Self {
+    pub(super) fn of(values: impl IntoIterator<Item = f64>) -> Self {
         let values: Vec<f64> = values.into_iter().collect();
         let end = |pick: fn(f64, f64) -> f64| values.iter().copied().reduce(pick).unwrap_or(0.0);
         Self { median: median(values.iter().copied()), min: end(f64::min), max: end(f64::max) }
@@ -156,19 +169,22 @@ pub(super) struct Setting {
     pub(super) rounds: u32,
     /// Length of each measured load, in seconds.
     pub(super) load_s: f64,
+    /// Requests that each connection has in flight for the load `saturation`.
+    pub(super) pipeline: usize,
     /// None if there is one core for all.
     pub(super) cores: Option<Cores>,
 }
 
 impl Setting {
-    pub(super) fn here(rounds: u32, load: Duration, cores: Option<&Cores>) -> Self {
+    pub(super) fn here(args: &BenchArgs, cores: Option<&Cores>) -> Self {
         let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
         Self {
             version: env!("CARGO_PKG_VERSION"),
             kernel: kernel.trim().to_owned(),
             date: clock::date_and_time(std::time::SystemTime::now()),
-            rounds,
-            load_s: load.as_secs_f64(),
+            rounds: args.rounds,
+            load_s: args.load.as_secs_f64(),
+            pipeline: args.pipeline,
             cores: cores.cloned(),
         }
     }
@@ -242,7 +258,8 @@ pub(super) struct Stages {
 }
 
 impl EpochFigures {
-    fn of(epochs: &[&EpochRecord], seconds: f64) -> Option<Self> {
+    /// None if there are no epochs.
+    pub(super) fn of(epochs: &[&EpochRecord], seconds: f64) -> Option<Self> {
         if epochs.is_empty() {
             return None;
         }
@@ -384,7 +401,7 @@ pub(super) mod tests {
     /// Two rounds on a machine that became twice as fast, with a gate that costs a tenth and a
     /// protection that costs half.
     pub(in super::super) fn samples() -> Vec<Sample> {
-        let point = Point { connections: 50, load: Load::Most };
+        let point = Point { connections: 50, load: Load::Closed, reads: None };
         let mut all = Vec::new();
         for (round, speed) in [(0, 1.0), (1, 2.0)] {
             for (mode, part, added) in
@@ -414,14 +431,25 @@ pub(super) mod tests {
         all
     }
 
+    fn setting() -> Setting {
+        Setting {
+            version: "0",
+            kernel: "6".to_owned(),
+            date: String::new(),
+            rounds: 2,
+            load_s: 2.0,
+            pipeline: 32,
+            cores: None,
+        }
+    }
+
     pub(in super::super) fn report() -> BenchReport {
         let failover = Timeline {
             phases_ms: vec![("detect", 30.0), ("connect", 4.0), ("run", 1.0)],
             outage_ms: 35.0,
             gap_ms: 36.0,
         };
-        let setting = Setting::here(2, Duration::from_secs(2), None);
-        BenchReport::of("redis", setting, &samples(), Some(failover))
+        BenchReport::of("redis", setting(), &samples(), Some(failover))
     }
 
     #[test]
@@ -452,15 +480,16 @@ pub(super) mod tests {
     fn what_a_client_complains_of_is_told() {
         let mut samples = samples();
         samples[5].complaint = Some("1 acknowledged writes lost".to_owned());
-        let setting = Setting::here(2, Duration::from_secs(2), None);
-        let report = BenchReport::of("redis", setting, &samples, None);
-        let told = "50 connections, load max, protected: 1 acknowledged writes lost";
+        let report = BenchReport::of("redis", setting(), &samples, None);
+        let told = "50 connections, load closed, protected: 1 acknowledged writes lost";
         assert_eq!(report.complaints, [told]);
     }
 
     #[test]
     fn loads_are_written_as_parts() {
-        assert_eq!("max".parse(), Ok(Load::Most));
+        for load in [Load::Closed, Load::Saturation] {
+            assert_eq!(load.to_string().parse(), Ok(load));
+        }
         assert_eq!("50%".parse::<Load>().unwrap().to_string(), "50%");
         assert!("0%".parse::<Load>().is_err() && "fast".parse::<Load>().is_err());
     }

@@ -8,11 +8,15 @@
 //! one round, and the median over the rounds is told; the modes take turns in going first, so that
 //! a machine that warms up, or cools down, favours none.
 
+mod against;
+mod args;
 mod cores;
 mod figures;
+mod idle;
 mod plots;
 mod scale;
 mod table;
+mod work;
 
 use std::path::Path;
 use std::time::Duration;
@@ -21,11 +25,12 @@ use anyhow::{Context, Result, bail, ensure};
 use netns_tools::lab::Lab;
 use netns_tools::topology::{Device, Event, Fault, Period, Topology};
 
-use super::args::{BenchArgs, Output};
+use super::args::Output;
 use super::progress::Progress;
 use super::report::RunReport;
 use super::run::{self, Moment, Plan, REPLY_TIMEOUT, run_once};
 use super::signals;
+pub(super) use args::BenchArgs;
 use cores::{Cores, Usage};
 pub(super) use figures::Load;
 use figures::{BenchReport, Mode, Point, Sample, Timeline};
@@ -37,11 +42,8 @@ const FAILOVER_AT: f64 = 0.4;
 pub(super) fn bench(args: &BenchArgs) -> Result<bool> {
     signals::catch()?;
     let topology = args.topology.load()?;
-    ensure!(
-        !topology.protect.is_empty() && !topology.clients.is_empty(),
-        "{} needs a protected container and a client to measure anything",
-        args.topology.path.display()
-    );
+    let file = args.topology.path.display();
+    ensure!(!topology.protect.is_empty(), "{file} needs a protected container to measure anything");
     if let Some(folder) = &args.plots {
         std::fs::create_dir_all(folder)
             .with_context(|| format!("cannot make the folder {}", folder.display()))?;
@@ -50,6 +52,19 @@ pub(super) fn bench(args: &BenchArgs) -> Result<bool> {
     if args.scale {
         return measure_scale(args, &topology, cores.as_ref());
     }
+    if args.idle {
+        let rows = idle::measure(args, &topology, cores.as_ref())?;
+        return told(args, &rows, || idle::text(&rows));
+    }
+    if let Some(other) = &args.against {
+        let report = against::measure(args, &topology, other)?;
+        return told(args, &report, || against::text(&report));
+    }
+    if let Some(port) = work::port(&topology) {
+        let report = work::measure(args, &topology, cores.as_ref(), port)?;
+        return told(args, &report, || work::text(&report));
+    }
+    ensure!(!topology.clients.is_empty(), "{file} needs a client to measure anything");
     let mut bench = Bench { args, topology, cores, progress: Progress::new(), samples: Vec::new() };
     for round in 0..args.rounds {
         bench.round(round)?;
@@ -61,7 +76,7 @@ pub(super) fn bench(args: &BenchArgs) -> Result<bool> {
     bench.progress.clear();
     let report = BenchReport::of(
         &bench.topology.name,
-        figures::Setting::here(args.rounds, *args.load, bench.cores.as_ref()),
+        figures::Setting::here(args, bench.cores.as_ref()),
         &bench.samples,
         failover,
     );
@@ -75,9 +90,22 @@ pub(super) fn bench(args: &BenchArgs) -> Result<bool> {
     Ok(report.complaints.is_empty())
 }
 
+/// Prints what was found.
+fn told(
+    args: &BenchArgs,
+    found: &impl serde::Serialize,
+    text: impl FnOnce() -> String,
+) -> Result<bool> {
+    match args.output.output {
+        Output::Json => println!("{}", serde_json::to_string_pretty(found)?),
+        Output::Text => print!("{}", text()),
+    }
+    Ok(true)
+}
+
 /// `nilicon bench --scale`.
 fn measure_scale(args: &BenchArgs, topology: &Topology, cores: Option<&Cores>) -> Result<bool> {
-    let rows = scale::measure(topology, cores, &mut Progress::new())?;
+    let rows = scale::measure(topology, cores, args.only.as_deref(), &mut Progress::new())?;
     if let Some(folder) = &args.plots {
         let json = serde_json::to_string_pretty(&rows)?;
         for (name, text) in [("scale.json", json), ("scale.svg", plots::scale(&rows)?)] {
@@ -86,11 +114,7 @@ fn measure_scale(args: &BenchArgs, topology: &Topology, cores: Option<&Cores>) -
                 .with_context(|| format!("cannot write {}", path.display()))?;
         }
     }
-    match args.output.output {
-        Output::Json => println!("{}", serde_json::to_string_pretty(&rows)?),
-        Output::Text => print!("{}", scale::text(&rows)),
-    }
-    Ok(true)
+    told(args, &rows, || scale::text(&rows))
 }
 
 fn write_into(folder: &Path, report: &BenchReport, samples: &[Sample]) -> Result<()> {
@@ -116,19 +140,26 @@ struct Bench<'a> {
 impl Bench<'_> {
     /// Every load in every mode, once.
     fn round(&mut self, round: u32) -> Result<()> {
+        let all_reads = match &self.args.read_ratio[..] {
+            [] => vec![None],
+            parts => parts.iter().copied().map(Some).collect(),
+        };
         for &connections in &self.args.connections {
-            // The others are parts of what this finds.
-            let mut loads = vec![Load::Most];
-            loads.extend(self.args.loads.iter().copied().filter(|load| *load != Load::Most));
-            for load in loads {
-                let point = Point { connections, load };
-                let rate = match load {
-                    Load::Most => None,
-                    Load::Part(part) => Some(self.part_of_most(connections, part.get())?),
-                };
-                let first = round as usize % Mode::ALL.len();
-                for mode in Mode::ALL.iter().cycle().skip(first).take(Mode::ALL.len()) {
-                    self.measure(round, point, rate, *mode)?;
+            for &reads in &all_reads {
+                // Parts are parts of what this finds.
+                let mut loads = vec![Load::Closed];
+                let more = self.args.loads.iter().copied().filter(|load| *load != Load::Closed);
+                loads.extend(more);
+                for load in loads {
+                    let point = Point { connections, load, reads };
+                    let rate = match load {
+                        Load::Closed | Load::Saturation => None,
+                        Load::Part(part) => Some(self.part_of_most(point, part.get())?),
+                    };
+                    let first = round as usize % Mode::ALL.len();
+                    for mode in Mode::ALL.iter().cycle().skip(first).take(Mode::ALL.len()) {
+                        self.measure(round, point, rate, *mode)?;
+                    }
                 }
             }
         }
@@ -136,9 +167,9 @@ impl Bench<'_> {
     }
 
     /// A part of what an unprotected container was found to do.
-    fn part_of_most(&self, connections: usize, part: f64) -> Result<u64> {
-        let point = Point { connections, load: Load::Most };
-        let most = figures::rate_of(&self.samples, point, Mode::Veth);
+    fn part_of_most(&self, point: Point, part: f64) -> Result<u64> {
+        let most = Point { load: Load::Closed, ..point };
+        let most = figures::rate_of(&self.samples, most, Mode::Veth);
         ensure!(most > 0.0, "the unprotected container answers nobody");
         Ok(((most * part) as u64).max(1))
     }
@@ -147,8 +178,11 @@ impl Bench<'_> {
         let mut topology = in_mode(&self.topology, mode);
         let client = topology.clients.first_mut().context("the topology has no client")?;
         (client.connections, client.rate, client.duration) = (point.connections, rate, None);
-        if let Some(ratio) = self.args.read_ratio {
-            client.read_ratio = ratio;
+        if point.load == Load::Saturation {
+            client.pipeline = self.args.pipeline;
+        }
+        if let Some(reads) = point.reads {
+            client.read_ratio = reads;
         }
         let head = format!("round {}/{}  {point}  {mode}", round + 1, self.args.rounds);
         let (report, usage) = self.run(topology, *self.args.load, round, &head)?;

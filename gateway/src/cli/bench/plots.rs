@@ -180,24 +180,36 @@ fn stops(area: &Area<'_>, report: &BenchReport, samples: &[Sample]) -> Result<()
 }
 
 fn latency(area: &Area<'_>, report: &BenchReport) -> Result<()> {
-    let mut connections: Vec<usize> = report.points.iter().map(|p| p.point.connections).collect();
-    connections.dedup();
+    let mut kinds: Vec<Point> = Vec::new();
+    for figures in &report.points {
+        let kind = Point { load: Load::Closed, ..figures.point };
+        if !kinds.contains(&kind) {
+            kinds.push(kind);
+        }
+    }
+    // Where requests queue at the container, latency is the length of the queue.
     let part = |load: Load| match load {
-        Load::Most => 100.0,
-        Load::Part(part) => part.get() * 100.0,
+        Load::Closed => Some(100.0),
+        Load::Saturation => None,
+        Load::Part(part) => Some(part.get() * 100.0),
     };
     let mut all = Vec::new();
-    for connections in connections {
+    for kind in kinds {
         for (mode, word) in [(Mode::Gateway, "gateway only"), (Mode::Protected, "protected")] {
-            let own = report.points.iter().filter(|p| p.point.connections == connections);
+            let own = report.points.iter();
+            let own = own.filter(|p| Point { load: Load::Closed, ..p.point } == kind);
             let mut points: Vec<(f64, f64)> = own
                 .filter_map(|figures| {
                     let figure = figures.modes.iter().find(|figures| figures.mode == mode)?;
-                    Some((part(figures.point.load), figure.added_p50_us.median))
+                    Some((part(figures.point.load)?, figure.added_p50_us.median))
                 })
                 .collect();
             points.sort_by(|a, b| a.0.total_cmp(&b.0));
-            all.push(Line { name: format!("{connections} connections, {word}"), points });
+            let reads = kind
+                .reads
+                .map_or(String::new(), |reads| format!(", {:.0}% reads", reads.get() * 100.0));
+            let name = format!("{} connections{reads}, {word}", kind.connections);
+            all.push(Line { name, points });
         }
     }
     let axes = Axes {
@@ -285,7 +297,7 @@ mod tests {
         }
         let failover = &pictures[3].1;
         assert!(failover.contains("detect 30.0 ms") && failover.contains("35 ms until"));
-        assert!(pictures[0].1.contains("50 connections, load max"));
+        assert!(pictures[0].1.contains("50 connections, load closed"));
     }
 
     #[test]

@@ -24,6 +24,7 @@ use super::super::view::LabView;
 use super::super::{faults, journal, own_program, signals};
 use super::cores::Cores;
 use crate::agent::monotonic_us;
+use crate::agent::status::FailoverPhases;
 
 /// Where the program listens.
 const PORT: u16 = 6379;
@@ -37,7 +38,14 @@ const ASKING: usize = 10;
 const PATIENCE: Duration = Duration::from_secs(15);
 /// Pause between looks for the record of a failover.
 const LOOK: Duration = Duration::from_millis(5);
+/// How long the first copy of each byte of data may take, at both hosts: fresh memory is dear where
+/// the machine is a virtual one.
+const COPY_NS_A_BYTE: u64 = 100;
 const MB: u64 = 1_000_000;
+
+/// What can vary.
+pub(super) const PROPERTIES: [&str; 6] =
+    ["data", "dirty", "threads", "processes", "connections", "mappings"];
 
 /// A shape of the container.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -67,6 +75,8 @@ pub(super) struct Row {
     pub(super) epochs: EpochReport,
     /// From suspicion until the container ran again.
     failover_ms: Option<f64>,
+    /// Its phases.
+    failover_phases_ms: Option<FailoverPhases>,
 }
 
 /// The properties that vary, each with its values.
@@ -75,7 +85,8 @@ fn plan() -> Vec<(&'static str, u64, Shape)> {
     let mut add = |property, values: &[u64], of: fn(u64) -> Shape| {
         all.extend(values.iter().map(|value| (property, *value, of(*value))));
     };
-    add("data", &[10 * MB, 100 * MB, 500 * MB, 1000 * MB], |data| Shape { data, ..PLAIN });
+    let sizes = [10 * MB, 100 * MB, 500 * MB, 1000 * MB, 2000 * MB];
+    add("data", &sizes, |data| Shape { data, ..PLAIN });
     add("dirty", &[10, 100, 1_000, 5_000, 20_000], |v| Shape { dirty: v as usize, ..PLAIN });
     add("threads", &[1, 8, 32, 64], |v| Shape { threads: v as usize, ..PLAIN });
     add("processes", &[1, 4, 16, 32], |v| Shape { processes: v as usize, ..PLAIN });
@@ -84,16 +95,18 @@ fn plan() -> Vec<(&'static str, u64, Shape)> {
     all
 }
 
-/// Measures every row.
+/// Measures every row, or those of one property.
 ///
 /// # Errors
 /// A lab cannot be made, or the container does not answer.
 pub(super) fn measure(
     topology: &Topology,
     cores: Option<&Cores>,
+    only: Option<&str>,
     progress: &mut Progress,
 ) -> Result<Vec<Row>> {
-    let plan = plan();
+    let mut plan = plan();
+    plan.retain(|(property, ..)| only.is_none_or(|only| only == *property));
     let count = plan.len();
     let mut rows = Vec::new();
     for (index, (property, value, shape)) in plan.into_iter().enumerate() {
@@ -120,14 +133,45 @@ fn of_shape(
         cores.pin(&view)?;
     }
     let lab = standing.lab();
+    until_copied(lab, PATIENCE + copying(shape))?;
     let mut asking = connect(lab, shape.connections)?;
     ask(&mut asking, WARM_UP)?;
     let begun = monotonic_us();
     ask(&mut asking, QUESTIONS)?;
     let epochs = journal::epochs(lab, &(begun..=monotonic_us()));
     ensure!(!epochs.is_empty(), "there were no epochs");
-    let failover_ms = if property == "data" { Some(lose_host(lab, &mut asking)?) } else { None };
-    Ok(Row { property, value, shape, epochs: EpochReport::of(&epochs), failover_ms })
+    let epochs = EpochReport::of(&epochs);
+    let phases = if property == "data" { Some(lose_host(lab, &mut asking)?) } else { None };
+    let failover_ms = phases.map(|phases| phases.total);
+    Ok(Row { property, value, shape, epochs, failover_ms, failover_phases_ms: phases })
+}
+
+/// How long the first copy may take.
+fn copying(shape: Shape) -> Duration {
+    Duration::from_nanos(shape.data * COPY_NS_A_BYTE)
+}
+
+/// Waits until the backup has applied all that it has acknowledged, the first copy above all: it is
+/// acknowledged when it is there, and applied beside what follows.
+pub(super) fn until_copied(lab: &Lab, patience: Duration) -> Result<()> {
+    let deadline = Instant::now() + patience;
+    let has_all = || {
+        let view = LabView::ask(lab);
+        view.containers.iter().filter(|container| container.protected).all(|container| {
+            let mut parts = view.parts(&container.name);
+            let backup = parts.find(|(host, _)| Some(*host) == container.backup.as_deref());
+            container.epoch > 0 && backup.is_some_and(|(_, part)| part.epoch >= container.epoch)
+        })
+    };
+    while !has_all() {
+        signals::check()?;
+        ensure!(
+            Instant::now() < deadline,
+            "the backup has not applied the first copy within {patience:?}"
+        );
+        std::thread::sleep(LOOK * 10);
+    }
+    Ok(())
 }
 
 /// The topology with its first protected container in this shape, alone and without load.
@@ -153,7 +197,8 @@ fn shaped(topology: &Topology, shape: Shape) -> Result<Topology> {
     command.extend(["--listen".to_owned(), format!("{any}:{PORT}")]);
     container.command = Some(command);
     container.embedded = None;
-    container.ready = Some(Ready { tcp: PORT, timeout: Period::ms(30_000) });
+    let patience = Duration::from_secs(30) + copying(shape);
+    container.ready = Some(Ready { tcp: PORT, timeout: Period(patience) });
     Ok(topology)
 }
 
@@ -191,7 +236,7 @@ fn ask(connections: &mut [TcpStream], questions: usize) -> Result<()> {
 }
 
 /// Loses the host of the container, and waits until all connections are answered again.
-fn lose_host(lab: &Lab, connections: &mut [TcpStream]) -> Result<f64> {
+fn lose_host(lab: &Lab, connections: &mut [TcpStream]) -> Result<FailoverPhases> {
     let node = lab.topology().protect.first().map(|protect| protect.primary.clone());
     let event = Event { at: Period::default(), fault: Fault::KillHost, node, link: None };
     faults::inject(lab, &event, &LabView::ask(lab))?;
@@ -201,7 +246,7 @@ fn lose_host(lab: &Lab, connections: &mut [TcpStream]) -> Result<f64> {
     let begun = Instant::now();
     loop {
         if let Some(failover) = journal::failovers(lab).pop() {
-            return Ok(failover.record.phases_ms.total);
+            return Ok(failover.record.phases_ms);
         }
         ensure!(begun.elapsed() < PATIENCE, "there was no failover");
         std::thread::sleep(LOOK);
@@ -253,6 +298,9 @@ mod tests {
 
     #[test]
     fn one_property_varies_at_a_time() {
+        let mut told: Vec<_> = plan().into_iter().map(|(property, ..)| property).collect();
+        told.dedup();
+        assert_eq!(told, PROPERTIES);
         for (property, value, shape) in plan() {
             let mut plain = shape;
             match property {
@@ -281,6 +329,7 @@ mod tests {
                     shape,
                     epochs,
                     failover_ms: (value == 10 * MB).then_some(2.1),
+                    failover_phases_ms: None,
                 }
             })
             .collect();

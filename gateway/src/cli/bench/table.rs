@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::super::numbers::{Spread, bytes, grouped, micros};
-use super::figures::{BenchReport, EpochFigures, ModeFigures, PointFigures, Timeline};
+use super::figures::{BenchReport, EpochFigures, Load, ModeFigures, PointFigures, Timeline};
 
 /// The report as text.
 pub(super) fn of(report: &BenchReport) -> String {
@@ -18,6 +18,13 @@ pub(super) fn of(report: &BenchReport) -> String {
         "{}: {} rounds of {:.0} s a load, kernel {}, {cores}",
         report.topology, setting.rounds, setting.load_s, setting.kernel
     );
+    let has = |load| report.points.iter().any(|figures| figures.point.load == load);
+    if has(Load::Closed) {
+        text += "closed: each connection asks again when it has its answer\n";
+    }
+    if has(Load::Saturation) {
+        let _ = writeln!(text, "saturation: {} requests in flight on each", setting.pipeline);
+    }
     for point in &report.points {
         text += &of_point(point);
     }
@@ -76,7 +83,7 @@ fn signed(us: f64) -> String {
     format!("{sign}{}", micros(us.abs() as u64))
 }
 
-fn of_epochs(epochs: &EpochFigures) -> String {
+pub(super) fn of_epochs(epochs: &EpochFigures) -> String {
     let time = |spread: Spread<u64>| {
         format!("{}, 99 % {}, max {}", micros(spread.p50), micros(spread.p99), micros(spread.max))
     };
