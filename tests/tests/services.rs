@@ -86,3 +86,17 @@ fn java_survives_the_loss_of_its_host() {
 fn a_shell_script_with_children_and_pipes_survives_the_loss_of_its_host() {
     survives("shell", "shell", &["bash", "python3", "gzip", "mkfifo"]);
 }
+
+/// Django with SQLite in a replicated volume: a transaction for each change, a thread for each
+/// connection.
+#[test]
+fn a_django_site_and_its_database_survive_the_loss_of_their_host() {
+    let imports = ["-c", "import django, sqlite3"];
+    // The container has no more of the environment.
+    let found = std::process::Command::new("/usr/bin/python3").args(imports).env_clear().output();
+    if !found.is_ok_and(|done| done.status.success()) {
+        eprintln!("SKIPPED: python3-django is not installed");
+        return;
+    }
+    survives("django", "django", &[]);
+}
