@@ -112,6 +112,13 @@ fn once(program: &Path, file: &Path, args: &BenchArgs, round: u32) -> Result<Val
         .stderr(Stdio::inherit())
         .output()
         .with_context(|| format!("cannot start {}", program.display()))?;
+    if done.stdout.is_empty() {
+        bail!(
+            "{} could not run the topology ({}); it says why above",
+            program.display(),
+            done.status
+        );
+    }
     let run: Value = serde_json::from_slice(&done.stdout)
         .with_context(|| format!("{} has not said what it found", program.display()))?;
     if !done.status.success() {
