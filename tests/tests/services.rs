@@ -21,6 +21,10 @@ fn survives(tag: &str, example: &str, programs: &[&str]) {
         assert!(text.contains(old), "{example} has no `{old}`");
         text.replace(old, new)
     });
+    // Its files go with the test.
+    let files =
+        format!("    volume-directory: {}/files\n    volumes:\n", bed.directory().display());
+    let text = text.replace("    volumes:\n", &files);
     // The copy lies elsewhere.
     bed.write(&text.replace("workdir: services", &format!("workdir: {examples}/services")));
     let report = bed.run("run", &["--duration", "5s", "-o", "json"]).expect_success().json();
