@@ -61,8 +61,9 @@ fn digest_of(mut file: std::fs::File) -> io::Result<u64> {
 pub fn digest(root: &Path) -> io::Result<(usize, u64)> {
     let all = look(root)?;
     let mut sum = Xxh3::new();
-    for seen in &all {
-        let bytes = postcard::to_stdvec(&seen).map_err(io::Error::other)?;
+    for (name, seen) in &all {
+        // As bytes: not all names are UTF-8.
+        let bytes = postcard::to_stdvec(&(name.as_os_str(), seen)).map_err(io::Error::other)?;
         sum.update(&bytes);
     }
     Ok((all.len(), sum.digest()))

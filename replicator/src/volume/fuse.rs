@@ -10,6 +10,8 @@
 //! answered (no write-back cache), so that a seal misses none but stores through a mapping, and
 //! [`Served::flush`] has those written.
 
+mod answers;
+mod listings;
 mod requests;
 
 use super::{Ino, Volume, VolumeError};

@@ -10,10 +10,10 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// A directory that goes away with its owner.
-struct Scratch(PathBuf);
+pub(super) struct Scratch(pub(super) PathBuf);
 
 impl Scratch {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let shm = Path::new("/dev/shm");
         let base = if shm.is_dir() { shm.to_owned() } else { std::env::temp_dir() };
@@ -345,6 +345,25 @@ fn epochs_that_are_kept_are_carried_out_in_order_or_taken_back() {
     journals.reopen();
     journals.keep(Generation(2), Epoch(19), &payloads[8]).expect("it is kept");
     assert!(journal_in(&there.0).is_some());
+}
+
+#[test]
+fn names_that_are_no_text_are_compared_as_bytes() {
+    use std::os::unix::ffi::OsStrExt;
+    let (one, other) = (Scratch::new(), Scratch::new());
+    let place =
+        |base: &Scratch, name: &[u8]| base.0.join("data/tree").join(OsStr::from_bytes(name));
+    for base in [&one, &other] {
+        std::fs::create_dir_all(base.0.join("data/tree")).expect("made");
+    }
+    std::fs::write(place(&one, b"\xff"), "x").expect("written");
+    std::fs::write(place(&other, b"\xfe"), "x").expect("written");
+    let (here, there) = (one.0.join("data"), other.0.join("data"));
+    let (files, sum) = digest(&here).expect("the name is taken");
+    assert_eq!(files, 2);
+    assert_ne!(sum, digest(&there).expect("the name is taken").1);
+    let found = difference(&here, &there).expect("read").expect("they differ");
+    assert!(found.ends_with(&format!("is only in {}", here.display())), "{found}");
 }
 
 /// An open of a pipe would wait for its other end, with the volume locked; one of a device node

@@ -5,25 +5,25 @@
 //! [`Volume::forget`] takes back. While the count is above zero, a file without a name stays.
 
 use super::Fsync;
+use super::answers::{
+    FOREVER, attr, attributes, done, entry, ino, nothing_there, time, value, without_privileges,
+};
+use super::listings::Listings;
 use crate::volume::live::DEFAULT_ACL;
-use crate::volume::{Change, Found, Ino, Opened, Shape, Time, Volume};
+use crate::volume::{Change, Found, Ino, Opened, Shape, Volume};
 use fuser::{
-    AccessFlags, BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags,
-    Generation, INodeNo, InitFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr,
-    ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek,
-    ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    AccessFlags, BsdFileFlags, Errno, FileHandle, FileType, Filesystem, FopenFlags, Generation,
+    INodeNo, InitFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
+    ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen,
+    ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
-
-/// How long the kernel may believe an answer. Nobody else changes the files.
-const FOREVER: Duration = Duration::from_secs(1 << 24);
+use std::time::SystemTime;
 
 /// Bytes in one request at most.
 const LARGEST: u32 = 1 << 20;
@@ -38,106 +38,26 @@ pub(super) struct Requests {
     fsync: Fsync,
     /// Files that are open, and how often. The kernel's handle of one is its number.
     files: Mutex<HashMap<Ino, (Opened, u64)>>,
-    /// What was in each open directory when it was read from the start.
-    listings: Mutex<HashMap<u64, Arc<Vec<OsString>>>>,
-    next: AtomicU64,
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn ino(node: INodeNo) -> Ino {
-    Ino(node.0)
-}
-
-fn moment((seconds, nanoseconds): Time) -> SystemTime {
-    let part = Duration::from_nanos(nanoseconds.unsigned_abs());
-    match u64::try_from(seconds) {
-        Ok(seconds) => UNIX_EPOCH + Duration::from_secs(seconds) + part,
-        Err(_) => UNIX_EPOCH - Duration::from_secs(seconds.unsigned_abs()) + part,
-    }
-}
-
-fn time(asked: TimeOrNow) -> Time {
-    let moment = match asked {
-        TimeOrNow::SpecificTime(moment) => moment,
-        TimeOrNow::Now => SystemTime::now(),
-    };
-    match moment.duration_since(UNIX_EPOCH) {
-        Ok(after) => (after.as_secs() as i64, after.subsec_nanos().into()),
-        Err(e) if e.duration().subsec_nanos() == 0 => (-(e.duration().as_secs() as i64), 0),
-        Err(e) => {
-            let before = e.duration();
-            (-(before.as_secs() as i64) - 1, 1_000_000_000 - i64::from(before.subsec_nanos()))
-        }
-    }
-}
-
-fn attributes(found: &Found) -> FileAttr {
-    let meta = &found.meta;
-    FileAttr {
-        ino: INodeNo(found.ino.0),
-        size: meta.size(),
-        blocks: meta.blocks(),
-        atime: moment((meta.atime(), meta.atime_nsec())),
-        mtime: moment((meta.mtime(), meta.mtime_nsec())),
-        ctime: moment((meta.ctime(), meta.ctime_nsec())),
-        crtime: UNIX_EPOCH,
-        kind: FileType::from_std(meta.file_type()).unwrap_or(FileType::RegularFile),
-        perm: (meta.mode() & 0o7777) as u16,
-        nlink: found.links,
-        uid: meta.uid(),
-        gid: meta.gid(),
-        rdev: meta.rdev() as u32,
-        blksize: 4096,
-        flags: 0,
-    }
-}
-
-/// A mode without the bits that a write by somebody else takes away; none if it has none of them.
-fn without_privileges(mode: u32) -> Option<u32> {
-    let group = if mode & libc::S_IXGRP != 0 { libc::S_ISGID } else { 0 };
-    let left = mode & !(libc::S_ISUID | group);
-    (left != mode).then_some(left & 0o7777)
-}
-
-fn entry(reply: ReplyEntry, result: io::Result<Found>) {
-    match result {
-        Ok(found) => reply.entry(&FOREVER, &attributes(&found), Generation(0)),
-        Err(e) => reply.error(e.into()),
-    }
-}
-
-fn done(reply: ReplyEmpty, result: io::Result<()>) {
-    match result {
-        Ok(()) => reply.ok(),
-        Err(e) => reply.error(e.into()),
-    }
-}
-
-fn value(reply: ReplyXattr, size: u32, result: io::Result<Vec<u8>>) {
-    match result {
-        Err(e) => reply.error(e.into()),
-        Ok(bytes) if size == 0 => reply.size(bytes.len() as u32),
-        Ok(bytes) if bytes.len() > size as usize => reply.error(Errno::ERANGE),
-        Ok(bytes) => reply.data(&bytes),
-    }
+    listings: Listings,
 }
 
 impl Requests {
     pub(super) fn new(volume: Arc<Volume>, fsync: Fsync) -> Self {
-        let (files, listings, next) = Default::default();
-        Self { volume, fsync, files, listings, next }
+        let listings = Listings::of(&volume);
+        Self { volume, fsync, files: Mutex::default(), listings }
+    }
+
+    fn files(&self) -> MutexGuard<'_, HashMap<Ino, (Opened, u64)>> {
+        self.files.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn file(&self, ino: Ino) -> io::Result<Opened> {
-        let opened = locked(&self.files).get(&ino).map(|(opened, _)| opened.clone());
+        let opened = self.files().get(&ino).map(|(opened, _)| opened.clone());
         opened.ok_or_else(|| io::Error::from_raw_os_error(libc::EBADF))
     }
 
     fn open_file(&self, ino: Ino) -> io::Result<()> {
-        let mut files = locked(&self.files);
+        let mut files = self.files();
         match files.get_mut(&ino) {
             Some((_, times)) => *times += 1,
             None => {
@@ -148,7 +68,7 @@ impl Requests {
     }
 
     fn close_file(&self, ino: Ino) {
-        let mut files = locked(&self.files);
+        let mut files = self.files();
         if let Some((_, times)) = files.get_mut(&ino) {
             *times -= 1;
             if *times == 0 {
@@ -193,58 +113,6 @@ impl Requests {
             return Err(e);
         }
         Ok(found)
-    }
-
-    /// The names in a directory, as they were when it was read from the start.
-    fn listing(&self, directory: Ino, handle: u64, offset: u64) -> io::Result<Arc<Vec<OsString>>> {
-        let mut listings = locked(&self.listings);
-        if offset > 0
-            && let Some(names) = listings.get(&handle)
-        {
-            return Ok(names.clone());
-        }
-        let names = Arc::new(self.volume.names_in(directory)?);
-        listings.insert(handle, names.clone());
-        Ok(names)
-    }
-
-    /// What follows `offset` in a directory; `put` is given each entry with the offset behind it,
-    /// and says whether there is no room. Offset 0 is ".", 1 is "..", the rest are the names.
-    fn list(
-        &self,
-        directory: Ino,
-        handle: u64,
-        offset: u64,
-        remember: bool,
-        mut put: impl FnMut(&OsStr, u64, &Found) -> bool,
-    ) -> io::Result<()> {
-        let names = self.listing(directory, handle, offset)?;
-        let mut at = offset;
-        loop {
-            let dots = match at {
-                0 => Some((OsStr::new("."), directory)),
-                1 => Some((OsStr::new(".."), self.volume.parent(directory))),
-                _ => None,
-            };
-            if let Some((name, ino)) = dots {
-                if put(name, at + 1, &self.volume.stat(ino)?) {
-                    return Ok(());
-                }
-                at += 1;
-                continue;
-            }
-            let Some(name) = names.get(at as usize - 2) else { return Ok(()) };
-            // One that is gone meanwhile is left out.
-            if let Ok(found) = self.volume.lookup(directory, name, remember)
-                && put(name, at + 1, &found)
-            {
-                if remember {
-                    self.volume.forget(found.ino, 1)?;
-                }
-                return Ok(());
-            }
-            at += 1;
-        }
     }
 
     fn sync(&self, result: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
@@ -304,10 +172,7 @@ impl Filesystem for Requests {
     }
 
     fn getattr(&self, _: &Request, node: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        match self.volume.stat(ino(node)) {
-            Ok(found) => reply.attr(&FOREVER, &attributes(&found)),
-            Err(e) => reply.error(e.into()),
-        }
+        attr(reply, self.volume.stat(ino(node)));
     }
 
     fn setattr(
@@ -337,10 +202,7 @@ impl Filesystem for Requests {
             }
             self.volume.change(ino(node), &change)
         })();
-        match result {
-            Ok(found) => reply.attr(&FOREVER, &attributes(&found)),
-            Err(e) => reply.error(e.into()),
-        }
+        attr(reply, result);
     }
 
     fn readlink(&self, _req: &Request, node: INodeNo, reply: ReplyData) {
@@ -525,8 +387,7 @@ impl Filesystem for Requests {
     }
 
     fn opendir(&self, _req: &Request, _node: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        let handle = self.next.fetch_add(1, Ordering::Relaxed);
-        reply.opened(FileHandle(handle), FopenFlags::empty());
+        reply.opened(FileHandle(self.listings.next()), FopenFlags::empty());
     }
 
     fn readdir(
@@ -537,7 +398,7 @@ impl Filesystem for Requests {
         offset: u64,
         mut reply: ReplyDirectory,
     ) {
-        let listed = self.list(ino(node), fh.0, offset, false, |name, next, found| {
+        let listed = self.listings.list(ino(node), fh.0, offset, false, |name, next, found| {
             let kind = FileType::from_std(found.meta.file_type());
             let kind = kind.unwrap_or(FileType::RegularFile);
             reply.add(INodeNo(found.ino.0), next, kind, name)
@@ -556,7 +417,7 @@ impl Filesystem for Requests {
         offset: u64,
         mut reply: ReplyDirectoryPlus,
     ) {
-        let listed = self.list(ino(node), fh.0, offset, true, |name, next, found| {
+        let listed = self.listings.list(ino(node), fh.0, offset, true, |name, next, found| {
             let attr = attributes(found);
             reply.add(attr.ino, next, name, &FOREVER, &attr, Generation(0))
         });
@@ -574,7 +435,7 @@ impl Filesystem for Requests {
         _flags: OpenFlags,
         reply: ReplyEmpty,
     ) {
-        locked(&self.listings).remove(&fh.0);
+        self.listings.close(fh.0);
         reply.ok();
     }
 
@@ -664,26 +525,4 @@ impl Filesystem for Requests {
 /// What was read of a file stays in memory when it is opened again; a close asks nothing.
 fn kept() -> FopenFlags {
     FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH
-}
-
-/// The kernel may remember that there is no such name.
-fn nothing_there(reply: ReplyEntry) {
-    let none = FileAttr {
-        ino: INodeNo(0),
-        size: 0,
-        blocks: 0,
-        atime: UNIX_EPOCH,
-        mtime: UNIX_EPOCH,
-        ctime: UNIX_EPOCH,
-        crtime: UNIX_EPOCH,
-        kind: FileType::RegularFile,
-        perm: 0,
-        nlink: 0,
-        uid: 0,
-        gid: 0,
-        rdev: 0,
-        blksize: 0,
-        flags: 0,
-    };
-    reply.entry(&FOREVER, &none, Generation(0));
 }
