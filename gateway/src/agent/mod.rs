@@ -196,6 +196,7 @@ impl Agent {
             network: network::Place::of(&self.options.topology, name, container)?,
             spec,
             files: Files::of(&self.options.topology, &self.options.host, name, container)?,
+            homes: container.volumes.iter().map(|v| PathBuf::from(&v.path)).collect(),
             cgroup,
             ready: container.ready.clone(),
             protect: protect.cloned(),

@@ -28,6 +28,7 @@ use replicator::protocol::primary::State;
 use replicator::sys::sched;
 use replicator::wire::message::Bye;
 use replicator::{Epoch, Generation};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex, OnceLock};
@@ -57,6 +58,8 @@ pub(super) struct Place {
     pub(super) spec: ContainerSpec,
     /// Its replicated volumes here.
     pub(super) files: Option<Arc<Files>>,
+    /// Where it has volumes of any kind.
+    pub(super) homes: Vec<PathBuf>,
     pub(super) cgroup: Cgroup,
     pub(super) ready: Option<Ready>,
     pub(super) protect: Option<Protect>,
@@ -267,6 +270,15 @@ impl Place {
         gate.unplug();
         launched.end();
         ending.map(|_| outcome)
+    }
+
+    /// A topology that names volumes says where the container's files are: others that it writes to
+    /// would stay behind. Its console is not its own.
+    pub(super) fn watch_files(&self, capturer: &mut Capturer) {
+        if !self.homes.is_empty() {
+            let console = self.spec.console.clone();
+            capturer.keep_files_in(self.homes.iter().cloned().chain([console]).collect());
+        }
     }
 
     fn on_unprotectable(&self) -> OnUnprotectable {

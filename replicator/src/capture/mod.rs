@@ -20,6 +20,7 @@ mod fdinfo;
 mod files;
 mod glance;
 mod guards;
+mod homes;
 mod inet;
 mod inotify;
 mod lineage;
@@ -62,6 +63,7 @@ use memory::AddressSpace;
 use process::Attributes;
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use tracer::{Change, Tracer};
 
@@ -306,6 +308,12 @@ impl Capturer {
     /// network is refused (CP-3).
     pub fn watch_network(&mut self) -> Result<(), CaptureError> {
         self.namespaces.watch_network(self.root)
+    }
+
+    /// From now on a file that is open for writing outside of these directories, and is none of these
+    /// files, is refused by name, unless a checkpoint carries what is in it.
+    pub fn keep_files_in(&mut self, places: Vec<PathBuf>) {
+        self.files.keep_in(places);
     }
 
     /// Whether the end of a connection would wait for the next stop.

@@ -316,6 +316,7 @@ impl Applier {
         let diag = Namespace::of_process(warm.spare.pid())?.enter(UnixDiag::open)??;
         let mut capturer = Capturer::adopt_running(&tree, diag)?;
         capturer.watch_network()?;
+        self.place.watch_files(&mut capturer);
         let Warm { spare, gate, door, .. } = warm;
         young::shut(door, Duration::ZERO);
         let launched = spare.into_launched();

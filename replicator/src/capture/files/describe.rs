@@ -94,6 +94,10 @@ impl Files {
                     let pipe = pipes::pipe(handle, number, key, info.empty_pipe, builder, state)?;
                     return Ok(Kind::Fifo { path, pipe });
                 }
+                let fd = || format!("/proc/{pid}/fd/{number}");
+                if let Some(why) = memory.homes.refuse(link, seen.mode, info, objects, fd) {
+                    return refuse(why);
+                }
                 file(link, info, what)
             }
             link => match link.split_once(":[") {

@@ -20,13 +20,14 @@ use super::numbered::ByNumber;
 use super::objects::Objects;
 use super::refusals::Refusals;
 use super::unix::Empties;
-use super::{CaptureError, Glances, farewell, inotify, locks, tcp};
+use super::{CaptureError, Glances, farewell, homes, inotify, locks, tcp};
 use crate::image::{EpollTarget, Fd, Kind, State};
 use crate::sys::unix_diag::UnixDiag;
 use crate::sys::{SysError, pidfd};
 use seen::Seen;
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::path::PathBuf;
 
 pub(super) use builder::Builder;
 
@@ -46,11 +47,18 @@ pub(super) struct Files {
 pub(super) struct Memory {
     empties: Empties,
     paths: inotify::Paths,
+    /// Where files may be open for writing.
+    homes: homes::Homes,
     /// How many descriptions there were at the last checkpoint.
     descriptions: usize,
 }
 
 impl Memory {
+    /// Files may be open for writing only in these places.
+    pub(super) fn keep_in(&mut self, places: Vec<PathBuf>) {
+        self.homes = homes::Homes::only(places);
+    }
+
     /// How many descriptions there were at the last checkpoint: there will be about as many.
     pub(super) fn descriptions(&self) -> usize {
         self.descriptions
