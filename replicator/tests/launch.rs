@@ -33,6 +33,7 @@ fn spec(dir: &Path, command: &[&str]) -> ContainerSpec {
         program: env!("CARGO_BIN_EXE_container-init").into(),
         clocks: None,
         tmpfs: Vec::new(),
+        read_only: Vec::new(),
     }
 }
 

@@ -301,8 +301,8 @@ impl Agent {
         if !container.environment.contains_key("PATH") {
             env.push(("PATH".into(), path));
         }
-        let ephemeral = container.volumes.iter().filter(|v| v.kind == VolumeKind::Ephemeral);
-        let tmpfs = ephemeral.map(|v| PathBuf::from(&v.path)).collect();
+        let tmpfs = volumes::paths(container, VolumeKind::Ephemeral).collect();
+        let read_only = volumes::paths(container, VolumeKind::ReadOnly).collect();
         let cgroup = Cgroup::create(lab, &self.options.host, name)?;
         let spec = ContainerSpec {
             name: name.to_owned(),
@@ -315,6 +315,7 @@ impl Agent {
             program,
             clocks: None,
             tmpfs,
+            read_only,
         };
         Ok((spec, cgroup))
     }

@@ -1,5 +1,5 @@
-//! The replicated volumes of a container on this host: where their files are, who may change them,
-//! and how they are served.
+//! The volumes of a container on this host: where the files of replicated ones are, who may change
+//! them, and how they are served; and that read-only ones are the same on both hosts.
 //!
 //! ```text
 //!  runs here:       Files::begin / go_on ─► Volumes ─► FUSE ─► container      journals shut
@@ -14,7 +14,7 @@ use super::primary::lock;
 use anyhow::{Context, Result, bail};
 use netns_tools::topology::{Container, FsyncRule, Topology, VolumeKind, VolumeStart};
 use replicator::Generation;
-use replicator::volume::{Fsync, Journals, ServeOptions, Served, Volumes};
+use replicator::volume::{Fsync, Journals, ReadOnly, ServeOptions, Served, Volumes};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -30,7 +30,7 @@ struct Planned {
     start: VolumeStart,
 }
 
-/// The replicated volumes of a container on this host.
+/// The volumes of a container on this host.
 #[derive(Debug)]
 pub(super) struct Files {
     base: PathBuf,
@@ -38,6 +38,7 @@ pub(super) struct Files {
     plan: Vec<Planned>,
     durable: bool,
     journals: Arc<Journals>,
+    read_only: Option<Arc<ReadOnly>>,
     marked: Mutex<Generation>,
 }
 
@@ -54,8 +55,14 @@ pub fn directory(topology: &Topology, host: &str, name: &str, container: &Contai
     Path::new(&container.volume_directory).join(&topology.name).join(host).join(name)
 }
 
+/// Where a container has its volumes of a kind.
+pub(super) fn paths(container: &Container, kind: VolumeKind) -> impl Iterator<Item = PathBuf> {
+    let ours = container.volumes.iter().filter(move |v| v.kind == kind);
+    ours.map(|v| PathBuf::from(&v.path))
+}
+
 impl Files {
-    /// Those that the topology names; none if it names no replicated volume.
+    /// Those that the topology names; none if it names no replicated and no read-only volume.
     pub(super) fn of(
         topology: &Topology,
         host: &str,
@@ -64,9 +71,11 @@ impl Files {
     ) -> Result<Option<Arc<Self>>> {
         let kind = VolumeKind::Replicated;
         let ours: Vec<_> = container.volumes.iter().filter(|v| v.kind == kind).collect();
-        if ours.is_empty() {
+        let fixed: Vec<_> = paths(container, VolumeKind::ReadOnly).collect();
+        if ours.is_empty() && fixed.is_empty() {
             return Ok(None);
         }
+        let read_only = (!fixed.is_empty()).then(|| Arc::new(ReadOnly::new(fixed)));
         let base = directory(topology, host, name, container);
         let durable = ours.iter().any(|v| v.durable == Some(true));
         let plan = ours.iter().map(|v| Planned {
@@ -85,7 +94,8 @@ impl Files {
             names: ours.iter().map(|v| v.directory_name()).collect(),
             plan: plan.collect(),
             durable,
-            journals: Arc::new(Journals::new(&base, durable)),
+            journals: Arc::new(Journals::new(&base, durable).with_read_only(read_only.clone())),
+            read_only,
             marked: Mutex::new(marked),
             base,
         })))
@@ -134,6 +144,7 @@ impl Files {
 
     /// For a new life of the container, whose first process waits as `pid`.
     pub(super) fn begin(&self, generation: Generation, pid: i32) -> Result<InUse> {
+        self.look_at_read_only()?;
         // What was acknowledged here when the container ran elsewhere is carried out.
         let mut volumes = self.open()?;
         self.journals.shut()?;
@@ -156,7 +167,13 @@ impl Files {
     /// For a copy of a container that runs elsewhere. It begins with a full checkpoint, and does
     /// not look at what is here.
     pub(super) fn copy(&self) -> Result<Arc<Volumes>> {
-        Ok(Arc::new(Volumes::open_as_it_is(&self.base, &self.names, self.durable)?))
+        self.look_at_read_only()?;
+        let volumes = Volumes::open_as_it_is(&self.base, &self.names, self.durable)?;
+        Ok(Arc::new(volumes.with_read_only(self.read_only.clone())))
+    }
+
+    fn look_at_read_only(&self) -> Result<()> {
+        Ok(self.read_only.as_ref().map_or(Ok(()), |all| all.look())?)
     }
 
     /// For a container that goes on here with the files of its last checkpoint, in the tree of
@@ -178,7 +195,8 @@ impl Files {
     }
 
     fn open(&self) -> Result<Volumes> {
-        Ok(Volumes::open(&self.base, &self.names, self.durable)?)
+        let volumes = Volumes::open(&self.base, &self.names, self.durable)?;
+        Ok(volumes.with_read_only(self.read_only.clone()))
     }
 
     fn serve(&self, volumes: Arc<Volumes>, pid: i32) -> Result<InUse> {

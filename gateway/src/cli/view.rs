@@ -143,6 +143,7 @@ fn view_of(name: &str, address: String, agents: &[AgentStatus]) -> ContainerView
     // Before it begins, the side that is to begin it knows what it waits for.
     let waits = parts(agents, name).find(|(_, part)| part.reason.is_some());
     let told = primary.or(over).or(waits).or(backup);
+    let protected = primary.is_some_and(|(_, part)| part.protected);
     let newest = |number: fn(&ContainerStatus) -> u64| {
         let all = parts(agents, name).map(|(_, part)| number(part));
         told.map_or_else(|| all.max().unwrap_or(0), |(_, part)| number(part))
@@ -152,11 +153,14 @@ fn view_of(name: &str, address: String, agents: &[AgentStatus]) -> ContainerView
         address,
         primary: primary.map(|(host, _)| host.to_owned()),
         backup: backup.map(|(host, _)| host.to_owned()),
-        protected: primary.is_some_and(|(_, part)| part.protected),
+        protected,
         phase: told.map(|(_, part)| part.phase),
         generation: newest(|part| part.generation),
         epoch: newest(|part| part.epoch),
-        reason: told.and_then(|(_, part)| part.reason.clone()),
+        // A primary that is not protected may not know what its backup lacks.
+        reason: told
+            .and_then(|(_, part)| part.reason.clone())
+            .or_else(|| waits.filter(|_| !protected)?.1.reason.clone()),
     }
 }
 

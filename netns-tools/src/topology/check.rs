@@ -265,7 +265,7 @@ impl Check<'_> {
                 );
                 self.at_value(&format!("{path}/path"), message, None);
             }
-            let is_ours = matches!(volume.kind, VolumeKind::Replicated | VolumeKind::Ephemeral);
+            let is_ours = volume.kind != VolumeKind::Shared;
             if container.device == Device::Veth && is_ours {
                 let message = "a container with a plain veth has nothing of ours, volumes neither";
                 let help = "leave out its `device`, or the volume";

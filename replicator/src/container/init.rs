@@ -59,6 +59,7 @@ fn run(control: &mut UnixStream) -> Result<(), Failure> {
     descriptors::close_on_exec_from(3).map_err(failed("close inherited descriptors"))?;
     enter_namespaces(&spec.hostname)?;
     spec.tmpfs.iter().try_for_each(|at| mount_tmpfs(at))?;
+    spec.read_only.iter().try_for_each(|at| mount_read_only(at))?;
     let console = OpenOptions::new()
         .create(true)
         .append(true)
@@ -121,6 +122,16 @@ fn mount_tmpfs(at: &std::path::Path) -> Result<(), Failure> {
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
     mount(Some("tmpfs"), at, Some("tmpfs"), flags, Some("mode=0755"))
         .map_err(failed(format_args!("mount a tmpfs at {}", at.display())))
+}
+
+/// The host's directory, at the same place, without the right to write.
+fn mount_read_only(at: &std::path::Path) -> Result<(), Failure> {
+    let none: Option<&str> = None;
+    mount(Some(at), at, none, MsFlags::MS_BIND, none)
+        .map_err(failed(format_args!("mount the read-only volume {}", at.display())))?;
+    let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+    mount(none, at, none, flags, none)
+        .map_err(failed(format_args!("make the volume {} read-only", at.display())))
 }
 
 /// Becomes the command; gives the reason if that fails.

@@ -57,6 +57,8 @@ pub struct ContainerSpec {
     pub clocks: Option<Clocks>,
     /// Directories on which it gets a tmpfs of its own; made if they are not there.
     pub tmpfs: Vec<PathBuf>,
+    /// Directories of the host that it cannot change.
+    pub read_only: Vec<PathBuf>,
 }
 
 /// What a new container is for.

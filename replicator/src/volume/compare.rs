@@ -11,12 +11,15 @@ use std::path::{Path, PathBuf};
 use xxhash_rust::xxh3::Xxh3;
 
 /// A file by a name, with a digest of its bytes.
-type Seen = (Node, u64);
+pub(super) type Seen = (Node, u64);
 
-/// All names in a volume's directory, with the files that they lead to.
-fn look(root: &Path) -> io::Result<BTreeMap<PathBuf, Seen>> {
+/// All names in a directory, with the files that they lead to.
+pub(super) type Listing = BTreeMap<PathBuf, Seen>;
+
+/// All names in a volume's directory.
+fn look(root: &Path) -> io::Result<Listing> {
     let disk = Disk::new(root);
-    let mut all = BTreeMap::new();
+    let mut all = Listing::new();
     let mut todo = vec![PathBuf::new()];
     while let Some(inside) = todo.pop() {
         let path = Path::new("tree").join(&inside);
@@ -27,21 +30,30 @@ fn look(root: &Path) -> io::Result<BTreeMap<PathBuf, Seen>> {
         let ino = disk.number(&path).map_err(failed)?.unwrap_or(Ino(0));
         let mut node = disk.node(&path, ino).map_err(failed)?;
         node.attributes.atime = (0, 0);
-        let mut digest = 0;
-        match node.shape {
-            Shape::File => {
-                digest = disk.open(&path, false).and_then(digest_of).map_err(failed)?;
-            }
-            Shape::Directory => {
-                for entry in std::fs::read_dir(disk.at(&path)).map_err(failed)? {
-                    todo.push(inside.join(entry.map_err(failed)?.file_name()));
-                }
-            }
-            _ => {}
-        }
+        let digest = contents(&disk, &path, &inside, &node, &mut todo).map_err(failed)?;
         all.insert(inside, (node, digest));
     }
     Ok(all)
+}
+
+/// A digest of what is in a file; the names in a directory are to be looked at next.
+pub(super) fn contents(
+    disk: &Disk,
+    path: &Path,
+    inside: &Path,
+    node: &Node,
+    todo: &mut Vec<PathBuf>,
+) -> io::Result<u64> {
+    match node.shape {
+        Shape::File => return disk.open(path, false).and_then(digest_of),
+        Shape::Directory => {
+            for entry in std::fs::read_dir(disk.at(path))? {
+                todo.push(inside.join(entry?.file_name()));
+            }
+        }
+        _ => {}
+    }
+    Ok(0)
 }
 
 fn digest_of(mut file: std::fs::File) -> io::Result<u64> {
@@ -72,16 +84,25 @@ pub fn digest(root: &Path) -> io::Result<(usize, u64)> {
 /// The first difference between the directories of a volume, in words; none if they hold the same.
 pub fn difference(one: &Path, other: &Path) -> io::Result<Option<String>> {
     let (ours, theirs) = (look(one)?, look(other)?);
-    for (name, seen) in &ours {
+    let (one, other) = (one.display().to_string(), other.display().to_string());
+    Ok(first_difference((&ours, &one), (&theirs, &other)))
+}
+
+/// The first difference between what is in two places.
+pub(super) fn first_difference(
+    (ours, one): (&Listing, &str),
+    (theirs, other): (&Listing, &str),
+) -> Option<String> {
+    for (name, seen) in ours {
         let Some(there) = theirs.get(name) else {
-            return Ok(Some(format!("{} is only in {}", shown(name), one.display())));
+            return Some(format!("{} is only in {one}", shown(name)));
         };
         if let Some(what) = apart(seen, there) {
-            return Ok(Some(format!("{}: {what}", shown(name))));
+            return Some(format!("{}: {what}", shown(name)));
         }
     }
     let more = theirs.keys().find(|name| !ours.contains_key(*name));
-    Ok(more.map(|name| format!("{} is only in {}", shown(name), other.display())))
+    more.map(|name| format!("{} is only in {other}", shown(name)))
 }
 
 /// A name in a volume as people write it.

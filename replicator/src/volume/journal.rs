@@ -8,12 +8,12 @@
 //! of the moment. A backup writes an epoch's journal before it acknowledges the epoch, and carries
 //! it out when its memory is as far: so there may be several, which are carried out in order.
 
-use super::VolumeError;
 use super::disk::{is_dead, step};
+use super::{ReadOnly, VolumeError, read_only};
 use crate::{Epoch, Generation};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use xxhash_rust::xxh3::Xxh3;
 
 const MAGIC: &[u8; 8] = b"NILIVOL1";
@@ -29,6 +29,8 @@ const NEW: &str = "journal.new";
 pub struct Journals {
     base: PathBuf,
     durable: bool,
+    /// Directories here that must be what the primary's are.
+    read_only: Option<Arc<ReadOnly>>,
     /// Whether this side takes checkpoints at all.
     open: Mutex<bool>,
 }
@@ -36,17 +38,31 @@ pub struct Journals {
 impl Journals {
     /// For the volumes under `base`. `durable`: what is kept outlives a loss of power.
     pub fn new(base: &Path, durable: bool) -> Self {
-        Self { base: base.to_owned(), durable, open: Mutex::new(true) }
+        Self { base: base.to_owned(), durable, read_only: None, open: Mutex::new(true) }
     }
 
-    /// Writes down what a checkpoint says of volumes. Does nothing once they are shut: then no
-    /// checkpoint is acknowledged either.
+    /// Beside these directories that nobody changes.
+    pub fn with_read_only(self, read_only: Option<Arc<ReadOnly>>) -> Self {
+        Self { read_only, ..self }
+    }
+
+    /// Writes down what a checkpoint says of volumes, if directories that nobody changes are as it
+    /// says. Does nothing once they are shut: then no checkpoint is acknowledged either.
     pub fn keep(
         &self,
         generation: Generation,
         epoch: Epoch,
         payload: &[u8],
     ) -> Result<(), VolumeError> {
+        let misfit = |why: &str| VolumeError::Misfit { root: self.base.clone(), why: why.into() };
+        let (told, payload) = read_only::behind(payload).map_err(misfit)?;
+        if let Some(told) = told {
+            // Before the lock: a promotion does not wait until they are read.
+            let here = self.read_only.as_ref().ok_or_else(|| {
+                misfit("it has read-only volumes, and this side's topology has none")
+            })?;
+            here.compare(told)?;
+        }
         let open = self.open();
         if *open && !payload.is_empty() {
             std::fs::create_dir_all(&self.base).map_err(|source| VolumeError::Io {

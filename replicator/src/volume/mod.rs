@@ -26,6 +26,7 @@ mod fuse;
 mod journal;
 mod live;
 mod ranges;
+mod read_only;
 mod record;
 mod set;
 #[cfg(test)]
@@ -37,6 +38,7 @@ pub use disk::{Attributes, Shape, Time};
 pub use fuse::{Fsync, ServeOptions, Served};
 pub use journal::Journals;
 pub use live::{Change, Found, Opened, Volume};
+pub use read_only::ReadOnly;
 pub use record::{Blob, Node, Record};
 pub use set::Volumes;
 
@@ -82,6 +84,18 @@ pub enum VolumeError {
         path: PathBuf,
         /// What is wrong with it.
         why: String,
+    },
+    /// A directory that nobody changes is not the same on both hosts.
+    #[error(
+        "the read-only volume {} is not the same on both hosts: {first}; make it the same, with \
+         modes, owners and times of files (rsync -aX does)",
+        at.display()
+    )]
+    Differs {
+        /// The directory.
+        at: PathBuf,
+        /// The first name that differs, and how.
+        first: String,
     },
     /// A checkpoint says something about files that cannot be.
     #[error("volume {}: the checkpoint does not fit its files: {why}", root.display())]

@@ -6,13 +6,15 @@
 //!  BASE/NAME/loose  files without a name that are open
 //! ```
 //! In a checkpoint the part of each volume stands behind its place in the list (2 bytes) and its
-//! length (8 bytes).
+//! length (8 bytes). What directories hold that nobody changes ([`ReadOnly`]) stands before them all,
+//! in the first checkpoint.
 
 use super::disk::Disk;
 use super::record::Record;
-use super::{Volume, VolumeError, journal};
+use super::{ReadOnly, Volume, VolumeError, journal, read_only};
 use crate::{Epoch, Generation};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Bytes of a buffer that are kept for the next checkpoint: a full copy is many times that.
@@ -25,6 +27,9 @@ pub struct Volumes {
     list: Vec<Arc<Volume>>,
     /// What was taken and is not in a finished checkpoint yet, of each volume.
     pending: Mutex<Vec<Vec<u8>>>,
+    /// Directories that nobody changes, and whether the next checkpoint says what is in them.
+    read_only: Option<Arc<ReadOnly>>,
+    tell: AtomicBool,
     durable: bool,
 }
 
@@ -56,7 +61,13 @@ impl Volumes {
         let open = |name: &String| Volume::open(&base.join(name)).map(Arc::new);
         let list = names.iter().map(open).collect::<Result<Vec<_>, _>>()?;
         let pending = Mutex::new(vec![Vec::new(); list.len()]);
-        Ok(Self { base: base.to_owned(), list, pending, durable })
+        let (base, tell) = (base.to_owned(), AtomicBool::new(false));
+        Ok(Self { base, list, pending, read_only: None, tell, durable })
+    }
+
+    /// Beside these directories that nobody changes.
+    pub fn with_read_only(self, read_only: Option<Arc<ReadOnly>>) -> Self {
+        Self { read_only, ..self }
     }
 
     /// The volumes, in the order of their names.
@@ -72,6 +83,7 @@ impl Volumes {
             Record::Whole.encode(out);
             volume.all_changed();
         }
+        self.tell.store(true, Ordering::Release);
     }
 
     /// Nobody is interested in what has changed so far: the next checkpoint will be a full one.
@@ -110,6 +122,11 @@ impl Volumes {
     /// Hands out what was sealed, for the checkpoint that has succeeded.
     pub fn take(&self, out: &mut Vec<u8>) {
         out.clear();
+        if self.tell.swap(false, Ordering::AcqRel)
+            && let Some(read_only) = &self.read_only
+        {
+            read_only.write_down(out);
+        }
         for (index, part) in self.pending().iter_mut().enumerate() {
             if !part.is_empty() {
                 out.extend_from_slice(&(index as u16).to_le_bytes());
@@ -158,7 +175,7 @@ impl Volumes {
 
     fn apply(&self, payload: &[u8]) -> Result<(), VolumeError> {
         let misfit = |why: String| VolumeError::Misfit { root: self.base.clone(), why };
-        let mut rest = payload;
+        let mut rest = read_only::behind(payload).map_err(|e| misfit(e.into()))?.1;
         while !rest.is_empty() {
             let Some((head, body)) = rest.split_first_chunk::<10>() else {
                 return Err(misfit("its end is missing".into()));

@@ -52,6 +52,7 @@ pub fn spec(dir: &Path, command: &[&str]) -> ContainerSpec {
         program: env!("CARGO_BIN_EXE_container-init").into(),
         clocks: None,
         tmpfs: Vec::new(),
+        read_only: Vec::new(),
     }
 }
 
