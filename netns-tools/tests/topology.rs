@@ -113,7 +113,8 @@ fn volumes() {
         "uplink: lan",
         &with(
             "      - { path: /var/lib/redis, kind: replicated, fsync: local, durable: true }\n      \
-             - { path: /var/tmp, kind: ephemeral }\n      - { path: /srv/nfs, kind: shared }",
+             - { path: /var/tmp, kind: ephemeral }\n      - { path: /srv/nfs, kind: shared }\n      \
+             - { path: /srv/layers, kind: read-only }",
         ),
         1,
     );
@@ -126,15 +127,16 @@ fn volumes() {
     refused("      - { path: /a, kind: ^drbd }", "`drbd` is not known here");
     refused("      - { path: ^a/b, kind: shared }", "is no path of a directory");
     refused("      - { path: ^/a/../b, kind: shared }", "is no path of a directory");
-    refused("      - { path: ^/, kind: shared }", "is no path of a directory");
     refused("      - { path: ^/dev/shm, kind: ephemeral }", "and /dev would hide each other");
     refused(
         "      - { path: /a/b, kind: replicated }\n      - { path: ^/a, kind: shared }",
         "`/a` and the volume `/a/b` would hide each other",
     );
-    let error = refused("      - { path: /a, kind: ^read-only }", "are not compared");
-    assert!(error.problems()[0].help.as_deref().is_some_and(|h| h.contains("`shared`")));
+    let error = refused("      - { path: ^/, kind: replicated }", "root as a whole");
+    assert!(error.problems()[0].help.as_deref().is_some_and(|h| h.contains("directories")));
+    refused("      - { path: /a, kind: read-only, fsync: ^local }", "only volumes of kind");
     refused("      - { path: /a, kind: shared, durable: ^true }", "only volumes of kind");
+    refused("      - { path: /a, kind: shared, check: ^true }", "only volumes of kind");
     refused("      - { path: /a, kind: ephemeral, start: ^empty }", "only volumes of kind");
 }
 

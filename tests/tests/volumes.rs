@@ -247,6 +247,80 @@ fn a_database_goes_on_whole(mode: &str) {
     bed.destroy();
 }
 
+/// The example of this name, with its files in the test's directory and its fault earlier; it is run.
+fn example(tag: &str, name: &str, change: &[(&str, &str)]) -> (Bed, nilicon_tests::Done) {
+    let examples = concat!(env!("CARGO_MANIFEST_DIR"), "/../topologies");
+    let bed = Bed::new(tag, &Sketch::of(REDIS_AOF));
+    let text = std::fs::read_to_string(format!("{examples}/{name}.topo.yml")).expect("it");
+    let directory = bed.directory().display().to_string();
+    let listed = format!("volume-directory: {directory}/kept\n    volumes:");
+    let mut text = text.replace("workdir: services", &format!("workdir: {examples}/services"));
+    let mine = [
+        (format!("name: {name}\n"), format!("name: {}\n", bed.name)),
+        ("volumes:".to_owned(), listed),
+        ("{ at: 4s, ".to_owned(), "{ at: 2s, ".to_owned()),
+    ];
+    let others = change.iter().map(|(old, new)| ((*old).to_owned(), (*new).to_owned()));
+    for (old, new) in mine.into_iter().chain(others) {
+        assert!(text.contains(&old), "there is no `{old}`");
+        text = text.replace(&old, &new);
+    }
+    bed.write(&text);
+    let done = bed.run("run", &["--duration", "5s", "-o", "json"]);
+    bed.expect_gone();
+    (bed, done)
+}
+
+/// What is in the report of a run that kept all it had promised, and whose files were found whole.
+fn is_whole(report: &Value) {
+    assert_eq!(report["recovered"], true, "{report:#}");
+    for figure in ["lost_writes", "wrong_replies", "broken_connections"] {
+        assert_eq!(report["clients"][0][figure], 0, "{figure}: {report:#}");
+    }
+    assert!(report["clients"][0]["acknowledged_writes"].as_u64() > Some(20), "{report:#}");
+    assert_eq!(report["failover"]["host"], "beta", "{report:#}");
+    let files = serde_json::json!({ "compared": 0, "checked": 1, "wrong": [] });
+    assert_eq!(report["files"], files, "{report:#}");
+}
+
+/// VO-5: a tree of processes with shared memory of three kinds and its log of what it will write. What
+/// was answered is there, pg_amcheck finds nothing, and what pgbench has moved adds up.
+#[test]
+fn postgres_goes_on_whole() {
+    if !["postgres", "pgbench", "psql", "python3", "setpriv"].into_iter().all(is_installed) {
+        return;
+    }
+    is_whole(&example("pg", "postgres", &[]).1.expect_success().json());
+}
+
+/// VO-5, with what a database's own check finds.
+#[test]
+fn sqlite_under_load_goes_on_whole() {
+    if !is_installed("python3") {
+        return;
+    }
+    for name in ["sqlite", "sqlite-wal"] {
+        is_whole(&example(name, name, &[]).1.expect_success().json());
+    }
+}
+
+/// VO-14
+#[test]
+fn a_run_whose_check_fails_is_no_success() {
+    if !is_installed("python3") {
+        return;
+    }
+    let check = "python3 -c \"import sqlite3; d = sqlite3.connect('data.db');";
+    // It sees the files, where the program is, and may write.
+    let told = "test -f data.db && echo x > new && ls \"$WORKDIR/tables.py\"; exit 3 #";
+    let done = example("bad", "sqlite", &[(check, told)]).1;
+    assert_eq!(done.code, Some(1), "{done}");
+    let report = done.json();
+    let wrong = report["files"]["wrong"][0].as_str().unwrap_or_default();
+    assert!(wrong.contains("/srv/sqlite on beta are not whole"), "{report:#}");
+    assert!(wrong.contains("exit status: 3") && wrong.contains("/tables.py"), "{report:#}");
+}
+
 /// VO-5: Nginx writes a line for each request to a log in a volume. After the loss of its host each
 /// line is whole, and there is one for each write that a client was told of.
 #[test]

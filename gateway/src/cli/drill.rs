@@ -13,6 +13,7 @@ use serde::Serialize;
 use super::args::{DrillArgs, Output};
 use super::drill_faults::{self, DrillFault};
 use super::faults;
+use super::files::FilesReport;
 use super::histories::Histories;
 use super::numbers::{Spread, micros, millis};
 use super::progress::Progress;
@@ -40,6 +41,8 @@ pub(super) struct DrillReport {
     pub(super) linearizable: Option<bool>,
     /// What those histories were.
     pub(super) histories: Histories,
+    /// What the files of replicated volumes were found to be; null if there are none.
+    pub(super) files: Option<FilesReport>,
     /// The longest wait of a client in each run.
     pub(super) gap_ms: Spread<f64>,
     /// The same by fault.
@@ -132,6 +135,7 @@ impl DrillReport {
             churned: sum(|c| c.churned),
             linearizable: histories.linearizable(),
             histories,
+            files: files_of(reports()),
             gap_ms: Spread::of(reports().map(RunReport::gap_ms)),
             by_fault: by_fault(faults, outcomes),
             stop_us: Spread::of(
@@ -185,6 +189,10 @@ impl DrillReport {
             format!("  seed      {}", self.seed),
         ];
         lines.extend(self.histories.line().map(|line| format!("  history   {line}")));
+        lines.extend(self.files.as_ref().map(|f| {
+            let wrong = if f.wrong.is_empty() { "all as they should be" } else { "NOT ALL WHOLE" };
+            format!("  files     {} compared, {} checked, {wrong}", f.compared, f.checked)
+        }));
         if self.by_fault.len() > 1 {
             lines.extend(self.by_fault.iter().map(|(fault, found)| {
                 format!(
@@ -205,6 +213,16 @@ impl DrillReport {
         }
         lines.join("\n")
     }
+}
+
+/// What the files of all runs together were found to be.
+fn files_of<'a>(reports: impl Iterator<Item = &'a RunReport>) -> Option<FilesReport> {
+    reports.filter_map(|report| report.files.clone()).reduce(|mut all, one| {
+        all.compared += one.compared;
+        all.checked += one.checked;
+        all.wrong.extend(one.wrong);
+        all
+    })
 }
 
 /// `nilicon drill`. Returns whether it was a success.
@@ -338,6 +356,7 @@ mod tests {
             failover: None,
             failovers: Vec::new(),
             faults: Vec::new(),
+            files: None,
             moves: None,
             containers: Vec::new(),
             logs: String::new(),

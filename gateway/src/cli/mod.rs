@@ -15,6 +15,7 @@ mod doctor;
 mod drill;
 mod drill_faults;
 mod faults;
+mod files;
 mod histories;
 mod image;
 mod inspect;

@@ -4,7 +4,8 @@
 //! The verdict has two halves. A run *recovered* if every container whose host was lost runs
 //! elsewhere, every client got answers again after the last fault, and everything is protected again
 //! where all faults have gone by. It is *clean* if no client found a write lost, a reply wrong or a
-//! connection broken, and no history of shared keys that cannot be explained. Only both together are a
+//! connection broken, no history of shared keys that cannot be explained, and the files of volumes are the
+//! same on both hosts and whole. Only both together are a
 //! success.
 //!
 //! A fault that hits a host whose container has moved away before proves nothing, and must not
@@ -17,6 +18,7 @@ use nilicon_clients::load::{HistoryReport, Report};
 use serde::{Deserialize, Serialize};
 
 use super::faults;
+use super::files::FilesReport;
 use super::histories::{self, Histories};
 use super::journal::Failover;
 use super::numbers::{Spread, median};
@@ -50,6 +52,8 @@ pub(super) struct RunReport {
     /// All failovers, where there is more than one container.
     pub(super) failovers: Vec<FailoverReport>,
     pub(super) faults: Vec<FaultReport>,
+    /// What the files of replicated volumes were found to be; null if there are none.
+    pub(super) files: Option<FilesReport>,
     /// Planned moves, if that was what the run was for.
     pub(super) moves: Option<Moves>,
     /// Where the containers are in the end.
@@ -269,6 +273,8 @@ pub(super) struct Evidence {
     pub(super) containers: Vec<ContainerView>,
     /// What ought to be protected again and is not.
     pub(super) unprotected: Option<String>,
+    /// What was found of their files so far.
+    pub(super) files: Option<FilesReport>,
 }
 
 impl RunReport {
@@ -300,6 +306,7 @@ impl RunReport {
             epochs: EpochReport::of(&evidence.epochs),
             failover: failovers.first().cloned(),
             failovers,
+            files: evidence.files,
             moves: None,
             containers: evidence.containers,
             logs: String::new(),
@@ -329,10 +336,12 @@ impl RunReport {
         self.clients.iter().map(|client| client.report.gap_ms).fold(0.0, f64::max)
     }
 
-    /// Whether no client found anything lost, wrong or broken, or saw what cannot be explained.
+    /// Whether no client found anything lost, wrong or broken, or saw what cannot be explained, and
+    /// all files are what they should be.
     pub(super) fn is_clean(&self) -> bool {
         self.sum(|c| c.lost_writes + c.wrong_replies + c.broken_connections + c.resets) == 0
             && histories::complaints(self).next().is_none()
+            && self.files.as_ref().is_none_or(|files| files.wrong.is_empty())
     }
 
     /// Whether it recovered and is clean.
@@ -352,6 +361,7 @@ impl RunReport {
         let counts = counts.iter().filter(|(count, _)| *count > 0);
         found.extend(counts.map(|(count, what)| format!("{count} {what}")));
         found.extend(histories::complaints(self));
+        found.extend(self.files.iter().flat_map(|files| files.wrong.iter().cloned()));
         (!found.is_empty()).then(|| found.join("; "))
     }
 }
@@ -472,6 +482,7 @@ mod tests {
             }],
             containers: vec![container(Some("beta"))],
             unprotected: None,
+            files: None,
         }
     }
 

@@ -1,7 +1,7 @@
 //! One run of a topology: deploy, protect, load, faults, report, destroy.
 //!
 //! ```text
-//! deploy -> protected -> clients connect and populate -> load -> stop -> audit -> report -> gone
+//! deploy -> protected -> clients connect and populate -> load -> stop -> audit -> gone -> report
 //!                                                         |                  |
 //!                             faults, at their times from here    protected again, where the
 //!                                                                 faults have gone by
@@ -17,6 +17,7 @@ use netns_tools::topology::{Client, Event, Topology};
 use super::args::{Output, RunArgs};
 use super::clients::{ClientPhase, Clients};
 use super::deploy::Standing;
+use super::files::FilesReport;
 use super::journal::{self, Failover};
 use super::numbers::{grouped, millis};
 use super::progress::Progress;
@@ -122,7 +123,7 @@ pub(super) fn run_once(plan: &Plan, watch: &mut dyn FnMut(Moment<'_>)) -> Result
     let load_us = run.load()?;
     run.audit()?;
     let unprotected = run.until_protected_again()?;
-    Ok(run.report(load_us, unprotected))
+    run.report(load_us, unprotected)
 }
 
 /// A run from the moment that its clients are there.
@@ -309,8 +310,11 @@ impl Run<'_> {
         }
     }
 
-    fn report(mut self, load_us: (u64, u64), unprotected: Option<String>) -> RunReport {
+    fn report(mut self, load_us: (u64, u64), unprotected: Option<String>) -> Result<RunReport> {
         self.look_for_failovers();
+        let (plan, view) = (self.plan, LabView::ask(self.standing.lab()));
+        let topology = &plan.topology;
+        let files = FilesReport::compare(topology, &view);
         let lab = self.standing.lab();
         let clients = self.clients.all.iter().map(|client| ClientOutcome {
             name: client.name.clone(),
@@ -326,8 +330,9 @@ impl Run<'_> {
             epochs: journal::epochs(lab, &(load_us.0..=load_us.1)),
             failovers: self.failovers.clone(),
             faults: self.faults.clone(),
-            containers: LabView::ask(lab).containers,
+            containers: view.containers.clone(),
             unprotected,
+            files,
         });
         if self.plan.switchovers > 0 {
             report.add_moves(std::mem::take(&mut self.moves), self.stuck.take());
@@ -335,7 +340,14 @@ impl Run<'_> {
         if !report.is_success() {
             report.logs = self.standing.logs();
         }
-        report
+        if plan.keep {
+            return Ok(report);
+        }
+        drop(self);
+        if let Some(files) = &mut report.files {
+            files.check(topology, &view)?;
+        }
+        Ok(report)
     }
 }
 

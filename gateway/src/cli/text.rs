@@ -159,6 +159,7 @@ mod tests {
             failover: None,
             failovers: Vec::new(),
             faults: vec![FaultReport { fault: "kill-host:alpha".to_owned(), at_s: 5.0, killed: 9 }],
+            files: None,
             moves: None,
             containers: Vec::new(),
             logs: String::new(),

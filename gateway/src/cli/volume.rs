@@ -17,10 +17,12 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_millis(100);
 
 /// A replicated volume of a container.
-struct Named<'a> {
-    container: &'a str,
-    path: &'a str,
-    name: String,
+pub(super) struct Named<'a> {
+    pub(super) container: &'a str,
+    pub(super) path: &'a str,
+    pub(super) name: String,
+    /// What says whether its files are whole.
+    pub(super) check: Option<&'a str>,
 }
 
 /// Runs `nilicon volume`; whether all is as it should be.
@@ -31,14 +33,21 @@ pub(super) fn volume(verb: &VolumeVerb) -> Result<bool> {
     }
 }
 
-fn replicated(topology: &Topology) -> impl Iterator<Item = Named<'_>> {
+/// All replicated volumes of a lab.
+pub(super) fn replicated(topology: &Topology) -> impl Iterator<Item = Named<'_>> {
     topology.containers.iter().flat_map(|(container, c)| {
         let ours = c.volumes.iter().filter(|v| v.kind == VolumeKind::Replicated);
-        ours.map(move |v| Named { container, path: &v.path, name: v.directory_name() })
+        ours.map(move |v| Named {
+            container,
+            path: &v.path,
+            name: v.directory_name(),
+            check: v.check.as_deref(),
+        })
     })
 }
 
-fn place(topology: &Topology, host: &str, volume: &Named<'_>) -> PathBuf {
+/// Where a host has the files of a volume.
+pub(super) fn place(topology: &Topology, host: &str, volume: &Named<'_>) -> PathBuf {
     let container = &topology.containers[volume.container];
     directory(topology, host, volume.container, container).join(&volume.name)
 }
@@ -73,7 +82,7 @@ fn verify(topology: &Topology) -> Result<bool> {
 }
 
 /// The first difference that stays for a while: what is on its way is none.
-fn settled(one: &Path, other: &Path) -> Result<Option<String>> {
+pub(super) fn settled(one: &Path, other: &Path) -> Result<Option<String>> {
     let deadline = Instant::now() + PATIENCE;
     loop {
         let found = difference(one, other);

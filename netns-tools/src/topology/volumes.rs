@@ -16,7 +16,7 @@ const TAKEN: [&str; 5] = ["/proc", "/sys", "/dev", "/run/nilicon", "/var/lib/nil
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Volume {
-    /// The directory as the container sees it. It is made if it is not there.
+    /// The directory as the container sees it. It is made if it is not there, but for `read-only`.
     pub path: String,
     /// What becomes of its files.
     pub kind: VolumeKind,
@@ -31,6 +31,11 @@ pub struct Volume {
     /// `replicated`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub start: Option<VolumeStart>,
+    /// A line of shell that says whether the files are whole, by its exit code; only of `replicated`.
+    /// `run` and `drill` have it judge a copy of them when the lab is gone, with that copy as its
+    /// working directory and the container's in WORKDIR.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub check: Option<String>,
 }
 
 /// What becomes of the files of a volume at a failover.
@@ -45,7 +50,8 @@ pub enum VolumeKind {
     /// Both hosts see the same storage at this path. Nothing is mounted and nothing is carried:
     /// it is the user's word that it is so.
     Shared,
-    /// Files that nobody changes, and that are the same on both hosts.
+    /// The host's files at this path, which the container cannot change. Protection begins only if
+    /// they are the same on both hosts.
     ReadOnly,
 }
 
@@ -95,23 +101,24 @@ pub(super) type Fault = (&'static str, String, Option<String>);
 pub(super) fn faults(volume: &Volume) -> Vec<Fault> {
     let mut all = Vec::new();
     let path = &volume.path;
-    if !is_plain(path) {
+    if path == "/" {
+        // Programs are mapped at the backup before its volumes are served.
+        let message = "the container's root as a whole cannot be a volume";
+        let help =
+            "name the directories that it writes to, each a volume of its own, such as /var/lib";
+        all.push(("path", message.into(), Some(help.into())));
+    } else if !is_plain(path) {
         let message = format!("`{path}` is no path of a directory: absolute, without `.` or `..`");
         all.push(("path", message, None));
     } else if let Some(taken) = TAKEN.iter().find(|taken| overlap(path, taken)) {
         all.push(("path", format!("`{path}` and {taken} would hide each other"), None));
-    }
-    if volume.kind == VolumeKind::ReadOnly {
-        let message = "volumes of kind `read-only` are not compared between the hosts yet";
-        let help = "without a volume the container sees the host's files at this path; say \
-                    `shared` if you see to it yourself that both hosts have the same";
-        all.push(("kind", message.into(), Some(help.into())));
     }
     if volume.kind != VolumeKind::Replicated {
         let set = [
             ("fsync", volume.fsync.is_some()),
             ("durable", volume.durable.is_some()),
             ("start", volume.start.is_some()),
+            ("check", volume.check.is_some()),
         ];
         for (key, _) in set.into_iter().filter(|(_, set)| *set) {
             let message = format!("only volumes of kind `replicated` have `{key}`");
@@ -146,8 +153,14 @@ mod tests {
     fn directories_have_names_of_their_own() {
         let name = |path: &str| {
             let kind = VolumeKind::Replicated;
-            let volume =
-                Volume { path: path.into(), kind, fsync: None, durable: None, start: None };
+            let volume = Volume {
+                path: path.into(),
+                kind,
+                fsync: None,
+                durable: None,
+                start: None,
+                check: None,
+            };
             volume.directory_name()
         };
         assert_eq!(name("/var/lib/redis"), "var-lib-redis");
