@@ -4,6 +4,8 @@
 //! input.
 //! `cargo run --release -p replicator --example volume -- bench DIRECTORY [ROUNDS]`: the same work in
 //! a directory and in a volume beside it, in turn.
+//! `cargo run --release -p replicator --example volume -- stops DIRECTORY [ROUNDS]`: what a stop waits
+//! for when so many ranges have changed, with and without a pre-copy before it.
 
 use replicator::volume::{Fsync, ServeOptions, Served, Volumes};
 use std::fs::{self, File, OpenOptions};
@@ -24,8 +26,11 @@ fn main() -> Result<(), Failure> {
         ["serve", base, at, "local"] => serve(base.as_ref(), at.as_ref(), Fsync::Local),
         ["bench", base] => bench(base.as_ref(), 5),
         ["bench", base, rounds] => bench(base.as_ref(), rounds.parse()?),
+        ["stops", base] => stops(base.as_ref(), 21),
+        ["stops", base, rounds] => stops(base.as_ref(), rounds.parse()?),
         _ => {
-            Err("usage: volume serve DIRECTORY AT [local] | volume bench DIRECTORY [ROUNDS]".into())
+            Err("usage: volume serve DIRECTORY AT [local] | volume bench|stops DIRECTORY [ROUNDS]"
+                .into())
         }
     }
 }
@@ -131,6 +136,56 @@ fn bench(base: &Path, rounds: usize) -> Result<(), Failure> {
             t[t.len() / 2].as_secs_f64() * 1e3
         });
         println!("{name:32} {plain:9.2} {commit:9.2} {local:9.2}  {:6.2}x", commit / plain);
+    }
+    Ok(())
+}
+
+/// Changes so many ranges of 100 bytes in a directory, of one file or of a file for each.
+fn change(dir: &Path, ranges: usize, files: usize) -> std::io::Result<()> {
+    let opened: Vec<File> = (0..files)
+        .map(|i| {
+            OpenOptions::new()
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .open(dir.join(format!("s{i}")))
+        })
+        .collect::<Result<_, _>>()?;
+    (0..ranges)
+        .try_for_each(|i| opened[i % files].write_all_at(&[5; 100], (i / files * 8192) as u64))
+}
+
+fn stops(base: &Path, rounds: usize) -> Result<(), Failure> {
+    let at = base.join("at");
+    fs::create_dir_all(&at)?;
+    let (volumes, _served) = served(&base.join("volumes"), &at, Fsync::Commit)?;
+    let mut out = Vec::new();
+    println!("microseconds in the stop, median (largest) of {rounds}");
+    println!("ranges, files       without a pre-copy      with one before, and its time");
+    for (ranges, files) in
+        [(10, 1), (100, 1), (10_000, 1), (10, 10), (100, 100), (1000, 1000), (10_000, 1000)]
+    {
+        let mut times = [const { Vec::new() }; 3];
+        for _ in 0..rounds {
+            for precopied in [false, true] {
+                change(&at, ranges, files)?;
+                let begin = Instant::now();
+                if precopied {
+                    volumes.precopy()?;
+                    times[2].push(begin.elapsed());
+                }
+                let begin = Instant::now();
+                volumes.seal()?;
+                times[usize::from(precopied)].push(begin.elapsed());
+                volumes.take(&mut out);
+            }
+        }
+        let [without, with, copy] = times.each_mut().map(|t| {
+            t.sort();
+            let us = |d: Duration| d.as_secs_f64() * 1e6;
+            format!("{:9.1} ({:9.1})", us(t[t.len() / 2]), us(t[t.len() - 1]))
+        });
+        println!("{ranges:6} {files:6}   {without}   {with}   {copy}");
     }
     Ok(())
 }
