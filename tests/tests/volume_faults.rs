@@ -140,10 +140,11 @@ fn a_program_hears_of_a_full_disk_and_stays_protected() {
     let disk = Disk::new(&base(&bed, "alpha"));
     bed.deploy();
     assert_eq!(tell(&bed, 1000), 1000);
-    let said = ask(&bed, 3_000_000);
+    // What fits of the first is written.
+    let mut all = (0..6).map(|_| ask(&bed, 3_000_000));
+    let said = all.find(|said| said.parse::<usize>().is_err()).unwrap_or_default();
     assert!(said.contains("No space left on device"), "{said}");
     disk.change(MsFlags::empty(), "size=64m");
-    // Some of it may have been written before there was no room; an answer promises what it says.
     let size = tell(&bed, 1);
     assert!(size > 1000, "{size}");
     let store = bed.store().expect("it runs");
@@ -218,6 +219,7 @@ fn a_damaged_journal_is_named_and_nothing_begins() {
     let said = format!("{}{}", done.stderr, done.stdout).replace('\n', " ");
     assert!(said.contains("is damaged"), "{done}");
     assert!(said.contains(name), "{done}");
+    bed.destroy();
     // At the backup it is of no account: a full copy takes its place, and that of other files.
     fs::rename(at.join(name), bed.directory().join(name)).expect("moved");
     let there = base(&bed, "beta");

@@ -297,6 +297,17 @@ impl Shell {
         }
     }
 
+    /// What a backup said when it closed the connection is more than that it is lost.
+    fn say_what_it_said(&self, said: &str) {
+        let is_lost = matches!(
+            lock(&self.core).state(),
+            State::Connecting { .. } | State::Severed { .. } | State::Alone { .. }
+        );
+        if is_lost && !said.is_empty() {
+            self.say_why(format!("the backup is lost: {said}"));
+        }
+    }
+
     /// A full checkpoint for this connection was not taken after all.
     pub(super) fn full_again(&self, link: LinkId) {
         let mut base = lock(&self.base);

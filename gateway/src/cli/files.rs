@@ -19,6 +19,9 @@ use super::signals;
 use super::view::LabView;
 use super::volume::{Named, place, replicated, settled};
 
+/// For how long differences may be those of an epoch on its way, or of work that the container does
+/// without being asked, such as to save all it has.
+const SETTLED: Duration = Duration::from_secs(30);
 /// How long a check may take.
 const PATIENCE: Duration = Duration::from_secs(120);
 /// Pause between two looks at one.
@@ -48,7 +51,8 @@ impl FilesReport {
             let hosts = container.and_then(|c| c.primary.as_deref().zip(c.backup.as_deref()));
             let Some((here, there)) = hosts else { continue };
             let places = [here, there].map(|host| place(topology, host, &volume));
-            let wrong = settled(&places[0], &places[1]).unwrap_or_else(|e| Some(e.to_string()));
+            let wrong =
+                settled(&places[0], &places[1], SETTLED).unwrap_or_else(|e| Some(e.to_string()));
             let Named { container, path, .. } = volume;
             found.wrong.extend(wrong.map(|what| {
                 format!("the files of {container} in {path} differ on {here} and {there}: {what}")

@@ -144,6 +144,7 @@ fn view_of(name: &str, address: String, agents: &[AgentStatus]) -> ContainerView
     let waits = parts(agents, name).find(|(_, part)| part.reason.is_some());
     let told = primary.or(over).or(waits).or(backup);
     let protected = primary.is_some_and(|(_, part)| part.protected);
+    let lacks = over.filter(|(_, part)| part.role == Role::Backup);
     let newest = |number: fn(&ContainerStatus) -> u64| {
         let all = parts(agents, name).map(|(_, part)| number(part));
         told.map_or_else(|| all.max().unwrap_or(0), |(_, part)| number(part))
@@ -157,10 +158,26 @@ fn view_of(name: &str, address: String, agents: &[AgentStatus]) -> ContainerView
         phase: told.map(|(_, part)| part.phase),
         generation: newest(|part| part.generation),
         epoch: newest(|part| part.epoch),
-        // A primary that is not protected may not know what its backup lacks.
-        reason: told
-            .and_then(|(_, part)| part.reason.clone())
-            .or_else(|| waits.filter(|_| !protected)?.1.reason.clone()),
+        reason: reason_of(told, primary.filter(|_| !protected).and(lacks)),
+    }
+}
+
+/// Why it is as it is; a primary that is not protected may not know what its backup lacks.
+fn reason_of(
+    told: Option<(&str, &ContainerStatus)>,
+    lacks: Option<(&str, &ContainerStatus)>,
+) -> Option<String> {
+    let own = told.and_then(|(_, part)| part.reason.clone());
+    let theirs = lacks.and_then(|(host, part)| Some(format!("{host}: {}", part.reason.as_ref()?)));
+    match (own, theirs) {
+        // It may have been told.
+        (Some(own), _)
+            if lacks.and_then(|l| l.1.reason.as_ref()).is_some_and(|r| own.contains(r)) =>
+        {
+            Some(own)
+        }
+        (Some(own), Some(theirs)) => Some(format!("{own}; {theirs}")),
+        (own, theirs) => own.or(theirs),
     }
 }
 
@@ -236,5 +253,27 @@ mod tests {
         assert_eq!(store.primary, None);
         assert_eq!(store.reason.as_deref(), Some("no such program"));
         assert_eq!(store.phase, Some(Phase::Failed));
+    }
+
+    #[test]
+    fn what_a_backup_lacks_is_told_while_nothing_is_protected() {
+        let mut alpha = agent("alpha", Role::Primary, Phase::Syncing, 1);
+        alpha.containers[0].reason = Some("the backup is gone".to_owned());
+        let mut beta = agent("beta", Role::Backup, Phase::Failed, 1);
+        beta.containers[0].reason = Some("the disk is full".to_owned());
+        let told = |alpha: &AgentStatus, beta: &AgentStatus| {
+            let view = view(vec![alpha.clone(), beta.clone()]);
+            view.container("store").unwrap().reason.clone()
+        };
+        assert_eq!(
+            told(&alpha, &beta).as_deref(),
+            Some("the backup is gone; beta: the disk is full")
+        );
+        alpha.containers[0].reason = Some("the backup is lost: the disk is full".to_owned());
+        assert_eq!(told(&alpha, &beta), alpha.containers[0].reason);
+        alpha.containers[0].reason = None;
+        assert_eq!(told(&alpha, &beta).as_deref(), Some("beta: the disk is full"));
+        alpha.containers[0].protected = true;
+        assert_eq!(told(&alpha, &beta), None);
     }
 }

@@ -68,7 +68,7 @@ fn verify(topology: &Topology) -> Result<bool> {
             );
         }
         let Named { container, path, .. } = &volume;
-        match settled(&places[0], &places[1])? {
+        match settled(&places[0], &places[1], PATIENCE)? {
             None => println!("{container} {path}: the same on {one} and {other}"),
             Some(what) => {
                 println!("{container} {path}: not the same on {one} and {other}: {what}");
@@ -82,8 +82,8 @@ fn verify(topology: &Topology) -> Result<bool> {
 }
 
 /// The first difference that stays for a while: what is on its way is none.
-pub(super) fn settled(one: &Path, other: &Path) -> Result<Option<String>> {
-    let deadline = Instant::now() + PATIENCE;
+pub(super) fn settled(one: &Path, other: &Path, patience: Duration) -> Result<Option<String>> {
+    let deadline = Instant::now() + patience;
     loop {
         let found = difference(one, other);
         // Files come and go while it looks.

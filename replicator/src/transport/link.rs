@@ -105,6 +105,9 @@ pub enum LinkError {
 }
 
 impl LinkError {
+    /// What the reason of a connection begins with that the other side has closed; what it said follows.
+    pub const CLOSED: &str = "the peer closed it: ";
+
     pub(super) fn tls(e: impl ToString) -> Self {
         Self::Tls { reason: e.to_string() }
     }
@@ -130,7 +133,7 @@ fn explain(e: &ConnectionError) -> String {
         ),
         (0x100..0x200, _) => format!("{who} ended the TLS handshake: {e}"),
         (_, ConnectionError::ApplicationClosed(c)) => {
-            format!("the peer closed it: {}", String::from_utf8_lossy(&c.reason))
+            format!("{}{}", LinkError::CLOSED, String::from_utf8_lossy(&c.reason))
         }
         (_, ConnectionError::TimedOut) => "nothing was heard; is the peer up?".into(),
         _ => e.to_string(),

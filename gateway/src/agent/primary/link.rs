@@ -140,7 +140,7 @@ pub(in crate::agent) async fn keep_connected(
 }
 
 fn hear(shell: &Shell, link: LinkId, event: PrimaryEvent) {
-    shell.handle(match event {
+    let input = match event {
         PrimaryEvent::Ack { generation, epoch, digest } => {
             Input::Ack { link, generation, epoch, digest }
         }
@@ -148,9 +148,15 @@ fn hear(shell: &Shell, link: LinkId, event: PrimaryEvent) {
         PrimaryEvent::Bye { bye, newest } => Input::Bye { link, bye, newest },
         PrimaryEvent::Lost(reason) => {
             tracing::info!(container = shell.name, reason, "connection lost");
-            Input::Lost(link)
+            shell.handle(Input::Lost(link));
+            // Such as that its disk is full.
+            if let Some(said) = reason.strip_prefix(LinkError::CLOSED) {
+                shell.say_what_it_said(said);
+            }
+            return;
         }
-    });
+    };
+    shell.handle(input);
 }
 
 /// Sends heartbeats that keep the connection, and gives the core its time.

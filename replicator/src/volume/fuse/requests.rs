@@ -353,17 +353,21 @@ impl Filesystem for Requests {
         reply: ReplyWrite,
     ) {
         let result = (|| {
-            self.volume.write(&self.file(ino(node))?, offset, data)?;
+            let written = self.volume.write(&self.file(ino(node))?, offset, data)?;
             if write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID) {
                 let mode = without_privileges(self.volume.stat(ino(node))?.meta.mode());
                 if mode.is_some() {
                     self.volume.change(ino(node), &Change { mode, ..Change::default() })?;
                 }
             }
-            Ok::<_, io::Error>(())
+            // Pages that are written back are within the file, and are all written or not.
+            if written < data.len() && write_flags.contains(WriteFlags::FUSE_WRITE_CACHE) {
+                return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+            }
+            Ok(written)
         })();
         match result {
-            Ok(()) => reply.written(data.len() as u32),
+            Ok(written) => reply.written(written as u32),
             Err(e) => reply.error(e.into()),
         }
     }

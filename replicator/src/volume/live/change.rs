@@ -194,13 +194,24 @@ impl Volume {
         Ok(Opened { ino, file })
     }
 
-    /// Writes to an open file.
-    pub fn write(&self, opened: &Opened, offset: u64, bytes: &[u8]) -> io::Result<()> {
+    /// Writes to an open file; gives how much, which is less than all where the disk has become full.
+    pub fn write(&self, opened: &Opened, offset: u64, bytes: &[u8]) -> io::Result<usize> {
         let mut inner = self.inner();
         // Noted first: a write that fails halfway has changed something as well.
         inner.dirty.range(opened.ino, offset, offset + bytes.len() as u64);
         step()?;
-        opened.file.write_all_at(bytes, offset)
+        let mut written = 0;
+        while written < bytes.len() {
+            match opened.file.write_at(&bytes[written..], offset + written as u64) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(more) => written += more,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if written == 0 => return Err(e),
+                // Told as an error, the kernel would not learn that the file has grown.
+                Err(_) => break,
+            }
+        }
+        Ok(written)
     }
 
     /// fallocate(2): plain, KEEP_SIZE, PUNCH_HOLE and ZERO_RANGE.
