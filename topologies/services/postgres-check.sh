@@ -3,7 +3,9 @@
 # pg_amcheck must find nothing in any table or index, and the accounts of pgbench must add up.
 set -eu
 at=$(pwd)
-bin=$(dirname "$(realpath "$(command -v postgres)")")
+# Debian has the server in no PATH.
+postgres=$(command -v postgres || ls /usr/lib/postgresql/*/bin/postgres | tail -n 1)
+bin=$(dirname "$(realpath "$postgres")")
 as="setpriv --reuid postgres --regid postgres --clear-groups"
 # Only this script and the server get there.
 chown postgres: "$at"

@@ -5,6 +5,7 @@ as long as there are any.
 The server has no huge pages (no checkpoint can hold them), shares its memory by mmap, System V and
 /dev/shm, and is reached by TCP only."""
 
+import glob
 import os
 import pwd
 import shutil
@@ -20,7 +21,11 @@ sys.dont_write_bytecode = True
 import tables
 
 data = os.path.join(sys.argv[1], "data")
-bin = os.path.dirname(os.path.realpath(shutil.which("postgres")))
+# Debian has the server in no PATH.
+found = shutil.which("postgres") or max(glob.glob("/usr/lib/postgresql/*/bin/postgres"), default=None)
+if not found:
+    sys.exit("PostgreSQL is not installed")
+bin = os.path.dirname(os.path.realpath(found))
 SETTINGS = {
     "huge_pages": "off",
     "shared_buffers": "16MB",
