@@ -36,7 +36,7 @@ SETTINGS = {
     # As fast as it can: files that are written to all the time can be compared at no time.
     "checkpoint_completion_target": "0",
     "max_wal_size": "64MB",
-    "min_wal_size": "32MB",
+    "min_wal_size": "2MB",
     "autovacuum_naptime": "5s",
 }
 
@@ -126,6 +126,7 @@ is_new = not os.path.exists(os.path.join(data, "PG_VERSION"))
 if is_new:
     # What is written here is checked when it is whole.
     must(run("initdb", "-D", data, "-E", "UTF8", "--locale=C", "--auth=trust", "--no-sync",
+             "--wal-segsize=1",
              "--no-instructions", stdout=subprocess.DEVNULL))
 settings = [word for pair in SETTINGS.items() for word in ("-c", "%s=%s" % pair)]
 server = run("postgres", "-D", data, *settings)
@@ -151,7 +152,7 @@ def came():
     with lock:
         clients += 1
         if busy is None and pgbench[0]:
-            load = ["-n", "-c", "2", "-R", "40", "-T", "100000", "postgres"]
+            load = ["-n", "-c", "1", "-R", "20", "-T", "100000", "postgres"]
             busy = run(pgbench[0], *pgbench[1:], *load)
 
 
