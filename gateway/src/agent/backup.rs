@@ -208,6 +208,8 @@ pub(super) async fn follow(
                 tracing::info!(container = shell.name, primary = hello.host, %generation,
                     "a primary presents itself");
                 shell.admitted.store(true, Ordering::Release);
+                // It runs elsewhere, whatever was asked before.
+                shell.wanted_back.store(false, Ordering::Release);
                 shell.memory.keep(generation);
                 let mut status = lock(&shell.status);
                 status.role = Role::Backup;

@@ -18,6 +18,8 @@
 //! - Only a lasting checkpoint makes it `Ready`: output did not wait for provisional ones.
 //! - A hello of a newer generation, or a denial, says that somebody has acted alone since the copy
 //!   here was made: it is void.
+//! - While there is nothing to promote from, silence is borne for longer: to give a primary up then
+//!   helps nobody, and costs it another full copy.
 //! - It promotes from the last complete epoch only (CP-2). While a primary that came back sends a
 //!   new full copy, the copy before is still the one to promote from: nothing newer was
 //!   acknowledged.
@@ -196,7 +198,8 @@ pub struct Backup {
     /// Generation of the last complete epoch.
     of: Generation,
     detector: Detector,
-    /// For how long pulses keep a primary alive that has no connection.
+    /// For how long pulses keep a primary alive that has no connection, and for how long one may be
+    /// silent that sends its first full copy.
     patience: Duration,
     /// The primary has stopped for good, or the operator insists: life takes nothing back.
     bound_to_promote: bool,
@@ -347,6 +350,9 @@ impl Backup {
         if self.state == State::Waiting {
             self.state = State::Syncing;
         }
+        if self.state == State::Syncing {
+            self.detector.be_patient(self.patience);
+        }
         let mut actions: Vec<Action> = replaced.map(Action::Close).into_iter().collect();
         actions.extend(void.then_some(Action::Discard));
         actions.push(Action::Welcome(link));
@@ -406,6 +412,7 @@ impl Backup {
             self.of = receipt.generation;
             self.newest = self.newest.max(receipt.generation);
             self.state = State::Ready { last: receipt.epoch };
+            self.detector.be_patient(Duration::ZERO);
         }
         vec![Action::Apply(receipt), Action::Ack { link, receipt }]
     }

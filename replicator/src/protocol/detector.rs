@@ -105,6 +105,8 @@ pub struct Detector {
     suspected: bool,
     /// Pulses come.
     pulsed: bool,
+    /// The threshold is never less.
+    least: Duration,
     work: Still,
     runtime: Still,
     long: bool,
@@ -123,6 +125,7 @@ impl Detector {
             listened: Duration::ZERO,
             suspected: false,
             pulsed: false,
+            least: Duration::ZERO,
             work: Still::default(),
             runtime: Still::default(),
             long: false,
@@ -135,6 +138,11 @@ impl Detector {
     pub fn connected(&mut self, now: Duration) {
         let (pauses, window) = (self.pauses, self.window);
         *self = Self { pauses, window, ..Self::new(self.config, now) };
+    }
+
+    /// From now on, and until the next connection, silence is not suspect that is shorter than this.
+    pub fn be_patient(&mut self, least: Duration) {
+        self.least = least;
     }
 
     /// The peer was heard. Whether it counts as alive: one that stalls does not.
@@ -191,10 +199,12 @@ impl Detector {
     /// The silence that makes the peer suspect now.
     pub fn threshold(&self) -> Duration {
         let Config { timeout, most, first, .. } = self.config;
-        if !self.pulsed {
-            return first.max(timeout);
-        }
-        (self.pauses.0.max(self.pauses.1) * 2).clamp(timeout, most.max(timeout))
+        let usual = if self.pulsed {
+            (self.pauses.0.max(self.pauses.1) * 2).clamp(timeout, most.max(timeout))
+        } else {
+            first.max(timeout)
+        };
+        usual.max(self.least)
     }
 
     /// Whether the peer is suspected.

@@ -266,3 +266,18 @@ fn one_that_goes_on_alone_says_that_it_runs_the_container() {
         assert_eq!(b.handle(ms(at + 1), Input::Inquiry(link)), [answer]);
     }
 }
+
+/// One that sends its first full copy on a busy machine is often late, and to give it up has it begin
+/// the copy anew, on a machine that is as busy.
+#[test]
+fn a_first_copy_is_waited_for_longer_than_a_takeover() {
+    let given_up = |b: &mut Backup| loop {
+        let at = b.next_deadline().expect("it waits for something");
+        if !b.handle(at, Input::Tick).is_empty() {
+            return at;
+        }
+    };
+    let stall = Config::default().times.stall;
+    assert!(given_up(&mut syncing()) >= stall);
+    assert!(given_up(&mut ready()) < stall / 2, "with a whole copy the usual time counts");
+}
