@@ -17,7 +17,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::process::Command;
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 const BULK: usize = 64 << 20;
 const G: Generation = Generation::FIRST;
@@ -102,6 +102,36 @@ fn nothing_passes_before_its_release() {
         bed.gate.release(proof(&mut ledger, epoch)).unwrap();
     }
     connecting.join().unwrap().expect("the released SYN-ACK completes the connection");
+}
+
+#[test]
+fn who_calls_while_output_stands_is_heard_when_it_moves_again() {
+    let bed = Bed::plugged(GateConfig { standing: Some(SHORT), ..GateConfig::default() });
+    let (mut server, _client) = bed.connection();
+    let (listener, at) = bed.listen();
+    bed.gate.protect(G, Epoch::NONE);
+    server.write_all(b"x").unwrap();
+    assert!(readable(bed.gate.output_waits(), LONG));
+    std::thread::sleep(2 * SHORT);
+    let call = move || std::thread::spawn(move || TcpStream::connect_timeout(&at, LONG));
+    let connecting = bed.client.run(call);
+    let begin = Instant::now();
+    while bed.gate.counters().kept_out_frames == 0 {
+        assert!(begin.elapsed() < LONG, "it is let in");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    // Its kernel has heard nothing, so there is nothing that it could forget.
+    listener.set_nonblocking(true).unwrap();
+    assert_eq!(listener.accept().unwrap_err().kind(), ErrorKind::WouldBlock);
+    let mut ledger = AckLedger::new(G);
+    let (mut epoch, until) = (0, Instant::now() + LONG);
+    while !connecting.is_finished() && Instant::now() < until {
+        epoch += 1;
+        bed.gate.seal(Epoch(epoch)).unwrap();
+        bed.gate.release(proof(&mut ledger, epoch)).unwrap();
+        readable(bed.gate.output_waits(), SHORT / 2);
+    }
+    connecting.join().unwrap().expect("the client has repeated its call");
 }
 
 #[test]

@@ -28,9 +28,8 @@ use std::thread;
 use std::time::Duration;
 use worker::{Worker, WorkerInbox};
 
-/// Connections that may wait to be accepted: as many as the kernel lets. With a shorter queue (511 in Redis)
-/// a pause of some seconds under churn fills it, and the kernel of the container turns to SYN cookies.
-const BACKLOG: i32 = 4096;
+/// Connections that may wait to be accepted, as in Redis.
+const BACKLOG: i32 = 511;
 /// How long accepting pauses when descriptors or memory have run out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(10);
 

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64};
 pub(super) struct Totals {
     pub(super) in_frames: AtomicU64,
     pub(super) in_dropped: AtomicU64,
+    pub(super) kept_out: AtomicU64,
     pub(super) out_dropped: AtomicU64,
     pub(super) passed: AtomicU64,
     pub(super) injected: AtomicU64,
@@ -30,6 +31,8 @@ pub struct GateCounters {
     pub in_frames: u64,
     /// Frames from clients that the inner device would not take.
     pub in_dropped_frames: u64,
+    /// First segments of connections that were kept out because output stood.
+    pub kept_out_frames: u64,
     /// Frames in the backlog now.
     pub backlog_frames: usize,
     /// Frames dropped at the backlog's bound.
@@ -55,6 +58,7 @@ impl Shared {
             out_dropped_frames: t.out_dropped.load(Relaxed),
             in_frames: t.in_frames.load(Relaxed),
             in_dropped_frames: t.in_dropped.load(Relaxed),
+            kept_out_frames: t.kept_out.load(Relaxed),
             backlog_frames: inbound.backlog.len(),
             backlog_dropped_frames: inbound.backlog.dropped(),
             log_dropped_frames: inbound.log.as_ref().map_or(0, |log| log.dropped()),
@@ -78,6 +82,7 @@ impl GateCounters {
             ("nilicon_gateway_out_dropped_frames_total", self.out_dropped_frames),
             ("nilicon_gateway_in_frames_total", self.in_frames),
             ("nilicon_gateway_in_dropped_frames_total", self.in_dropped_frames),
+            ("nilicon_gateway_kept_out_frames_total", self.kept_out_frames),
             ("nilicon_gateway_backlog_dropped_frames_total", self.backlog_dropped_frames),
             ("nilicon_gateway_log_dropped_frames_total", self.log_dropped_frames),
             ("nilicon_gateway_injected_frames_total", self.injected_frames),

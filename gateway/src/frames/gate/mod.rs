@@ -33,6 +33,7 @@ mod backlog;
 mod counters;
 mod flows;
 mod pump;
+mod standing;
 mod track;
 
 pub use backlog::BacklogBounds;
@@ -54,6 +55,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use replicator::ack::CommitProof;
 use replicator::sys::tap::Tap;
 use replicator::{Epoch, Generation};
+use standing::Standing;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -89,6 +91,9 @@ pub struct GateConfig {
     /// Longest time that one release waits for the outer device to take frames again, before it
     /// drops and counts the rest. `None`: 5 ms.
     pub patience: Option<Duration>,
+    /// Longest time that held output waits before first segments of new connections are kept out.
+    /// `None`: 500 ms.
+    pub standing: Option<Duration>,
     /// Gets a copy of each inbound frame while the output is protected.
     pub input_log: Option<LogWriter>,
     /// Runs first in each thread.
@@ -184,6 +189,7 @@ struct Shared {
     stopping: AtomicBool,
     patience: Duration,
     totals: Totals,
+    standing: Standing,
     /// Connections that are not accepted yet.
     young: Young,
 }
@@ -248,6 +254,7 @@ impl Gate {
             stopping: AtomicBool::new(false),
             patience: config.patience.unwrap_or(Duration::from_millis(5)),
             totals: Totals::default(),
+            standing: Standing::new(config.standing.unwrap_or(Duration::from_millis(500))),
             young: Young::default(),
         });
         let mut gate = Gate { shared, threads: Vec::new() };
@@ -326,7 +333,9 @@ impl Gate {
         let _writer = shared.writer();
         let (output, open) = {
             let mut out = shared.outbound.lock();
-            (out.core.release(proof)?, out.output == OutputState::Open)
+            let output = out.core.release(proof)?;
+            shared.standing.moved(out.core.counters().held_frames > 0);
+            (output, out.output == OutputState::Open)
         };
         Ok(shared.let_out(output, open))
     }
@@ -339,6 +348,7 @@ impl Gate {
         let (output, open) = {
             let mut out = shared.outbound.lock_urgent();
             let output = out.core.pass_through(why);
+            shared.standing.moved(false);
             shared.publish(&mut out);
             (output, out.output == OutputState::Open)
         };
@@ -350,6 +360,7 @@ impl Gate {
         let _writer = self.shared.writer();
         let mut out = self.shared.outbound.lock_urgent();
         let frames = out.core.abandon();
+        self.shared.standing.moved(false);
         self.shared.publish(&mut out);
         frames
     }

@@ -7,6 +7,7 @@ use crate::frames::MAX_FRAME;
 use crate::frames::commit::Pushed;
 use crate::frames::input_log::LogWriter;
 use crate::frames::parting::Heard;
+use crate::frames::young;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use replicator::Epoch;
@@ -122,6 +123,7 @@ impl Shared {
             if protected {
                 self.young.held(frame);
                 out.flows.held(frame);
+                self.standing.held();
             }
             if out.core.pushed(n) == Pushed::First {
                 self.notify(out, true);
@@ -167,6 +169,10 @@ impl Shared {
         if let Heard::Handled(answer) = self.young.heard(frame) {
             // Lost, it is asked for again.
             let _ = answer.map(|answer| self.outer.write(&answer));
+            return;
+        }
+        if young::may_begin(frame) && self.standing.stands() {
+            self.totals.kept_out.fetch_add(1, Relaxed);
             return;
         }
         self.log(frame, log);
