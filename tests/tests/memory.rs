@@ -3,12 +3,15 @@
 
 use nilicon_tests::{Bed, EMBEDDED, Relay, Sketch, is_installed};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 const RELAY: &str = env!("CARGO_BIN_EXE_relay");
 const STORE: &str = "10.77.0.10:6379";
 /// What is written: many megabytes, more than any room that is left.
 const KEYS: usize = 20_000;
 const SIZE: usize = 2048;
+/// For what comes by itself.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A protected container, and a client that has been answered.
 fn start(tag: &str, policy: &str) -> (Bed, Relay) {
@@ -103,7 +106,15 @@ fn a_spare_that_gets_no_memory_is_made_anew() {
     no_more_for(spare(agent(&bed, "beta")));
     write_much(&mut client);
     assert_eq!(client.line(), "+OK");
-    let said = log(&bed, "beta");
+    // It is applied beside what follows.
+    let begin = Instant::now();
+    let said = loop {
+        let said = log(&bed, "beta");
+        if said.contains("the warm spare cannot follow") || begin.elapsed() > PATIENCE {
+            break said;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    };
     assert!(said.contains("the warm spare cannot follow"), "{said}");
     assert!(said.contains("Cannot allocate memory"), "{said}");
     expect_all(&bed, client);
