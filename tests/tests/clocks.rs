@@ -21,7 +21,10 @@ const MAY: [(&str, &str); 7] = [
     ("replicator/src/capture/one_shot.rs", "when an image was taken, for whoever reads it"),
     ("replicator/src/restore/objects.rs", "timers of the container that are of that clock"),
     ("replicator/src/volume/fuse/answers.rs", "the times that files bear"),
-    ("replicator/src/volume/fuse/requests.rs", "the times that files bear, in types of its callers"),
+    (
+        "replicator/src/volume/fuse/requests.rs",
+        "the times that files bear, in types of its callers",
+    ),
     ("replicator/src/transport/pki.rs", "its test that certificates do not depend on it"),
 ];
 

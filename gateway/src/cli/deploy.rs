@@ -6,6 +6,7 @@
 //! Invariant: a [`Standing`] lab that is not kept goes when the value goes, on every way out, also
 //! if it was never finished.
 
+use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::process::CommandExt;
@@ -31,8 +32,8 @@ const OUTPUT_COMMIT: &str = "output-commit";
 /// How often agents are asked.
 const POLL: Duration = Duration::from_millis(20);
 /// How much of the end of a log goes into an error.
-const TAIL_BYTES: u64 = 4096;
-const TAIL_LINES: usize = 15;
+const TAIL_BYTES: u64 = 64 << 10;
+const TAIL_LINES: usize = 25;
 
 /// What the agent of a host is called among the processes of its lab.
 pub(super) fn agent_name(host: &str) -> String {
@@ -276,12 +277,31 @@ pub(super) fn tail_of(path: &Path) -> String {
         Ok(String::from_utf8_lossy(&end).into_owned())
     };
     let text = read().unwrap_or_default();
-    let lines: Vec<&str> = text.lines().collect();
+    let lines = without_repeats(&text);
     if lines.is_empty() {
         return String::new();
     }
     let last = lines[lines.len().saturating_sub(TAIL_LINES)..].join("\n  ");
     format!("\nthe end of {}:\n  {last}", path.display())
+}
+
+/// The lines of a log, those that say the same but for their numbers once, where they came first.
+fn without_repeats(text: &str) -> Vec<String> {
+    let mut lines: Vec<(&str, usize)> = Vec::new();
+    let mut known = HashMap::new();
+    for line in text.lines() {
+        let said: String = line.chars().filter(|c| !c.is_ascii_digit()).collect();
+        let at = *known.entry(said).or_insert(lines.len());
+        match lines.get_mut(at) {
+            Some((_, more)) => *more += 1,
+            None => lines.push((line, 0)),
+        }
+    }
+    let shown = |(line, more): (&str, usize)| match more {
+        0 => line.to_owned(),
+        more => format!("{line} (and {more} more like it)"),
+    };
+    lines.into_iter().map(shown).collect()
 }
 
 /// Finds a lab by its name, or by its topology file.
@@ -345,6 +365,14 @@ mod tests {
     use super::*;
     use crate::agent::status::{AgentStatus, ContainerStatus, Role};
 
+    #[test]
+    fn a_log_is_shown_without_its_repeats() {
+        let log = "12:00 begun\n12:01 refused 7\n12:02 refused 8\n12:03 gone\n12:04 refused 9\n";
+        let shown = ["12:00 begun", "12:01 refused 7 (and 2 more like it)", "12:03 gone"];
+        assert_eq!(without_repeats(log), shown);
+        assert!(without_repeats("").is_empty());
+    }
+
     fn part(role: Role, phase: Phase) -> ContainerStatus {
         ContainerStatus {
             name: "store".to_owned(),
@@ -399,12 +427,16 @@ mod tests {
     #[test]
     fn the_tail_of_a_log_is_its_last_lines() {
         let path = std::env::temp_dir().join(format!("nilicon-tail-{}", std::process::id()));
-        let lines: Vec<String> = (0..2000).map(|line| format!("line {line}")).collect();
+        // Of any two of them one is longer.
+        let line = |n: usize| format!("line {}", "x".repeat(n));
+        let lines: Vec<String> = (0..300).map(line).collect();
         fs::write(&path, lines.join("\n")).unwrap();
         let tail = tail_of(&path);
         fs::remove_file(&path).unwrap();
-        assert!(tail.ends_with("\n  line 1999") && !tail.contains("line 1984\n"), "{tail}");
-        assert!(tail.contains("line 1985\n"));
+        let first = 300 - TAIL_LINES;
+        assert!(tail.ends_with(&format!("\n  {}", line(299))), "{tail}");
+        assert!(tail.contains(&format!("\n  {}\n", line(first))), "{tail}");
+        assert!(!tail.contains(&format!("\n  {}\n", line(first - 1))), "{tail}");
         assert_eq!(tail_of(&path), "");
     }
 }
