@@ -11,6 +11,7 @@ as="setpriv --reuid postgres --regid postgres --clear-groups"
 chown postgres: "$at"
 chmod 755 "$at/.."
 rm -f data/postmaster.pid
+# It may not run by then, which is no failure of the check.
 trap '$as "$bin/pg_ctl" -D "$at/data" -m immediate stop >/dev/null 2>&1 || true' EXIT
 if ! $as "$bin/pg_ctl" -D "$at/data" -w -t 60 -l "$at/log" \
     -o "-c huge_pages=off -c listen_addresses= -c unix_socket_directories=$at" start >/dev/null; then

@@ -202,6 +202,11 @@ impl AddressSpace {
         self.pagemap.take_written(start, end, wanted, &mut self.buffer, &mut self.regions)
     }
 
+    /// The same, written pages only, to a list of the caller's.
+    fn take_into(&mut self, start: u64, end: u64, out: &mut Vec<Region>) -> SysResult<Scan> {
+        self.pagemap.take_written(start, end, pagemap::WRITTEN, &mut self.buffer, out)
+    }
+
     /// Takes what was written in the process's own memory since the round before.
     fn scan_spans(&mut self) -> SysResult<Scan> {
         for at in 0..self.spans.len() {
@@ -217,15 +222,10 @@ impl AddressSpace {
     /// Tells the objects what was written through mappings of this process.
     fn scan_shared(&mut self, objects: &mut Objects) -> SysResult<Scan> {
         let mut found = Vec::new();
-        for Shared { start, end, id, offset } in self.shared.iter().copied() {
+        for at in 0..self.shared.len() {
+            let Shared { start, end, id, offset } = self.shared[at];
             found.clear();
-            let scan = self.pagemap.take_written(
-                start,
-                end,
-                pagemap::WRITTEN,
-                &mut self.buffer,
-                &mut found,
-            )?;
+            let scan = self.take_into(start, end, &mut found)?;
             objects.written(id, start, offset, &found);
             found.iter().for_each(|r| self.guards.remove(r.start, r.end));
             if scan != Scan::Complete {
@@ -354,13 +354,7 @@ impl AddressSpace {
     fn list_shared(&mut self, shared: Shared, objects: &mut Objects) -> SysResult<bool> {
         let Shared { start, end, id, offset } = shared;
         let mut found = Vec::new();
-        let scan = self.pagemap.take_written(
-            start,
-            end,
-            pagemap::WRITTEN,
-            &mut self.buffer,
-            &mut found,
-        )?;
+        let scan = self.take_into(start, end, &mut found)?;
         if scan == Scan::Complete {
             objects.written(id, start, offset, &found);
             found.iter().for_each(|r| self.guards.remove(r.start, r.end));
@@ -384,13 +378,7 @@ impl AddressSpace {
             Err(e) => return Err(e),
         }
         found.clear();
-        let scan = self.pagemap.take_written(
-            start,
-            end,
-            pagemap::WRITTEN,
-            &mut self.buffer,
-            &mut found,
-        )?;
+        let scan = self.take_into(start, end, &mut found)?;
         if scan != Scan::Complete {
             self.extents.clear();
         }
