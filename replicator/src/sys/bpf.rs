@@ -143,9 +143,21 @@ fn iterate_task(program: BorrowedFd<'_>, tid: i32, pid: i32) -> SysResult<OwnedF
     attr.open(LINK_CREATE, "BPF_LINK_CREATE", &format!("pid {}", tid.max(pid)))
 }
 
+/// What an iterator's program writes when it is called for the last time, without an object: one byte.
+/// Everything else that it writes are words of four bytes, so that the length tells whether it was there.
+pub const END: u8 = 0xff;
+
 /// Runs an iterator from its beginning and puts what its program wrote at the beginning of `out`,
-/// which grows as needed. Gives the number of bytes.
+/// which grows as needed. Gives the number of bytes, without [`END`].
+///
+/// It reads up to that byte and no further: some of the kernel's iterators do not know that they were
+/// at their end (`task_vma` of one thread begins again where a writer had last waited for its lock, or
+/// where the buffer had been full, and never ends).
+///
+/// # Errors
+/// The kernel refuses, or nothing more comes although the program has not been told of the end (EIO).
 pub fn iterate(link: BorrowedFd<'_>, out: &mut Vec<u8>) -> SysResult<usize> {
+    // As much as the kernel keeps for a reader: less would cut a record in two.
     const ROOM: usize = 32 << 10;
     let attr = Attr::new().word(link.as_raw_fd() as u32);
     let fd = attr.open(ITER_CREATE, "BPF_ITER_CREATE", "an iterator")?;
@@ -155,11 +167,14 @@ pub fn iterate(link: BorrowedFd<'_>, out: &mut Vec<u8>) -> SysResult<usize> {
             out.resize((used + ROOM).next_power_of_two(), 0);
         }
         match nix::unistd::read(&fd, &mut out[used..]) {
-            Ok(0) => return Ok(used),
+            Ok(0) => return Err(SysError::errno("read", "an iterator without end", libc::EIO)),
             Ok(n) => used += n,
             // It has gone a long way without a word.
             Err(nix::Error::EAGAIN | nix::Error::EINTR) => {}
             Err(e) => return Err(SysError::errno("read", "an iterator", e as i32)),
+        }
+        if used % 4 != 0 {
+            return Ok(used - 1);
         }
     }
 }

@@ -189,8 +189,7 @@ fn assemble() -> io::Result<(Vec<u8>, Layout, u32)> {
     a.mov(6, 1);
     write_head(&mut a, &btf)?;
     write_tcp(&mut a, &btf, &tcp)?;
-    a.label("out");
-    a.leave(0);
+    super::write_end(&mut a);
     Ok((a.finish(), tcp, target))
 }
 
@@ -227,9 +226,9 @@ fn write_head(a: &mut Assembler, btf: &Btf) -> io::Result<()> {
     a.load(Double, 7, 6, context("meta")?);
     a.load(Double, 7, 7, offset(btf, "bpf_iter_meta", "seq")?);
     a.load(Double, 8, 6, context("file")?);
-    a.jump(If::Equal, 8, 0, "out");
+    a.jump(If::Equal, 8, 0, "last");
     a.load(Double, 9, 6, context("task")?);
-    a.jump(If::Equal, 9, 0, "out");
+    a.jump(If::Equal, 9, 0, "last");
     for place in (0..head::LEN).step_by(8) {
         a.store_value(Double, FP, at(place), 0);
     }
@@ -371,7 +370,8 @@ impl Glance {
     /// For the process with this host pid. None if this kernel cannot do it.
     pub(in crate::capture) fn open(pid: i32) -> Option<Self> {
         let known = super::descriptors()?;
-        match bpf::iterate_process(known.program.as_fd(), pid) {
+        // Of the leader alone: of a whole process the kernel shows them once more, as another thread's.
+        match bpf::iterate_thread(known.program.as_fd(), pid) {
             Ok(link) => {
                 let (bytes, rows, again) = Default::default();
                 Some(Self { link, pid, known, bytes, rows, again })

@@ -19,6 +19,8 @@ const WORDS: usize = 6;
 const ROW: usize = WORDS * 8;
 /// Bytes of a page.
 const PAGE: u64 = 4096;
+/// How often a list is begun again because mappings changed while it was read.
+const TRIES: usize = 16;
 
 /// The program, loaded.
 #[derive(Debug)]
@@ -53,7 +55,7 @@ fn assemble(btf: &Btf) -> io::Result<Vec<u8>> {
     a.load(Double, 7, 6, offset("bpf_iter__task_vma", "meta")?);
     a.load(Double, 7, 7, offset("bpf_iter_meta", "seq")?);
     a.load(Double, 8, 6, offset("bpf_iter__task_vma", "vma")?);
-    a.jump(If::Equal, 8, 0, "out");
+    a.jump(If::Equal, 8, 0, "last");
     let place = |word: usize| (8 * word) as i16 - ROW as i16;
     for (word, path) in [
         (0, "vm_start"),
@@ -73,8 +75,7 @@ fn assemble(btf: &Btf) -> io::Result<Vec<u8>> {
     a.place(2, place(0));
     a.set(3, ROW as i32);
     a.call(helper::SEQ_WRITE);
-    a.label("out");
-    a.leave(0);
+    super::write_end(&mut a);
     Ok(a.finish())
 }
 
@@ -99,20 +100,38 @@ impl MappingGlance {
     }
 
     /// Replaces the contents of `out` by all mappings in order of address.
+    ///
+    /// # Errors
+    /// The kernel refuses, or mappings change faster than they can be listed (EAGAIN).
     pub(in crate::capture) fn list(&mut self, out: &mut Vec<Extent>) -> SysResult<()> {
+        for _ in 0..TRIES {
+            if self.try_list(out)? {
+                return Ok(());
+            }
+        }
+        Err(SysError::errno("read", "an iterator over mappings", libc::EAGAIN))
+    }
+
+    /// False if they were changed meanwhile, so that one was shown before and after it had grown.
+    fn try_list(&mut self, out: &mut Vec<Extent>) -> SysResult<bool> {
         out.clear();
         let len = bpf::iterate(self.link.as_fd(), &mut self.bytes)?;
         let (rows, rest) = self.bytes[..len].as_chunks::<ROW>();
         if !rest.is_empty() {
             return Err(SysError::errno("read", "an iterator over mappings", libc::EIO));
         }
+        let mut behind = 0;
         for row in rows {
             let [start, end, flags, page, inode, watcher] = words(row);
+            if start < behind {
+                return Ok(false);
+            }
+            behind = end;
             // Without a file the kernel keeps the place of origin there.
             let offset = if inode == 0 { 0 } else { page * PAGE };
             out.push(Extent { start, end, flags, offset, inode, watcher });
         }
-        Ok(())
+        Ok(true)
     }
 }
 
@@ -128,6 +147,8 @@ fn words(row: &[u8; ROW]) -> [u64; WORDS] {
 mod tests {
     use super::*;
     use crate::sys::procmap::ProcMap;
+    use memmap2::{Mmap, MmapMut};
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     #[test]
     fn a_glance_shows_the_mappings_that_the_kernel_lists() {
@@ -152,5 +173,61 @@ mod tests {
             assert!(tries < 1000, "{shown:#x?} and {listed:#x?}");
         }
         assert!(shown.len() > 10);
+    }
+
+    /// Every other page is read-only, so that the kernel joins no two of them.
+    fn pages(count: usize) -> Vec<(MmapMut, Mmap)> {
+        let page = || MmapMut::map_anon(PAGE as usize).expect("a page");
+        (0..count).map(|_| (page(), page().make_read_only().expect("a page"))).collect()
+    }
+
+    /// What does not fit into one read is shown once and not again and again.
+    #[test]
+    fn a_long_list_ends() {
+        let Some(mut glance) = MappingGlance::open(std::process::id() as i32) else {
+            println!("skipped: this kernel shows mappings one by one only");
+            return;
+        };
+        for count in [700, 1400, 4000] {
+            let own = pages(count);
+            let mut shown = Vec::new();
+            glance.list(&mut shown).expect("a glance");
+            let first = |(one, two): &(MmapMut, Mmap)| [one.as_ptr(), two.as_ptr()];
+            for start in own.iter().flat_map(first).map(|at| at as u64) {
+                let found = shown.iter().filter(|e| e.start <= start && e.end > start).count();
+                assert_eq!(found, 1, "{start:#x} of {}", shown.len());
+            }
+            assert!(shown.len() > count, "{}", shown.len());
+        }
+    }
+
+    /// The kernel lets go of its lock when someone waits who changes mappings, and looks for its
+    /// place afterwards.
+    #[test]
+    fn a_list_ends_while_others_change_mappings() {
+        let Some(mut glance) = MappingGlance::open(std::process::id() as i32) else {
+            println!("skipped: this kernel shows mappings one by one only");
+            return;
+        };
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    while !done.load(Ordering::Relaxed) {
+                        drop(pages(8));
+                    }
+                });
+            }
+            let (mut shown, mut listed) = (Vec::new(), 0);
+            for _ in 0..3000 {
+                match glance.list(&mut shown) {
+                    Ok(()) => listed += 1,
+                    Err(e) => assert_eq!(e.source.raw_os_error(), Some(libc::EAGAIN), "{e}"),
+                }
+                assert!(shown.is_sorted_by_key(|e| e.start));
+            }
+            done.store(true, Ordering::Relaxed);
+            assert!(listed > 0);
+        });
     }
 }

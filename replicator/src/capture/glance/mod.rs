@@ -19,7 +19,8 @@ pub(super) use descriptors::{Descriptors, Glance, Row, Tcp};
 pub(super) use mappings::MappingGlance;
 pub(super) use tasks::{Task, TaskGlance};
 
-use crate::sys::SysResult;
+use crate::bpf::asm::{Assembler, FP, Size, helper};
+use crate::sys::{SysResult, bpf};
 use std::sync::OnceLock;
 use tasks::Tasks;
 
@@ -51,6 +52,21 @@ fn loaded<T>(load: impl Fn() -> SysResult<T>, what: &str) -> Option<T> {
             None
         }
     }
+}
+
+/// The end of every program here: jumps to `last` say that there is no object any more, which the
+/// reader is told ([`bpf::END`]); those to `out` that this one is done. Register 7 is where to
+/// write to.
+fn write_end(a: &mut Assembler) {
+    a.label("out");
+    a.leave(0);
+    a.label("last");
+    a.store_value(Size::Byte, FP, -8, bpf::END.into());
+    a.mov(1, 7);
+    a.place(2, -8);
+    a.set(3, 1);
+    a.call(helper::SEQ_WRITE);
+    a.leave(0);
 }
 
 /// Whether pids that we know are those of the first pid namespace, whose inode is PROC_PID_INIT_INO

@@ -197,7 +197,7 @@ fn assemble(btf: &Btf, wanted: &[Wanted]) -> io::Result<(Vec<u8>, Layout, Layout
     a.load(Double, 7, 6, offset(btf, "bpf_iter__task", "meta")?);
     a.load(Double, 7, 7, offset(btf, "bpf_iter_meta", "seq")?);
     a.load(Double, 8, 6, offset(btf, "bpf_iter__task", "task")?);
-    a.jump(If::Equal, 8, 0, "out");
+    a.jump(If::Equal, 8, 0, "last");
     let row = -((HEAD + thread.len() + GROUPS) as i16);
     let record = row + HEAD as i16;
     thread.clear(&mut a, record);
@@ -249,8 +249,7 @@ fn assemble(btf: &Btf, wanted: &[Wanted]) -> io::Result<(Vec<u8>, Layout, Layout
         emit(&mut a, STACK);
         a.add(9, STACK as i32);
     }
-    a.label("out");
-    a.leave(0);
+    super::write_end(&mut a);
     Ok((a.finish(), thread, process))
 }
 
