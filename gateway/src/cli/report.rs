@@ -431,7 +431,7 @@ fn ended_in_silence(client: &ClientOutcome) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::agent::status::{FailoverRecord, Phase};
 
@@ -484,6 +484,11 @@ mod tests {
             unprotected: None,
             files: None,
         }
+    }
+
+    /// A run with a failover.
+    pub(in crate::cli) fn moved() -> RunReport {
+        RunReport::of(evidence())
     }
 
     #[test]

@@ -2,12 +2,13 @@
 
 use std::fmt;
 
-use netns_tools::topology::Ratio;
+use netns_tools::topology::{Ratio, Topology};
 use serde::Serialize;
 
 use super::super::clock;
 use super::super::numbers::{Spread, median};
 use super::super::report::RunReport;
+use super::super::view::ContainerView;
 use super::args::BenchArgs;
 use super::cores::{Cores, Usage};
 use crate::agent::status::{EpochRecord, StopStages};
@@ -137,6 +138,27 @@ impl Sample {
     }
 }
 
+/// Why a run of the protected lab without faults measured something else than protection.
+pub(super) fn not_protected(run: &RunReport, topology: &Topology) -> Option<String> {
+    if let Some(failover) = &run.failover {
+        return Some(format!("the container moved to {}", failover.host));
+    }
+    let no_epoch = || run.records.is_empty().then(|| "there was no epoch".to_owned());
+    bare(&run.containers, topology).or_else(no_epoch)
+}
+
+/// The container that ought to be protected and is not where it was, and why.
+pub(super) fn bare(containers: &[ContainerView], topology: &Topology) -> Option<String> {
+    let ought = |name: &str| topology.protect.iter().any(|protect| protect.container == name);
+    let mut ends = containers.iter().filter(|container| ought(&container.name));
+    let bare = ends.find(|container| !container.protected || container.generation > 1)?;
+    let reason = bare.reason.as_deref().unwrap_or(match bare.protected {
+        true => "it has moved",
+        false => "its backup is gone",
+    });
+    Some(format!("{} was not protected all the time: {reason}", bare.name))
+}
+
 /// The median rate of a mode so far; 0 if it was not measured.
 pub(super) fn rate_of(samples: &[Sample], point: Point, mode: Mode) -> f64 {
     let of_it = samples.iter().filter(|s| s.point == point && s.mode == mode);
@@ -199,6 +221,8 @@ pub(super) struct BenchReport {
     pub(super) points: Vec<PointFigures>,
     /// The phases of one failover.
     pub(super) failover: Option<Timeline>,
+    /// Measurements that were made again because protection had not lasted through them.
+    pub(super) repeated: usize,
     /// What clients found lost, wrong or broken; empty if all went well.
     pub(super) complaints: Vec<String>,
 }
@@ -328,6 +352,7 @@ impl BenchReport {
         setting: Setting,
         samples: &[Sample],
         failover: Option<Timeline>,
+        repeated: usize,
     ) -> Self {
         let mut points: Vec<Point> = Vec::new();
         for sample in samples {
@@ -345,6 +370,7 @@ impl BenchReport {
             complaints: complaints.collect(),
             points: points.into_iter().map(|point| PointFigures::of(point, samples)).collect(),
             failover,
+            repeated,
         }
     }
 }
@@ -449,7 +475,7 @@ pub(super) mod tests {
             outage_ms: 35.0,
             gap_ms: 36.0,
         };
-        BenchReport::of("redis", setting(), &samples(), Some(failover))
+        BenchReport::of("redis", setting(), &samples(), Some(failover), 0)
     }
 
     #[test]
@@ -467,6 +493,29 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn what_was_not_protected_all_the_time_measures_no_protection() {
+        let topology = Topology::parse("demo", super::super::super::demo::TOPOLOGY).unwrap();
+        let topology = super::super::in_mode(&topology, Mode::Protected);
+        let run = || {
+            let mut run = super::super::super::report::tests::moved();
+            (run.failover, run.records) = (None, vec![EpochRecord::default()]);
+            run.containers[0].name = topology.protect[0].container.clone();
+            (run.containers[0].protected, run.containers[0].generation) = (true, 1);
+            run
+        };
+        let why = |run: &RunReport| not_protected(run, &topology);
+        assert_eq!(why(&run()), None);
+        let mut bare = run();
+        bare.containers[0].protected = false;
+        assert!(why(&bare).unwrap().contains("was not protected all the time: its backup is gone"));
+        let mut idle = run();
+        idle.records.clear();
+        assert_eq!(why(&idle).unwrap(), "there was no epoch");
+        let moved = super::super::super::report::tests::moved();
+        assert!(why(&moved).unwrap().contains("moved to"));
+    }
+
+    #[test]
     fn epochs_of_all_rounds_count_together() {
         let report = report();
         let epochs = report.points[0].modes[2].epochs.as_ref().unwrap();
@@ -480,7 +529,7 @@ pub(super) mod tests {
     fn what_a_client_complains_of_is_told() {
         let mut samples = samples();
         samples[5].complaint = Some("1 acknowledged writes lost".to_owned());
-        let report = BenchReport::of("redis", setting(), &samples, None);
+        let report = BenchReport::of("redis", setting(), &samples, None, 0);
         let told = "50 connections, load closed, protected: 1 acknowledged writes lost";
         assert_eq!(report.complaints, [told]);
     }

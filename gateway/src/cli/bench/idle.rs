@@ -6,17 +6,18 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use netns_tools::topology::Topology;
 use serde::Serialize;
 
 use super::super::deploy::Standing;
 use super::super::numbers::median;
 use super::super::progress::Progress;
+use super::super::view::LabView;
 use super::super::{journal, signals};
 use super::args::BenchArgs;
 use super::cores::{Cores, Usage};
-use super::figures::{Mode, Runs};
+use super::figures::{self, Mode, Runs};
 use super::scale::until_copied;
 use crate::agent::monotonic_us;
 
@@ -79,6 +80,9 @@ fn once(
     let (begun, before) = (monotonic_us(), Usage::of(lab));
     sleep(length)?;
     let (over, usage) = (monotonic_us(), Usage::of(lab).since(&before));
+    if let Some(bare) = figures::bare(&LabView::ask(lab).containers, &topology) {
+        bail!("{bare}");
+    }
     let epochs = journal::epochs(lab, &(begun..=over));
     Ok((epochs.len() as f64 * 1e6 / (over - begun) as f64, usage))
 }

@@ -31,6 +31,13 @@ pub(super) fn of(report: &BenchReport) -> String {
     if let Some(failover) = &report.failover {
         text += &of_failover(failover);
     }
+    if report.repeated > 0 {
+        let repeated = report.repeated;
+        let _ = writeln!(
+            text,
+            "\nmeasured again, as protection did not last (is the machine busy?): {repeated}"
+        );
+    }
     for complaint in &report.complaints {
         let _ = writeln!(text, "\nNOT AS IT SHOULD BE: {complaint}");
     }

@@ -8,7 +8,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use netns_tools::lab::Lab;
 use netns_tools::topology::{NodeKind, Topology};
 use serde::Serialize;
@@ -16,10 +16,11 @@ use serde::Serialize;
 use super::super::deploy::Standing;
 use super::super::numbers::{grouped, median};
 use super::super::progress::Progress;
+use super::super::view::LabView;
 use super::super::{journal, signals};
 use super::args::BenchArgs;
 use super::cores::{Cores, Usage};
-use super::figures::{EpochFigures, Mode, Runs, Setting};
+use super::figures::{self, EpochFigures, Mode, Runs, Setting};
 use super::scale::until_copied;
 use super::table;
 use crate::agent::monotonic_us;
@@ -129,6 +130,9 @@ fn once(
     }
     let (last, seconds) = (steps(&mut connection)?, start.elapsed().as_secs_f64());
     ensure!(last > first, "it has done nothing in {length:?}: does it go on for ever?");
+    if let Some(bare) = figures::bare(&LabView::ask(lab).containers, &topology) {
+        bail!("{bare}");
+    }
     Ok(Sample {
         steps_per_s: (last - first) as f64 / seconds,
         seconds,
