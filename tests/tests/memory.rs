@@ -77,23 +77,60 @@ fn log(bed: &Bed, host: &str) -> String {
     std::fs::read_to_string(bed.state().join(format!("{host}.log"))).expect("a log")
 }
 
-/// The agent ends, as one that the kernel ends; clients wait until there is another one.
+/// The agent of the backup ends, as one that the kernel ends, in the middle of what is written.
+fn lose_backup(bed: &Bed, client: &mut Relay) {
+    bed.fault("fill-memory:beta");
+    write_much(client);
+    let said = nilicon_tests::until("the backup's agent to end", || {
+        let lab = bed.inspect();
+        let beta =
+            &lab["nodes"].as_array()?.iter().find(|node| node["name"] == "beta")?["agent_pid"];
+        beta.is_null().then(|| log(bed, "beta"))
+    });
+    assert!(said.contains("memory") || said.contains("Cannot allocate"), "{said}");
+}
+
+/// Clients wait until there is another one.
 #[test]
 fn an_agent_that_gets_no_memory_is_a_lost_backup() {
-    if !is_installed("prlimit") {
-        return;
-    }
     let (bed, mut client) = start("nomem", "");
-    no_more_for(agent(&bed, "beta"));
-    write_much(&mut client);
+    lose_backup(&bed, &mut client);
     let store = bed.until_store("the loss is noticed", |store| store["phase"] == "severed");
     assert_eq!((&store["primary"], &store["protected"]), (&"alpha".into(), &false.into()));
     assert!(store["reason"].is_string(), "{store:#}");
-    let said = log(&bed, "beta");
-    assert!(said.contains("memory") || said.contains("Cannot allocate"), "{said}");
-    bed.fault("restart-agent:beta");
+    bed.fault("free-memory:beta");
     assert_eq!(client.line(), "+OK");
     expect_all(&bed, client);
+}
+
+/// With `degrade` they do not: once the arbiter has agreed, what they wait for leaves unprotected.
+#[test]
+fn a_backup_without_memory_is_done_without() {
+    let (bed, mut client) = start("nomemdeg", "arbiter: manual\non-backup-loss: degrade");
+    lose_backup(&bed, &mut client);
+    let allowed = || bed.run("allow", &["store", "alpha"]).code == Some(0);
+    nilicon_tests::until("alpha to ask", || allowed().then_some(()));
+    assert_eq!(client.line(), "+OK");
+    let store = bed.until_store("it runs alone", |store| store["phase"] == "unprotected");
+    assert_eq!((&store["primary"], &store["generation"]), (&"alpha".into(), &2.into()));
+    bed.fault("free-memory:beta");
+    bed.until_store("it is protected again", |store| store["protected"] == true);
+    assert_eq!(client.ask(&format!("GET big:{}", KEYS - 1)), format!("${SIZE}"));
+    drop(client);
+    bed.destroy();
+}
+
+/// With `stop` the container ends, and what was not committed is never answered.
+#[test]
+fn without_memory_for_its_backup_a_container_ends_if_that_is_wanted() {
+    let (bed, mut client) = start("nomemstop", "on-backup-loss: stop");
+    lose_backup(&bed, &mut client);
+    let store = bed.until_store("it ends", |store| store["phase"] == "ended");
+    assert!(store["reason"].is_string(), "{store:#}");
+    assert_eq!(store["protected"], false, "{store:#}");
+    bed.fault("free-memory:beta");
+    drop(client);
+    bed.destroy();
 }
 
 /// The spare is given up, and a new one is made: it has room.

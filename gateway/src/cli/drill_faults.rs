@@ -51,6 +51,8 @@ pub(crate) enum DrillFault {
     LossyClients,
     /// The agent of the backup is killed, and started again later.
     KillBackup,
+    /// The agent of the backup gets no more memory, and ends if it needs some; later there is some.
+    FillBackupMemory,
     /// One of these, chosen by the seed of the run.
     Any,
 }
@@ -87,7 +89,7 @@ impl Wire {
 
 impl DrillFault {
     /// All but [`DrillFault::Any`].
-    const EACH: [Self; 16] = [
+    const EACH: [Self; 17] = [
         Self::KillHost,
         Self::KillAgent,
         Self::KillContainer,
@@ -104,6 +106,7 @@ impl DrillFault {
         Self::SlowClients,
         Self::LossyClients,
         Self::KillBackup,
+        Self::FillBackupMemory,
     ];
 
     /// The fault of a run with this seed.
@@ -150,6 +153,7 @@ impl DrillFault {
             | Self::CutLink
             | Self::PauseAgent
             | Self::KillBackup
+            | Self::FillBackupMemory
             | Self::Any => return None,
         })
     }
@@ -191,6 +195,9 @@ impl DrillFault {
             }
             (Self::KillBackup, _) => {
                 vec![of_host(Fault::KillAgent, backup), of_host(Fault::RestartAgent, backup)]
+            }
+            (Self::FillBackupMemory, _) => {
+                vec![of_host(Fault::FillMemory, backup), of_host(Fault::FreeMemory, backup)]
             }
             _ => bail!("which fault it is depends on the seed"),
         };
@@ -266,6 +273,7 @@ mod tests {
         of(DrillFault::CutClients, ["cut-link:alpha:lan@0", "heal-link:alpha:lan@1500"]);
         of(DrillFault::SlowClients, ["slow-link:alpha:lan@0", "heal-link:alpha:lan@1500"]);
         of(DrillFault::KillBackup, ["kill-agent:beta@0", "restart-agent:beta@1500"]);
+        of(DrillFault::FillBackupMemory, ["fill-memory:beta@0", "free-memory:beta@1500"]);
         assert_eq!(said(DrillFault::KillContainer), ["kill-container:alpha@0"]);
     }
 

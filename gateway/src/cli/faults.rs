@@ -11,18 +11,21 @@ use netns_tools::lab::fault::Victims;
 use netns_tools::process::{self, ProcessId};
 use netns_tools::topology::{Endpoint, Event, Fault, NodeKind, Period, Topology};
 use nix::sys::signal::Signal;
+use replicator::sys::limits;
 
 use super::view::LabView;
 use crate::agent::status::Role;
 
 /// All that can happen.
-const FAULTS: [Fault; 13] = [
+const FAULTS: [Fault; 15] = [
     Fault::KillHost,
     Fault::KillAgent,
     Fault::RestartAgent,
     Fault::ReviveHost,
     Fault::PauseAgent,
     Fault::WakeAgent,
+    Fault::FillMemory,
+    Fault::FreeMemory,
     Fault::CutLink,
     Fault::CutOut,
     Fault::CutIn,
@@ -115,6 +118,8 @@ pub(super) fn word(fault: Fault) -> &'static str {
         Fault::ReviveHost => "revive-host",
         Fault::PauseAgent => "pause-agent",
         Fault::WakeAgent => "wake-agent",
+        Fault::FillMemory => "fill-memory",
+        Fault::FreeMemory => "free-memory",
         Fault::CutLink => "cut-link",
         Fault::CutOut => "cut-out",
         Fault::CutIn => "cut-in",
@@ -133,6 +138,7 @@ pub(super) fn host_lost_by(event: &Event) -> Option<&str> {
         | Fault::KillAgent
         | Fault::KillContainer
         | Fault::PauseAgent
+        | Fault::FillMemory
         | Fault::CutLink
         | Fault::CutOut => event.node.as_deref(),
         // What only is not heard goes on, or gives way.
@@ -142,7 +148,8 @@ pub(super) fn host_lost_by(event: &Event) -> Option<&str> {
         | Fault::HealLink
         | Fault::RestartAgent
         | Fault::ReviveHost
-        | Fault::WakeAgent => None,
+        | Fault::WakeAgent
+        | Fault::FreeMemory => None,
     }
 }
 
@@ -156,7 +163,7 @@ pub(super) fn all_have_gone_by<'a>(events: impl Iterator<Item = &'a Event>) -> b
         match event.fault {
             // The container goes on elsewhere, and both hosts are whole.
             Fault::KillContainer => {}
-            Fault::RestartAgent | Fault::WakeAgent | Fault::HealLink => {
+            Fault::RestartAgent | Fault::WakeAgent | Fault::FreeMemory | Fault::HealLink => {
                 broken.remove(&(of_host, place));
             }
             Fault::ReviveHost => broken.retain(|(_, other)| *other != place),
@@ -165,6 +172,7 @@ pub(super) fn all_have_gone_by<'a>(events: impl Iterator<Item = &'a Event>) -> b
             }
             Fault::KillAgent
             | Fault::PauseAgent
+            | Fault::FillMemory
             | Fault::CutLink
             | Fault::CutOut
             | Fault::CutIn
@@ -199,6 +207,19 @@ pub(super) fn inject(lab: &Lab, event: &Event, before: &LabView) -> Result<usize
             let name = super::deploy::agent_name(node);
             let runs = lab.signal_process(&name, signal).with_context(what)?;
             ensure!(runs, "{}: the agent of {node} does not run", what());
+            Ok(0)
+        }
+        (Fault::FillMemory, Some(node), _) => {
+            let agent = lab.process(&super::deploy::agent_name(node)).with_context(what)?;
+            let agent = agent.with_context(|| format!("{}: its agent does not run", what()))?;
+            limits::set_data(agent.pid, Some(limits::data_of(agent.pid)?)).with_context(what)?;
+            Ok(0)
+        }
+        (Fault::FreeMemory, Some(node), _) => {
+            match lab.process(&super::deploy::agent_name(node)).with_context(what)? {
+                Some(agent) => limits::set_data(agent.pid, None).with_context(what)?,
+                None => super::deploy::restart_agent(lab, node).with_context(what)?,
+            }
             Ok(0)
         }
         (Fault::RestartAgent, Some(node), _) => {
@@ -255,6 +276,8 @@ mod tests {
             "revive-host:b",
             "pause-agent:alpha",
             "wake-agent:alpha",
+            "fill-memory:beta",
+            "free-memory:beta",
             "cut-link:alpha",
             "cut-out:alpha:repl",
             "cut-in:alpha:repl",
@@ -284,6 +307,7 @@ mod tests {
         assert!(!gone(&["cut-in:alpha:repl", "heal-link:alpha:lan"]));
         assert!(gone(&["kill-host:alpha", "revive-host:alpha"]));
         assert!(!gone(&["kill-host:alpha", "restart-agent:alpha"]), "without its links");
+        assert!(gone(&["fill-memory:beta", "free-memory:beta"]) && !gone(&["fill-memory:beta"]));
         assert!(!gone(&["pause-agent:alpha"]) && gone(&["pause-agent:alpha", "wake-agent:alpha"]));
     }
 

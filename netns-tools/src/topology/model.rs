@@ -516,6 +516,10 @@ pub enum Fault {
     PauseAgent,
     /// It goes on (SIGCONT).
     WakeAgent,
+    /// The agent of a host gets no more memory than it has; when it needs some, it ends.
+    FillMemory,
+    /// There is memory again: an agent that ended for want of it is started.
+    FreeMemory,
     /// A link carries nothing any more.
     CutLink,
     /// A link carries nothing any more that its `link` end sends; the other direction works.

@@ -8,6 +8,7 @@ pub mod descriptors;
 pub mod error;
 pub mod inet_diag;
 pub mod inotify;
+pub mod limits;
 pub mod local_time;
 pub mod locks;
 pub mod loopback;
