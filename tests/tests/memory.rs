@@ -125,9 +125,10 @@ fn a_backup_without_memory_is_done_without() {
 fn without_memory_for_its_backup_a_container_ends_if_that_is_wanted() {
     let (bed, mut client) = start("nomemstop", "on-backup-loss: stop");
     lose_backup(&bed, &mut client);
-    let store = bed.until_store("it ends", |store| store["phase"] == "ended");
-    assert!(store["reason"].is_string(), "{store:#}");
-    assert_eq!(store["protected"], false, "{store:#}");
+    let store = bed.until_store("it ends", |store| store["phase"] == "failed");
+    let reason = store["reason"].as_str().expect("a reason");
+    assert!(reason.contains("its policy is to stop"), "{store:#}");
+    assert_eq!((&store["primary"], &store["protected"]), (&serde_json::Value::Null, &false.into()));
     bed.fault("free-memory:beta");
     drop(client);
     bed.destroy();
