@@ -11,6 +11,7 @@ mod etcd;
 mod journal;
 mod judge;
 mod network;
+mod orphans;
 mod pace;
 mod plain;
 mod primary;
@@ -160,7 +161,10 @@ struct Agent {
 impl Agent {
     fn start(&mut self) -> Result<()> {
         let options = self.options.clone();
-        std::thread::Builder::new().name("warm-up".into()).spawn(replicator::capture::warm_up)?;
+        std::thread::Builder::new().name("warm-up".into()).spawn(|| {
+            replicator::capture::warm_up();
+            orphans::warm_up()
+        })?;
         let topology = &options.topology;
         for (name, container) in topology.containers_on(&options.host) {
             let protect = topology.protection_of(name);

@@ -8,6 +8,7 @@
 //! buffers go round between the two threads; when both are with the shipper no stop begins, which
 //! bounds what waits (RB-1).
 
+use super::orphans::Closed;
 use super::pace::{self, Look, Pacer};
 use super::primary::{Next, Shell};
 use super::young;
@@ -213,6 +214,8 @@ pub(super) struct StopLoop {
     /// They could not be read: what was taken of them, and pages of the stop, is lost, so that no
     /// checkpoint may follow.
     pub(super) seal_failed: Option<VolumeError>,
+    /// The connections that it has closed.
+    pub(super) closed: Closed,
 }
 
 /// A container that stands still after its last checkpoint here.
@@ -468,6 +471,9 @@ impl StopLoop {
         taken.sealed = boundary.sealed;
         if let Some(volumes) = &self.volumes {
             volumes.take(&mut taken.files);
+        }
+        if !taken.provisional {
+            self.closed.add(&mut taken.state, &self.gate, self.shell.name());
         }
         young::add(&mut taken.state, boundary.young, boundary.partings, &self.gate);
         Ok(())

@@ -8,6 +8,7 @@ mod shell;
 use super::AgentOptions;
 use super::backup::Standby;
 use super::network::Place as NetworkPlace;
+use super::orphans::Closed;
 use super::pace::{Pacer, Rates};
 use super::primary::{self, SharedStatus, Shell, lock};
 use super::ship;
@@ -15,7 +16,7 @@ use super::status::{Phase, Role};
 use super::stop::{Ending, StopLoop, Taken};
 use super::volumes::{Files, InUse};
 use crate::chain::chain;
-use crate::frames::gate::{Gate, ThreadSetup};
+use crate::frames::gate::{Ends, Gate, ThreadSetup};
 use crate::frames::input_log;
 use anyhow::{Result, anyhow};
 use loss::reasons;
@@ -120,6 +121,8 @@ pub(super) struct Life {
     pub(super) generation: Generation,
     /// The epoch that it went on from; none if it began here.
     pub(super) from: Option<Epoch>,
+    /// Connections that it had closed before.
+    pub(super) closed: Vec<Ends>,
 }
 
 /// How a container's time here ended.
@@ -162,7 +165,7 @@ impl Place {
     /// Runs a container until it, its time here or the agent ends. Afterwards it is gone from
     /// here.
     pub(super) fn lead(&self, life: Life, standby: Option<&Arc<Standby>>) -> Result<Outcome> {
-        let Life { files, mut launched, capturer, gate, signals, generation, from } = life;
+        let Life { files, mut launched, capturer, gate, signals, generation, from, closed } = life;
         let (pid, name) = (launched.pid, &self.network.name);
         let (writer, reader) = input_log::channel(LOG_BYTES, LOG_FRAMES);
         gate.log_input(Some(writer));
@@ -213,6 +216,7 @@ impl Place {
             still: None,
             volumes: files.as_ref().map(|files| files.volumes.clone()),
             seal_failed: None,
+            closed: Closed::of(pid, closed),
         };
         let mut ending = stops.run();
         if let Ok(Ending::Unprotectable(why)) = ending {

@@ -13,6 +13,7 @@ use anyhow::Result;
 use netns_tools::cgroup::Cgroup;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::utsname::uname;
+use replicator::capture::Orphans;
 use replicator::sys::{SysError, pidfd, probe, procmap::ProcMap};
 use replicator::young::Door;
 use serde::Serialize;
@@ -122,6 +123,16 @@ fn checks() -> Vec<Check> {
             "boot a kernel of version 6.9 or later with BPF_SYSCALL, NET_CLS_ACT and \
              DEBUG_INFO_BTF; without it a failover resets the connections that a container has \
              not accepted yet",
+        )
+        .optional(),
+        Check::of(
+            "closed connections",
+            match Orphans::open() {
+                Some(_) => Ok("works".to_owned()),
+                None => Err("their kernel does not show what they have still to send".to_owned()),
+            },
+            "boot a kernel with BPF_SYSCALL and DEBUG_INFO_BTF; without it what a program writes \
+             and closes at once, beyond some 14 KB, is lost with its host",
         )
         .optional(),
         Check::of("/dev/net/tun", tun(), "modprobe tun, or make the device available here"),

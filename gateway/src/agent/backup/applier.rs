@@ -5,6 +5,7 @@
 
 use super::{Order, Standby};
 use crate::agent::journal;
+use crate::agent::orphans::Closed;
 use crate::agent::primary::lock;
 use crate::agent::status::{FailoverPhases, Phase, Role};
 use crate::agent::stop::{RealTime, become_stop_thread};
@@ -317,10 +318,11 @@ impl Applier {
         let mut capturer = Capturer::adopt_running(&tree, diag)?;
         capturer.watch_network()?;
         self.place.watch_files(&mut capturer);
-        let Warm { spare, gate, door, .. } = warm;
+        let Warm { spare, gate, door, last, .. } = warm;
+        let closed = last.map_or_else(Vec::new, |(c, _)| Closed::restored(&c.state));
         young::shut(door, Duration::ZERO);
         let launched = spare.into_launched();
-        Ok(Life { files, launched, capturer, gate, signals, generation, from: Some(from) })
+        Ok(Life { files, launched, capturer, gate, signals, generation, from: Some(from), closed })
     }
 }
 

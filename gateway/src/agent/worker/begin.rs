@@ -62,7 +62,16 @@ impl Place {
         if self.protect.is_some() {
             self.look_before(&mut capturer);
         }
-        Ok(Life { files, launched, capturer, gate, signals, generation, from: None })
+        Ok(Life {
+            files,
+            launched,
+            capturer,
+            gate,
+            signals,
+            generation,
+            from: None,
+            closed: Vec::new(),
+        })
     }
 
     /// Says at once, before protection starts, all that will end it if it stays (CP-3).

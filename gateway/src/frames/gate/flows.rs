@@ -4,6 +4,9 @@
 //! may ask again at any moment. While some of those that were answered lately do not wait, more
 //! output for the open epoch is likely; once all wait, there is nothing to wait for. Only TCP is
 //! counted, and at most [`MAX`] clients (RB-1): those beyond are as if they never asked.
+//!
+//! And to whom the container has said something in an epoch: those of them whose connection no
+//! descriptor names have been closed with perhaps more to say than has left.
 
 use crate::frames::wire;
 use std::collections::HashMap;
@@ -44,13 +47,24 @@ pub(super) struct Flows {
     swept: Option<Instant>,
     /// Which epoch was open when, oldest first: at most one for each look that is not long ago.
     marks: Vec<(Instant, u64)>,
+    /// The connections on which the container has said something, or its last, in the open epoch.
+    speaking: Vec<Ends>,
+    /// The same of the epoch that was sealed last.
+    spoken: Vec<Ends>,
 }
+
+/// The container's side of a connection and the client's.
+pub type Ends = (SocketAddr, SocketAddr);
 
 impl Flows {
     /// A frame of the container is held in the open epoch.
     pub(super) fn held(&mut self, frame: &[u8]) {
         let Some(view) = wire::view_tcp(frame) else { return };
+        let ends = (view.from, view.to);
         if view.tcp.fin() || view.tcp.rst() {
+            if view.tcp.fin() && self.speaking.len() < MAX {
+                self.speaking.push(ends);
+            }
             let last = self.clients.remove(&view.to);
             self.now -= usize::from(last == Some(self.open));
             return;
@@ -60,15 +74,16 @@ impl Flows {
         }
         let full = self.clients.len() >= MAX;
         match self.clients.get_mut(&view.to) {
-            Some(last) => {
-                self.now += usize::from(*last != self.open);
-                *last = self.open;
-            }
-            None if full => {}
+            Some(last) if *last == self.open => return,
+            Some(last) => *last = self.open,
+            None if full => return,
             None => {
                 self.clients.insert(view.to, self.open);
-                self.now += 1;
             }
+        }
+        self.now += 1;
+        if self.speaking.len() < MAX {
+            self.speaking.push(ends);
         }
     }
 
@@ -76,6 +91,14 @@ impl Flows {
     pub(super) fn sealed(&mut self) {
         self.open += 1;
         self.now = 0;
+        self.spoken.clear();
+        std::mem::swap(&mut self.speaking, &mut self.spoken);
+    }
+
+    /// On which connections the container has said something in the epoch that was sealed last; a
+    /// connection may be there twice.
+    pub(super) fn spoken(&self) -> &[Ends] {
+        &self.spoken
     }
 
     /// Who waits.
@@ -171,5 +194,28 @@ mod tests {
             flows.held(&answer(port, b"x"));
         }
         assert_eq!(flows.waiting(Instant::now()), Waiting { now: MAX, lately: MAX });
+    }
+
+    #[test]
+    fn to_whom_the_container_has_spoken_is_known_by_the_epoch() {
+        let mut flows = Flows::default();
+        let ports = |flows: &Flows| -> Vec<u16> {
+            flows.spoken().iter().map(|(_, client)| client.port()).collect()
+        };
+        for port in [1, 2, 1] {
+            flows.held(&answer(port, b"x"));
+        }
+        flows.held(&answer(3, b""));
+        assert!(ports(&flows).is_empty(), "nothing is sealed");
+        flows.sealed();
+        assert_eq!(ports(&flows), [1, 2]);
+        flows.held(&segment(4, b"", TcpControl::Fin));
+        flows.held(&segment(5, b"", TcpControl::Rst));
+        flows.held(&answer(2, b"x"));
+        assert_eq!(ports(&flows), [1, 2], "the next epoch is open");
+        flows.sealed();
+        assert_eq!(ports(&flows), [4, 2]);
+        flows.sealed();
+        assert!(ports(&flows).is_empty());
     }
 }

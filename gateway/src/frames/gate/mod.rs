@@ -38,7 +38,7 @@ mod track;
 
 pub use backlog::BacklogBounds;
 pub use counters::GateCounters;
-pub use flows::Waiting;
+pub use flows::{Ends, Waiting};
 
 use super::commit::{Bounds, CommitCore, CommitError, Output, SealedOutput, Unprotected};
 use super::input_log::LogWriter;
@@ -56,6 +56,7 @@ use replicator::ack::CommitProof;
 use replicator::sys::tap::Tap;
 use replicator::{Epoch, Generation};
 use standing::Standing;
+use std::collections::HashSet;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -374,6 +375,12 @@ impl Gate {
     /// Clients for whom output waits in the open epoch, and how many more may be about to ask.
     pub fn waiting(&self) -> Waiting {
         self.shared.outbound.lock_urgent().flows.waiting(Instant::now())
+    }
+
+    /// Adds the connections on which the container has said something in the epoch that was sealed last.
+    /// IPv4 as on the wire.
+    pub fn spoken(&self, into: &mut HashSet<Ends>) {
+        into.extend(self.shared.outbound.lock_urgent().flows.spoken());
     }
 
     /// Becomes readable when the open epoch has its first frame, and stops being so when the
