@@ -75,6 +75,11 @@ impl Assembler {
         self.push(0x0f, dst, src, 0, 0);
     }
 
+    /// Keeps only these bits.
+    pub(crate) fn mask(&mut self, dst: u8, bits: i32) {
+        self.push(0x57, dst, 0, 0, bits);
+    }
+
     pub(crate) fn shift_left(&mut self, dst: u8, bits: i32) {
         self.push(0x67, dst, 0, 0, bits);
     }
@@ -127,6 +132,12 @@ impl Assembler {
 
     pub(crate) fn map(&mut self, dst: u8, fd: i32) {
         self.push(0x18, dst, 1, 0, fd);
+        self.push(0, 0, 0, 0, 0);
+    }
+
+    /// The address of the only value of a map.
+    pub(crate) fn map_value(&mut self, dst: u8, fd: i32) {
+        self.push(0x18, dst, 2, 0, fd);
         self.push(0, 0, 0, 0, 0);
     }
 

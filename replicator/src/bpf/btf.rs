@@ -38,6 +38,29 @@ pub(crate) struct Member {
     pub(crate) pointer: bool,
 }
 
+impl Member {
+    /// Where the field ends.
+    pub(crate) fn end(&self) -> usize {
+        self.offset + self.size
+    }
+
+    /// The value of a field of up to eight bytes, from the bytes of the outermost structure.
+    pub(crate) fn value(&self, structure: &[u8]) -> u64 {
+        self.value_in(&structure[self.offset..])
+    }
+
+    /// The same from bytes that begin with the field.
+    pub(crate) fn value_in(&self, field: &[u8]) -> u64 {
+        let mut bytes = [0; 8];
+        bytes[..self.size].copy_from_slice(&field[..self.size]);
+        let value = u64::from_le_bytes(bytes);
+        match self.bits {
+            None => value,
+            Some((first, count)) => value >> first & ((1 << count) - 1),
+        }
+    }
+}
+
 fn word(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
 }
@@ -122,6 +145,12 @@ impl Btf {
             let what = format!("this kernel has no structure {name}");
             io::Error::new(io::ErrorKind::Unsupported, what)
         })
+    }
+
+    /// Bytes of a structure.
+    pub(crate) fn size_of(&self, name: &str) -> io::Result<usize> {
+        let id = self.structure(name)?;
+        self.size(id).ok_or_else(|| io::Error::other(format!("{name} has no size")))
     }
 
     /// A field of a structure, by its path from there: `a.b.c`.
@@ -265,6 +294,8 @@ mod tests {
         assert_eq!(btf.member(outer, "inner.a").expect("there"), plain(8));
         let bits = Member { offset: 12, size: 1, bits: Some((2, 3)), pointer: false };
         assert_eq!(btf.member(outer, "inner.c").expect("there"), bits);
+        assert_eq!(bits.value(&[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0b0001_0111, 0, 0, 0]), 0b101);
+        assert_eq!(btf.size_of("outer").expect("there"), 16);
         assert!(btf.member(outer, "c").is_err());
         assert!(btf.structure("nothing").is_err());
     }

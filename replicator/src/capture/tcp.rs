@@ -40,7 +40,7 @@ mod state {
 }
 
 /// The states of a connection that both sides know of.
-fn synchronized(state: u8) -> Option<TcpState> {
+pub(super) fn synchronized(state: u8) -> Option<TcpState> {
     Some(match state {
         1 => TcpState::Established,
         4 => TcpState::FinWait1,

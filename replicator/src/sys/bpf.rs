@@ -1,15 +1,21 @@
 //! BPF programs, maps and iterators: bpf(2). Just what a small program at the ingress of a device
-//! needs, and programs that write what they see of a process into a file.
+//! needs, programs that write what they see of a process into a file, and programs that are run on
+//! demand and leave what they see in memory that is shared with them.
 
 use super::error::{SysError, SysResult, check};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use memmap2::{MmapMut, MmapOptions};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 const MAP_CREATE: i32 = 0;
 const MAP_UPDATE: i32 = 2;
 const PROG_LOAD: i32 = 5;
+const PROG_TEST_RUN: i32 = 10;
 const LINK_CREATE: i32 = 28;
 const ITER_CREATE: i32 = 33;
 const MAP_TYPE_HASH: u32 = 1;
+const MAP_TYPE_ARRAY: u32 = 2;
+/// BPF_F_MMAPABLE.
+const MMAPABLE: u32 = 1 << 10;
 const PROG_TYPE_SCHED_CLS: u32 = 3;
 const PROG_TYPE_TRACING: u32 = 26;
 /// BPF_TRACE_ITER.
@@ -53,6 +59,12 @@ impl Attr {
         unsafe { libc::syscall(libc::SYS_bpf, command, self.0.as_ptr(), ATTR) }
     }
 
+    /// A command that answers in the request itself, as BPF_PROG_TEST_RUN does.
+    fn call_answering(&mut self, command: i32) -> i64 {
+        // SAFETY: as in `call`; the kernel writes no more than the request is long, and it is ours.
+        unsafe { libc::syscall(libc::SYS_bpf, command, self.0.as_mut_ptr(), ATTR) }
+    }
+
     fn open(&self, command: i32, name: &'static str, what: &str) -> SysResult<OwnedFd> {
         let fd = check(self.call(command), name, || what.to_owned())?;
         // SAFETY: the kernel has just made this descriptor for us.
@@ -70,6 +82,54 @@ pub fn hash_map(key: usize, value: usize, entries: u32) -> SysResult<OwnedFd> {
 pub fn set(map: BorrowedFd<'_>, key: &[u8], value: &[u8]) -> SysResult<()> {
     let attr = Attr::new().word(map.as_raw_fd() as u32).word(0).pointer(key).pointer(value);
     check(attr.call(MAP_UPDATE), "BPF_MAP_UPDATE_ELEM", || "a hash table".into()).map(drop)
+}
+
+/// Memory that this process shares with programs which it runs: a map with one value.
+#[derive(Debug)]
+pub struct Shared {
+    map: OwnedFd,
+    bytes: MmapMut,
+}
+
+impl Shared {
+    /// So many bytes, zeroed.
+    pub fn new(len: usize) -> SysResult<Self> {
+        let attr = Attr::new().word(MAP_TYPE_ARRAY).word(4).word(len as u32).word(1).word(MMAPABLE);
+        let map = attr.open(MAP_CREATE, "BPF_MAP_CREATE", "shared memory")?;
+        // SAFETY: nobody else has the map; the programs that do run within `run`, which nothing that
+        // was borrowed of these bytes outlives.
+        let bytes = unsafe { MmapOptions::new().len(len).map_mut(&map) };
+        let failed = |source| SysError { call: "mmap", object: "shared memory".into(), source };
+        Ok(Self { map, bytes: bytes.map_err(failed)? })
+    }
+
+    /// The map. A program that has it must be run by [`Shared::run`] alone.
+    pub fn map(&self) -> BorrowedFd<'_> {
+        self.map.as_fd()
+    }
+
+    /// The memory.
+    pub fn bytes(&mut self) -> &mut [u8] {
+        &mut self.bytes
+    }
+
+    /// Runs a program for packets once, for an empty one that comes by the device with this index of
+    /// the calling thread's network namespace.
+    pub fn run(&mut self, program: BorrowedFd<'_>, device: u32) -> SysResult<()> {
+        const PACKET: usize = 64;
+        /// Places of ifindex in struct __sk_buff, and of ctx_size_in in a request.
+        const IFINDEX: usize = 40;
+        const CONTEXT: usize = 40;
+        let mut context = [0u8; IFINDEX + 4];
+        context[IFINDEX..].copy_from_slice(&device.to_ne_bytes());
+        let packet = [0u8; PACKET];
+        let mut attr = Attr::new().word(program.as_raw_fd() as u32).word(0).word(PACKET as u32);
+        attr = attr.word(0).pointer(&packet);
+        attr.1 = CONTEXT;
+        attr = attr.word(context.len() as u32).word(0).pointer(&context);
+        let r = attr.call_answering(PROG_TEST_RUN);
+        check(r, "BPF_PROG_TEST_RUN", || format!("device {device}")).map(drop)
+    }
 }
 
 /// Loads a program for packets that arrive at a device, under the GPL as its kernel functions

@@ -10,6 +10,7 @@ use crate::bpf::asm::{Assembler, FP, If, Size, helper};
 use crate::bpf::btf::Btf;
 use crate::sys::{SysError, SysResult, bpf};
 use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::os::fd::{AsFd, OwnedFd};
 
 /// Places in the head of a row.
@@ -180,8 +181,7 @@ impl Descriptors {
 fn assemble() -> io::Result<(Vec<u8>, Layout, u32)> {
     let btf = Btf::of_kernel()?;
     let target = btf.function("bpf_iter_task_file")?;
-    let structures = [btf.structure("tcp_sock")?, btf.structure("ipv6_pinfo")?];
-    let tcp = Layout::new(&btf, &structures, FIELDS)?;
+    let tcp = tcp_layout(&btf)?;
     if tcp.len() > STACK {
         return Err(io::Error::new(io::ErrorKind::Unsupported, "the fields are too many"));
     }
@@ -360,10 +360,35 @@ pub(in crate::capture) struct Row<'a> {
 /// What was seen of a TCP socket.
 #[derive(Clone, Copy, Debug)]
 pub(in crate::capture) struct Tcp<'a> {
-    layout: &'static Layout,
+    layout: &'a Layout,
     record: &'a [u8],
     /// Nanoseconds on the monotonic clock.
     time: u64,
+}
+
+/// Where the same lies in a TCP socket that was found in another way.
+#[derive(Debug)]
+pub(in crate::capture) struct TcpLayout(Layout);
+
+impl TcpLayout {
+    pub(in crate::capture) fn new(btf: &Btf) -> io::Result<Self> {
+        tcp_layout(btf).map(Self)
+    }
+
+    /// What is looked at of the bytes of a struct tcp_sock.
+    pub(in crate::capture) fn record(&self, socket: &[u8]) -> Vec<u8> {
+        self.0.record(Structure::Tcp as usize, socket)
+    }
+
+    /// What a record says that was made at this time (nanoseconds on the monotonic clock).
+    pub(in crate::capture) fn show<'a>(&'a self, record: &'a [u8], time: u64) -> Tcp<'a> {
+        Tcp { layout: &self.0, record, time }
+    }
+}
+
+fn tcp_layout(btf: &Btf) -> io::Result<Layout> {
+    let structures = [btf.structure("tcp_sock")?, btf.structure("ipv6_pinfo")?];
+    Layout::new(btf, &structures, FIELDS)
 }
 
 impl Glance {
@@ -544,6 +569,29 @@ impl Tcp<'_> {
         self.get(Field::State) as u8
     }
 
+    /// This side and the other, as getsockname(2) and getpeername(2) give them.
+    pub(in crate::capture) fn addresses(&self) -> [SocketAddr; 2] {
+        let [a, b, c, d] = (self.get(Field::Ports) as u32).to_ne_bytes();
+        let ports = [u16::from_ne_bytes([c, d]), u16::from_be_bytes([a, b])];
+        if self.get(Field::Family) as i32 == libc::AF_INET {
+            let [a, b, c, d, e, f, g, h] = self.get(Field::Addresses).to_ne_bytes();
+            let [local, remote] = [Ipv4Addr::new(e, f, g, h), Ipv4Addr::new(a, b, c, d)];
+            return [(local, ports[0]).into(), (remote, ports[1]).into()];
+        }
+        let address = |field, port| {
+            let bytes = self.layout.bytes(self.record, field as usize);
+            let ip = Ipv6Addr::from(<[u8; 16]>::try_from(bytes).expect("sixteen bytes"));
+            let scope = if ip.is_unicast_link_local() { self.word(Field::Device) } else { 0 };
+            SocketAddrV6::new(ip, port, 0, scope).into()
+        };
+        [address(Field::LocalV6, ports[0]), address(Field::RemoteV6, ports[1])]
+    }
+
+    /// The address of its congestion control (struct tcp_congestion_ops).
+    pub(in crate::capture) fn congestion(&self) -> u64 {
+        self.get(Field::Congestion)
+    }
+
     /// A copy of the record, with SO_COOKIE, which the kernel makes up when it is asked for.
     pub(in crate::capture) fn with_cookie(&self, cookie: u64) -> Box<[u8]> {
         let mut record = Box::<[u8]>::from(self.record);
@@ -598,12 +646,14 @@ impl Tcp<'_> {
         self.word(Field::PeerSegment)
     }
 
-    /// TCP_TIMESTAMP, if timestamps were agreed on: its lowest bit says that they are microseconds,
-    /// and those are [special](Tcp::is_special).
+    /// TCP_TIMESTAMP, if timestamps were agreed on: its lowest bit says that they are microseconds.
     pub(in crate::capture) fn timestamp(&self) -> Option<u32> {
-        let clock = (self.time / 1_000_000) as u32;
         let offset = self.word(Field::TimestampOffset);
-        (self.get(Field::HasTimestamps) != 0).then(|| clock.wrapping_add(offset) & !1)
+        let clock = |unit| ((self.time / unit) as u32).wrapping_add(offset);
+        (self.get(Field::HasTimestamps) != 0).then(|| match self.get(Field::Microseconds) {
+            0 => clock(1_000_000) & !1,
+            _ => clock(1_000) | 1,
+        })
     }
 
     pub(in crate::capture) fn sack(&self) -> bool {

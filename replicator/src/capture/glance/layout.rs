@@ -117,16 +117,20 @@ impl Layout {
         }
     }
 
+    /// A record from the bytes of one structure; fields of others are zero in it.
+    pub(super) fn record(&self, source: usize, structure: &[u8]) -> Vec<u8> {
+        let mut record = vec![0; self.len];
+        for Slot { place, member, .. } in self.slots.iter().filter(|s| s.source == source) {
+            let bytes = &structure[member.offset..member.end()];
+            record[*place..*place + member.size].copy_from_slice(bytes);
+        }
+        record
+    }
+
     /// The value of a field of up to eight bytes.
     pub(super) fn get(&self, record: &[u8], field: usize) -> u64 {
         let Slot { place, member, .. } = self.slots[field];
-        let mut bytes = [0; 8];
-        bytes[..member.size].copy_from_slice(&record[place..place + member.size]);
-        let value = u64::from_le_bytes(bytes);
-        match member.bits {
-            None => value,
-            Some((first, count)) => value >> first & ((1 << count) - 1),
-        }
+        member.value_in(&record[place..])
     }
 
     /// Sets a field of eight bytes.

@@ -15,7 +15,7 @@ mod layout;
 mod mappings;
 mod tasks;
 
-pub(super) use descriptors::{Descriptors, Glance, Row, Tcp};
+pub(super) use descriptors::{Descriptors, Glance, Row, Tcp, TcpLayout};
 pub(super) use mappings::MappingGlance;
 pub(super) use tasks::{Task, TaskGlance};
 
