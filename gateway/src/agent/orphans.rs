@@ -30,7 +30,8 @@ pub(super) fn warm_up() -> bool {
 /// The connections that a container has closed.
 #[derive(Debug)]
 pub(super) struct Closed {
-    /// The container's first process.
+    /// The container, and its first process.
+    name: String,
     pid: i32,
     /// Those to be asked for.
     asked: HashSet<Ends>,
@@ -38,8 +39,8 @@ pub(super) struct Closed {
 
 impl Closed {
     /// `pid` is the container's first process; `left` are those that it was restored with.
-    pub(super) fn of(pid: i32, left: Vec<Ends>) -> Self {
-        Self { pid, asked: left.into_iter().collect() }
+    pub(super) fn of(name: &str, pid: i32, left: Vec<Ends>) -> Self {
+        Self { name: name.to_owned(), pid, asked: left.into_iter().collect() }
     }
 
     /// Those of a checkpoint that its container was restored with.
@@ -48,7 +49,7 @@ impl Closed {
     }
 
     /// Adds what was closed to a checkpoint whose output has just been sealed.
-    pub(super) fn add(&mut self, state: &mut State, gate: &Gate, container: &str) {
+    pub(super) fn add(&mut self, state: &mut State, gate: &Gate) {
         gate.spoken(&mut self.asked);
         strike_out(&mut self.asked, state);
         if self.asked.is_empty() {
@@ -69,7 +70,7 @@ impl Closed {
                 Ok(None) => false,
                 Err(error) => {
                     tracing::debug!(%local, %remote, %error, "a closed connection is not read");
-                    metrics::counter!("nilicon_closed_unread_total", "container" => container.to_owned())
+                    metrics::counter!("nilicon_closed_unread_total", "container" => self.name.clone())
                         .increment(1);
                     true
                 }

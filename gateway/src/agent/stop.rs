@@ -473,7 +473,7 @@ impl StopLoop {
             volumes.take(&mut taken.files);
         }
         if !taken.provisional {
-            self.closed.add(&mut taken.state, &self.gate, self.shell.name());
+            self.closed.add(&mut taken.state, &self.gate);
         }
         young::add(&mut taken.state, boundary.young, boundary.partings, &self.gate);
         Ok(())

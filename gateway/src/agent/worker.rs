@@ -216,7 +216,7 @@ impl Place {
             still: None,
             volumes: files.as_ref().map(|files| files.volumes.clone()),
             seal_failed: None,
-            closed: Closed::of(pid, closed),
+            closed: Closed::of(name, pid, closed),
         };
         let mut ending = stops.run();
         if let Ok(Ending::Unprotectable(why)) = ending {
