@@ -272,6 +272,9 @@ impl Capturer {
     /// there is no such process. Everything that can be refused without a stop is refused here.
     pub fn prepare(&mut self) -> Result<(), CaptureError> {
         self.follow_changes();
+        if self.glances != Glances::Off {
+            self.files.make_ready();
+        }
         let pids = self.pids();
         if pids.iter().all(|p| self.processes.contains_key(p)) {
             return Ok(());

@@ -133,6 +133,21 @@ impl Remembered {
             && !seen.is_special()
     }
 
+    /// Where its send queue begins and ends, if it is a connection with a queue that would have to be read
+    /// now and is worth to be kept.
+    pub(super) fn lacks(&self, seen: Tcp<'_>) -> Option<(u32, u32)> {
+        let What::Connection(_) = &self.what else { return None };
+        let (write_seq, una) = seen.sent();
+        let len = write_seq.wrapping_sub(una) as usize;
+        let lacks = len > 0 && len <= KEPT && self.sent.get(una, write_seq).is_none();
+        lacks.then_some((una, write_seq))
+    }
+
+    /// The bytes of its send queue that end there.
+    pub(super) fn learn(&mut self, end: u32, bytes: &[u8]) {
+        self.sent.keep(end, bytes);
+    }
+
     /// Makes the copy that the next stop takes, if it is not there. True, for chains of conditions.
     pub(super) fn make_ready(&mut self) -> bool {
         if let What::Connection(it) = &self.what {

@@ -108,6 +108,7 @@ impl Capturer {
         for pid in &order {
             let tracked = self.processes.get_mut(pid).ok_or(CaptureError::Ended)?;
             tracked.files.glance(&mut builder)?;
+            tracked.files.read_queues(&mut self.files);
         }
         builder.sort_watchers();
         spent(&mut times.files, &mut times.kinds.descriptors, lap);

@@ -18,6 +18,7 @@ use super::fdinfo::{self, Info, Watched};
 use super::glance::{Glance, Row};
 use super::numbered::ByNumber;
 use super::objects::Objects;
+use super::orphans::{Orphans, Still};
 use super::refusals::Refusals;
 use super::unix::Empties;
 use super::{CaptureError, Glances, farewell, homes, inotify, locks, tcp};
@@ -51,12 +52,21 @@ pub(super) struct Memory {
     homes: homes::Homes,
     /// How many descriptions there were at the last checkpoint.
     descriptions: usize,
+    /// Reads send queues; none if this kernel cannot, or if it was not asked for.
+    queues: Option<Option<Orphans>>,
+    /// The descriptors whose queues are to be read, and what of them.
+    asked: (Vec<i32>, Vec<Still>),
 }
 
 impl Memory {
     /// Files may be open for writing only in these places.
     pub(super) fn keep_in(&mut self, places: Vec<PathBuf>) {
         self.homes = homes::Homes::only(places);
+    }
+
+    /// Makes ready what reads many send queues at once, while the container runs.
+    pub(super) fn make_ready(&mut self) {
+        self.queues.get_or_insert_with(Orphans::open);
     }
 
     /// How many descriptions there were at the last checkpoint: there will be about as many.
@@ -122,6 +132,38 @@ impl Files {
             }
         }
         Ok(())
+    }
+
+    /// In a stop, after [`Files::glance`]: reads all at once what connections with the world have under way and
+    /// was not read at an earlier stop. What is not read so is read one by one, later.
+    pub(super) fn read_queues(&mut self, memory: &mut Memory) {
+        let (Some(glance), Some(Some(reader))) = (&self.glance, &mut memory.queues) else { return };
+        let (numbers, asked) = &mut memory.asked;
+        numbers.clear();
+        asked.clear();
+        for row in glance.rows() {
+            let Some(tcp) = row.tcp.filter(|tcp| !tcp.is_local()) else { continue };
+            let seen = self.seen.get_mut(&row.number()).filter(|s| s.is_of(&row));
+            let remembered = seen.and_then(|s| s.remembered.as_ref()).filter(|r| r.is_of(tcp));
+            if let Some((una, end)) = remembered.and_then(|r| r.lacks(tcp)) {
+                numbers.push(row.number());
+                asked.push(Still { at: row.socket(), una, end });
+            }
+        }
+        if asked.is_empty() {
+            return;
+        }
+        match reader.still(asked) {
+            Ok(found) => {
+                for ((number, queue), bytes) in numbers.iter().zip(asked).zip(found) {
+                    let seen = self.seen.get_mut(number).and_then(|s| s.remembered.as_mut());
+                    if let (Some(remembered), Some(bytes)) = (seen, bytes) {
+                        remembered.learn(queue.end, &bytes);
+                    }
+                }
+            }
+            Err(error) => tracing::debug!(%error, "send queues are read one by one"),
+        }
     }
 
     /// Whether no connection within the container has moved on since [`Files::glance`].

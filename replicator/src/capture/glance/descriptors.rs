@@ -38,6 +38,8 @@ mod head {
     pub(super) const EPOLL_REFERENCES: usize = 112;
     pub(super) const EVENTFD_FLAGS: usize = 116;
     pub(super) const EVENTFD_COUNT: usize = 120;
+    /// Of a TCP socket: its struct tcp_sock.
+    pub(super) const SOCKET: usize = EVENTFD_COUNT;
     /// Entry and directory of its name, and what says whether the name is still there.
     pub(super) const ENTRY: usize = 128;
     pub(super) const PARENT: usize = 136;
@@ -310,6 +312,7 @@ fn write_tcp(a: &mut Assembler, btf: &Btf, tcp: &Layout) -> io::Result<()> {
     a.jump(If::Equal, 0, 0, "no tcp");
     a.mov(9, 0);
     a.store_value(Word, FP, at(head::IS_TCP), 1);
+    a.store(Double, FP, at(head::SOCKET), 9);
     emit(a, HEAD, head::LEN);
     let record = -(tcp.len() as i16);
     tcp.clear(a, record);
@@ -493,6 +496,11 @@ impl Row<'_> {
     /// Stands for the open file description while the process is stopped.
     pub(in crate::capture) fn file(&self) -> u64 {
         u64_at(self.head, head::FILE)
+    }
+
+    /// If it is a TCP socket: where it is in the kernel's memory.
+    pub(in crate::capture) fn socket(&self) -> u64 {
+        u64_at(self.head, head::SOCKET)
     }
 
     /// Stands for the kind of file.

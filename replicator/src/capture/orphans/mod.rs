@@ -20,6 +20,7 @@ use crate::image::net::{SocketOptions, TcpConnection, TcpState};
 use crate::sys::{SysError, SysResult};
 use memory::Memory;
 use pages::Pages;
+pub(super) use queue::still::Still;
 use queue::{Places, changing};
 use std::io;
 use std::net::SocketAddr;
@@ -113,6 +114,16 @@ impl Orphans {
             }
         }
         Err(error)
+    }
+
+    /// Reads send queues of sockets that nobody changes, in the order in which they are asked for: those of a
+    /// container that stands still and gets no input. None: another way must be found for it.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub(super) fn still(&mut self, queues: &[Still]) -> SysResult<Vec<Option<Vec<u8>>>> {
+        let Kernel { places, pages, .. } = self.kernel;
+        queue::still::read(&mut self.memory, places, pages, queues)
     }
 
     fn read(&mut self, at: u64, asked: [SocketAddr; 2]) -> SysResult<Option<TcpConnection>> {

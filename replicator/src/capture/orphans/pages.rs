@@ -31,7 +31,7 @@ impl Pages {
     /// The address of the bytes of a page. None: it is no page.
     pub(super) fn address(&self, page: u64) -> Option<u64> {
         let scale = 4096 / PAGE;
-        (page % PAGE == 0).then(|| page.wrapping_mul(scale).wrapping_add(self.constant))
+        page.is_multiple_of(PAGE).then(|| page.wrapping_mul(scale).wrapping_add(self.constant))
     }
 
     /// Finds the constant by means of a socket, and looks whether it holds for another.

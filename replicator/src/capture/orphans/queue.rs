@@ -6,6 +6,8 @@
 //! them. So a byte counts only if, after it was read, its entry is as it was before, and the socket has
 //! not taken note that the byte was acknowledged, which it does before it frees anything.
 
+pub(super) mod still;
+
 use super::memory::{Memory, Range};
 use super::pages::Pages;
 use crate::bpf::btf::{Btf, Member};
@@ -232,7 +234,7 @@ fn find(memory: &mut Memory, places: &Places, at: u64, socket: &[u8]) -> SysResu
     let mut seen = HashSet::new();
     let mut entries = Vec::new();
     let mut add = |at: u64, bytes: &[u8]| {
-        if at % 8 != 0 || !seen.insert(at) || seen.len() > MOST {
+        if !at.is_multiple_of(8) || !seen.insert(at) || seen.len() > MOST {
             return Err(changing());
         }
         let entry = Entry::new(&places.entry, at, bytes).ok_or_else(changing)?;

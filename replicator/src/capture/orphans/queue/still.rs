@@ -1,0 +1,135 @@
+//! Many send queues at once, of sockets that nobody changes: those of a container that stands still and
+//! gets no input. All of them are walked in step, one run of the program for each step, so that
+//! what a queue costs is less than one system call.
+
+use super::{Entry, EntryPlaces, Memory, Pages, Places, Range, behind, join};
+use crate::sys::SysResult;
+
+/// Steps along a list, or down a tree; a queue with more entries is left to others.
+const STEPS: usize = 32;
+/// Entries of all queues.
+const MOST: usize = 4 << 10;
+
+/// A queue to be read: the address of its struct tcp_sock, the sequence number of its first byte that
+/// is not acknowledged, and that behind its last.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::capture) struct Still {
+    pub(in crate::capture) at: u64,
+    pub(in crate::capture) una: u32,
+    pub(in crate::capture) end: u32,
+}
+
+/// An entry that is looked at in this step: of which queue, where, and whether it is in the list.
+type Look = (usize, u64, bool);
+
+/// What is read of one queue.
+#[derive(Clone, Default)]
+struct Found {
+    entries: Vec<Entry>,
+    /// It is not as it should be.
+    odd: bool,
+}
+
+/// Reads queues, in the order in which they are asked for. None: another way must be found for it.
+///
+/// # Errors
+/// The kernel refuses, or something is not where it should be.
+pub(in crate::capture) fn read(
+    memory: &mut Memory,
+    places: &Places,
+    pages: &Pages,
+    queues: &[Still],
+) -> SysResult<Vec<Option<Vec<u8>>>> {
+    let mut found = walk(memory, places, queues)?;
+    describe(memory, places, &mut found)?;
+    let mut ranges = Vec::new();
+    for queue in found.iter_mut().filter(|queue| !queue.odd) {
+        let before = ranges.len();
+        if queue.entries.iter().try_for_each(|e| e.ranges(pages, &mut ranges)).is_err() {
+            ranges.truncate(before);
+            queue.odd = true;
+        }
+    }
+    let bytes = memory.read(&ranges)?;
+    let mut rest = &bytes[..];
+    let whole = queues.iter().zip(found).map(|(queue, found)| {
+        if found.odd {
+            return None;
+        }
+        let mut pieces = Vec::with_capacity(found.entries.len());
+        for entry in found.entries {
+            let (its, others) = rest.split_at(entry.len);
+            rest = others;
+            pieces.push((entry, its));
+        }
+        let (bytes, fin) = join(pieces, queue.una, queue.end)?;
+        (!fin).then_some(bytes)
+    });
+    Ok(whole.collect())
+}
+
+/// Finds the entries.
+fn walk(memory: &mut Memory, places: &Places, queues: &[Still]) -> SysResult<Vec<Found>> {
+    let EntryPlaces { size, next, left, right, .. } = places.entry;
+    let list = |queue: &Still| queue.at + places.socket.list.offset as u64;
+    let tree = |queue: &Still| queue.at + places.socket.tree.offset as u64;
+    let heads: Vec<Range> = queues.iter().flat_map(|q| [(list(q), 8), (tree(q), 8)]).collect();
+    let bytes = memory.read(&heads)?;
+    let mut found = vec![Found::default(); queues.len()];
+    let mut looks: Vec<Look> = Vec::with_capacity(queues.len());
+    for (i, (queue, heads)) in queues.iter().zip(bytes.as_chunks::<16>().0).enumerate() {
+        let [first, root] =
+            [0, 8].map(|at| u64::from_ne_bytes(heads[at..at + 8].try_into().expect("eight bytes")));
+        looks.extend((first != list(queue)).then_some((i, first, true)));
+        looks.extend((root != 0).then_some((i, root, false)));
+    }
+    let mut all = 0;
+    for _ in 0..STEPS {
+        all += looks.len();
+        if looks.is_empty() || all > MOST {
+            break;
+        }
+        let ranges: Vec<Range> = looks.iter().map(|(_, at, _)| (*at, size)).collect();
+        let bytes = memory.read(&ranges)?;
+        let mut then = Vec::with_capacity(looks.len());
+        for ((i, at, listed), bytes) in looks.into_iter().zip(bytes.chunks_exact(size)) {
+            match Entry::new(&places.entry, at, bytes) {
+                Some(entry) if behind(entry.end, queues[i].una) => found[i].entries.push(entry),
+                Some(_) => {}
+                None => found[i].odd = true,
+            }
+            let follow = |at: u64| (at, listed);
+            let end = list(&queues[i]);
+            let after = match listed {
+                true => [next.value(bytes), 0].map(|at| if at == end { 0 } else { at }),
+                false => [left.value(bytes), right.value(bytes)],
+            };
+            let after = after.into_iter().filter(|at| *at != 0).map(follow);
+            then.extend(after.map(|(at, listed)| (i, at, listed)));
+        }
+        looks = then;
+    }
+    // Too long, or it has no end.
+    looks.iter().for_each(|(i, ..)| found[*i].odd = true);
+    Ok(found)
+}
+
+/// Adds what the entries have in pages.
+fn describe(memory: &mut Memory, places: &Places, found: &mut [Found]) -> SysResult<()> {
+    let size = places.shared.size;
+    let whole = |queue: &&Found| !queue.odd;
+    let entries = found.iter().filter(whole).flat_map(|queue| &queue.entries);
+    let ranges: Vec<Range> = entries.map(|e| (e.shared, size)).collect();
+    let bytes = memory.read(&ranges)?;
+    let mut bytes = bytes.chunks_exact(size);
+    for queue in found.iter_mut().filter(|queue| !queue.odd) {
+        let with = |e: Entry| e.with(&places.shared, bytes.next()?);
+        let entries = std::mem::take(&mut queue.entries);
+        let count = entries.len();
+        // All of them take their turn, also behind one that is odd.
+        let all: Vec<Option<Entry>> = entries.into_iter().map(with).collect();
+        queue.entries = all.into_iter().flatten().collect();
+        queue.odd = queue.entries.len() != count;
+    }
+    Ok(())
+}
