@@ -29,12 +29,20 @@ const ROOM: usize = 512 << 10;
 const PIECE: usize = 32 << 10;
 const PLACES: i32 = ROOM as i32 - 1;
 const LENGTHS: i32 = 2 * PIECE as i32 - 1;
+/// In a length: the address is in an earlier copy, at the place that the request has for it.
+const INDIRECT: i32 = 1 << 30;
 const LEN: usize = HEAD + ROOM + 2 * PIECE;
 /// Index of the loopback device.
 const LOOPBACK: u32 = 1;
 
 /// A range of the kernel's memory: address and bytes.
 pub(super) type Range = (u64, usize);
+
+/// Where a copy is from: an address, or one that is in an earlier copy of the same run.
+enum Source {
+    At(u64),
+    In(usize),
+}
 
 /// The programs, loaded.
 #[derive(Debug)]
@@ -64,47 +72,72 @@ impl Memory {
     pub(super) fn read(&mut self, ranges: &[Range]) -> SysResult<Vec<u8>> {
         let mut out = Vec::with_capacity(ranges.iter().map(|r| r.1).sum());
         let pieces = ranges.iter().flat_map(|&(at, len)| {
-            (0..len)
-                .step_by(PIECE)
-                .map(move |from| (at.wrapping_add(from as u64), (len - from).min(PIECE)))
+            let piece = move |from: usize| (at.wrapping_add(from as u64), (len - from).min(PIECE));
+            (0..len).step_by(PIECE).map(piece)
         });
-        let (mut requests, mut used) = (Vec::with_capacity(MOST), 0);
+        let mut requests = Vec::with_capacity(MOST);
+        let mut used = 0;
         for (at, len) in pieces {
             if requests.len() == MOST || used + len > ROOM {
-                self.copy(&requests, used, &mut out)?;
+                self.copy(&requests, &mut out)?;
                 requests.clear();
                 used = 0;
             }
-            requests.push((at, used, len));
+            requests.push((Source::At(at), len));
             used += len;
         }
-        self.copy(&requests, used, &mut out)?;
+        self.copy(&requests, &mut out)?;
+        Ok(out)
+    }
+
+    /// Copies so many bytes of each of `count` structures, of which each has the address of the next
+    /// in it.
+    ///
+    /// # Errors
+    /// EFAULT: one of them is not there.
+    pub(super) fn follow(
+        &mut self,
+        (mut at, len): Range,
+        next: usize,
+        count: usize,
+    ) -> SysResult<Vec<u8>> {
+        let mut out = Vec::with_capacity(len * count);
+        while out.len() < len * count {
+            let some = (count - out.len() / len).min(MOST).min(ROOM / len);
+            let source = |i: usize| match i.checked_sub(1) {
+                None => Source::At(at),
+                Some(before) => Source::In(before * len + next),
+            };
+            let requests: Vec<_> = (0..some).map(|i| (source(i), len)).collect();
+            self.copy(&requests, &mut out)?;
+            let last = &out[out.len() - len + next..][..8];
+            at = u64::from_ne_bytes(last.try_into().expect("eight bytes"));
+        }
         Ok(out)
     }
 
     /// One run.
-    fn copy(
-        &mut self,
-        requests: &[(u64, usize, usize)],
-        used: usize,
-        out: &mut Vec<u8>,
-    ) -> SysResult<()> {
+    fn copy(&mut self, requests: &[(Source, usize)], out: &mut Vec<u8>) -> SysResult<()> {
         let bytes = self.shared.bytes();
         let slots = bytes[..REQUESTS].chunks_exact_mut(REQUEST);
-        for (slot, (at, place, len)) in slots.zip(requests) {
-            slot[..8].copy_from_slice(&at.to_ne_bytes());
-            slot[8..12].copy_from_slice(&(*place as u32).to_ne_bytes());
-            slot[12..].copy_from_slice(&(*len as u32).to_ne_bytes());
+        let mut used = 0;
+        for (slot, (source, len)) in slots.zip(requests) {
+            let (from, how) = match source {
+                Source::At(at) => (*at, 0),
+                Source::In(place) => (*place as u64, INDIRECT),
+            };
+            slot[..8].copy_from_slice(&from.to_ne_bytes());
+            slot[8..12].copy_from_slice(&(used as u32).to_ne_bytes());
+            slot[12..].copy_from_slice(&(*len as i32 | how).to_ne_bytes());
+            used += len;
         }
         if requests.len() < MOST {
             bytes[requests.len() * REQUEST..][..REQUEST].fill(0);
         }
         self.shared.run(self.copy.as_fd(), LOOPBACK)?;
-        for (i, (at, ..)) in requests.iter().enumerate() {
-            if self.word(i * REQUEST) != 0 {
-                let what = format!("the kernel's memory at {at:#x}");
-                return Err(SysError::errno("bpf_probe_read_kernel", what, libc::EFAULT));
-            }
+        if (0..requests.len()).any(|i| self.word(i * REQUEST) != 0) {
+            let what = "the kernel's memory";
+            return Err(SysError::errno("bpf_probe_read_kernel", what, libc::EFAULT));
         }
         out.extend_from_slice(&self.shared.bytes()[HEAD..HEAD + used]);
         Ok(())
@@ -165,13 +198,15 @@ fn assemble_copy(map: i32) -> Vec<u8> {
     a.label("next");
     a.load(Size::Word, 9, 8, 12);
     a.jump(If::Equal, 9, 0, "done");
+    a.load(Size::Double, 3, 8, 0);
+    a.jump(If::AnyBit, 9, INDIRECT, "indirect");
+    a.label("copy");
     a.load(Size::Word, 1, 8, 8);
     a.mask(1, PLACES);
     a.add_reg(1, 6);
     a.add(1, HEAD as i32);
     a.mov(2, 9);
     a.mask(2, LENGTHS);
-    a.load(Size::Double, 3, 8, 0);
     a.call(helper::PROBE_READ);
     a.store(Size::Double, 8, 0, 0);
     a.add(8, REQUEST as i32);
@@ -181,6 +216,11 @@ fn assemble_copy(map: i32) -> Vec<u8> {
     a.call(helper::KTIME);
     a.store(Size::Double, 6, TIME as i16, 0);
     a.leave(0);
+    a.label("indirect");
+    a.mask(3, PLACES);
+    a.add_reg(3, 6);
+    a.load(Size::Double, 3, 3, HEAD as i16);
+    a.jump(If::Always, 0, 0, "copy");
     a.finish()
 }
 

@@ -104,16 +104,17 @@ impl Orphans {
         local: SocketAddr,
         remote: SocketAddr,
     ) -> SysResult<Option<TcpConnection>> {
-        let mut error = changing();
+        let mut error = None;
         for _ in 0..TRIES {
             let Some(at) = self.memory.find(local, remote)? else { return Ok(None) };
             match self.read(at, [local, remote]) {
-                // Its memory went away, or became another's.
-                Err(e) if matches!(e.code(), libc::EAGAIN | libc::EFAULT) => error = e,
+                Err(e) if e.code() == libc::EAGAIN => error = Some(e),
+                // Its memory went away meanwhile, if not each time.
+                Err(e) if e.code() == libc::EFAULT => error = error.or(Some(e)),
                 other => return other,
             }
         }
-        Err(error)
+        Err(error.unwrap_or_else(changing))
     }
 
     /// Reads send queues of sockets that nobody changes, in the order in which they are asked for: those of a
@@ -150,11 +151,9 @@ impl Orphans {
             return Err(changing());
         }
         let end = congestion.iter().position(|b| *b == 0).unwrap_or(congestion.len());
-        let (no_delay, cork) = seen.delays();
         let options = SocketOptions {
             buffers: seen.buffers(),
-            no_delay,
-            cork,
+            no_delay: seen.delays().0,
             congestion: String::from_utf8_lossy(&congestion[..end]).into_owned(),
             ..SocketOptions::default()
         };

@@ -35,6 +35,7 @@ pub(super) struct Places {
 struct SocketPlaces {
     size: usize,
     list: Member,
+    list_len: Member,
     tree: Member,
     write_seq: Member,
     una: Member,
@@ -80,6 +81,7 @@ impl Places {
         let socket = SocketPlaces {
             size: btf.size_of("tcp_sock")?,
             list: of("inet_conn.icsk_inet.sk.sk_write_queue.next")?,
+            list_len: of("inet_conn.icsk_inet.sk.sk_write_queue.qlen")?,
             tree: of("inet_conn.icsk_inet.sk.tcp_rtx_queue.rb_node")?,
             write_seq: of("write_seq")?,
             una: of("snd_una")?,
@@ -245,10 +247,16 @@ fn find(memory: &mut Memory, places: &Places, at: u64, socket: &[u8]) -> SysResu
     };
     let end = at + places.socket.list.offset as u64;
     let mut here = places.socket.list.value(socket);
+    let len = places.socket.list_len.value(socket) as usize;
     while here != end {
-        let bytes = memory.read(&[(here, size)])?;
-        add(here, &bytes)?;
-        here = next.value(&bytes);
+        // Not more at a time than are worth it if the list is shorter now.
+        let bytes = memory.follow((here, size), next.offset, len.clamp(1, 256))?;
+        for bytes in bytes.chunks_exact(size) {
+            if here != end {
+                add(here, bytes)?;
+                here = next.value(bytes);
+            }
+        }
     }
     let mut level = vec![places.socket.tree.value(socket)];
     level.retain(|at| *at != 0);
@@ -272,9 +280,11 @@ pub(super) fn entries(
     at: u64,
     socket: &[u8],
 ) -> SysResult<Vec<Entry>> {
-    let found = find(memory, places, at, socket)?;
+    // What is not there was there when another entry told of it.
+    let gone = |e: SysError| if e.code() == libc::EFAULT { changing() } else { e };
+    let found = find(memory, places, at, socket).map_err(gone)?;
     let ranges: Vec<Range> = found.iter().map(|e| (e.shared, places.shared.size)).collect();
-    let bytes = memory.read(&ranges)?;
+    let bytes = memory.read(&ranges).map_err(gone)?;
     let whole = found.into_iter().zip(bytes.chunks_exact(places.shared.size));
     whole.map(|(e, bytes)| e.with(&places.shared, bytes).ok_or_else(changing)).collect()
 }
