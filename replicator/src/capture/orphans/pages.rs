@@ -45,9 +45,9 @@ impl Pages {
             // A network of its own: that of the agent may have no loopback, or filters.
             unshare(CloneFlags::CLONE_NEWNET)
                 .map_err(|e| SysError::errno("unshare", "network", e as i32))?;
-            let first = Known::new().map_err(failed)?;
+            let first = Known::new(WRITTEN).map_err(failed)?;
             let pages = first.search(memory, places)?;
-            Known::new().map_err(failed)?.check(memory, places, pages)?;
+            Known::new(WRITTEN).map_err(failed)?.check(memory, places, pages)?;
             Ok(pages)
         };
         std::thread::scope(|scope| scope.spawn(inside).join().expect("no panic"))
@@ -55,15 +55,15 @@ impl Pages {
 }
 
 /// A connection with bytes that we know in its send queue.
-struct Known {
-    written: Vec<u8>,
+pub(super) struct Known {
+    pub(super) written: Vec<u8>,
     stream: TcpStream,
     /// It holds the other end, which reads nothing.
     _listener: TcpListener,
 }
 
 impl Known {
-    fn new() -> io::Result<Self> {
+    pub(super) fn new(len: usize) -> io::Result<Self> {
         let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0))?;
         let set = |fd, name, value| {
             sockopt::set_i32(fd, libc::SOL_SOCKET, name, value).map_err(|e| e.source)
@@ -74,7 +74,7 @@ impl Known {
         let mut stream = TcpStream::connect(to)?;
         set(stream.as_fd(), libc::SO_SNDBUFFORCE, 4 * WRITTEN as i32)?;
         stream.set_nonblocking(true)?;
-        let written: Vec<u8> = std::iter::repeat_with(|| fastrand::u8(..)).take(WRITTEN).collect();
+        let written: Vec<u8> = std::iter::repeat_with(|| fastrand::u8(..)).take(len).collect();
         stream.write_all(&written)?;
         Ok(Self { written, stream, _listener: listener })
     }
@@ -84,7 +84,7 @@ impl Known {
     }
 
     /// The address of its socket, and the bytes of that.
-    fn socket(&self, memory: &mut Memory, places: &Places) -> SysResult<(u64, Vec<u8>)> {
+    pub(super) fn socket(&self, memory: &mut Memory, places: &Places) -> SysResult<(u64, Vec<u8>)> {
         let object = || "a connection of our own".to_owned();
         let failed = |source| SysError { call: "find", object: object(), source };
         let (local, remote) = self.addresses().map_err(failed)?;

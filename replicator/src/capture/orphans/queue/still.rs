@@ -133,3 +133,54 @@ fn describe(memory: &mut Memory, places: &Places, found: &mut [Found]) -> SysRes
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::{Orphans, pages::Known};
+    use super::*;
+    use nix::sched::{CloneFlags, unshare};
+
+    /// What cannot be what was asked for is not given.
+    #[test]
+    fn many_queues_are_read_at_once() {
+        let inside = || {
+            let Some(mut orphans) = Orphans::open() else {
+                println!("skipped: this kernel does not show send queues");
+                return;
+            };
+            unshare(CloneFlags::CLONE_NEWNET).expect("a network of its own");
+            let known: Vec<Known> =
+                (1..=40).map(|i| Known::new(8000 + 500 * i).expect("a connection")).collect();
+            let places = &orphans.kernel.places;
+            let look = |orphans: &mut Orphans| -> Vec<Still> {
+                let sockets = known.iter().map(|k| k.socket(&mut orphans.memory, places));
+                let still = |(at, socket): (u64, Vec<u8>)| {
+                    let (end, una) = places.sent(&socket);
+                    Still { at, una, end }
+                };
+                sockets.map(|found| still(found.expect("it is there"))).collect()
+            };
+            // Until all that fits the other side's windows has been acknowledged.
+            let asked = loop {
+                let (before, now) = (look(&mut orphans), look(&mut orphans));
+                if before.iter().zip(&now).all(|(a, b)| a.una == b.una) {
+                    break now;
+                }
+            };
+            let found = orphans.still(&asked).expect("they are read");
+            for ((known, asked), found) in known.iter().zip(&asked).zip(found) {
+                let len = asked.end.wrapping_sub(asked.una) as usize;
+                assert!(len > 1000, "{len}");
+                let expected = known.written.get(known.written.len() - len..);
+                assert!(found.is_some() && found.as_deref() == expected, "{len} of {asked:?}");
+            }
+            let mut wrong = asked.clone();
+            wrong[0].end = wrong[0].end.wrapping_add(1);
+            wrong[1].una = wrong[1].una.wrapping_sub(1);
+            let found = orphans.still(&wrong).expect("they are read");
+            assert!(found[0].is_none() && found[1].is_none());
+            assert!(found[2..].iter().all(Option::is_some));
+        };
+        std::thread::spawn(inside).join().expect("no panic");
+    }
+}
