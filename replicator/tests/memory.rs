@@ -94,6 +94,39 @@ fn program_survives(kind: &str, dir: &Scratch, command: &[&str]) {
     println!("{done}");
 }
 
+/// The child is known, as a look before a stop has found it, and gone before anybody has looked at its
+/// mappings.
+#[test]
+fn what_a_child_wrote_that_was_hardly_seen_is_captured() {
+    if !Path::new(PYTHON).exists() {
+        println!("skipped: {PYTHON} is not there");
+        return;
+    }
+    let program = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/subjects/passing.py");
+    let dir = Scratch::new("memory-passing");
+    let folder = dir.0.to_str().expect("a path of plain text");
+    let mut original = Original::start(&dir, &[PYTHON, "-B", program, folder]);
+    let console = original.console();
+    let tell = |word: &str| std::fs::write(dir.0.join(word), "").expect("written");
+    original.pump_until("it is ready", || read(&console).contains("ready"));
+    original.checkpoint();
+    original.capturer.begin_full();
+    original.checkpoint();
+    let mut spare = original.spare();
+    spare.apply(&original.state, &original.pages).expect("full checkpoint");
+    tell("fork");
+    original.pump_until("the child is there", || read(&console).contains("born"));
+    original.capturer.prepare().expect("it is found");
+    tell("write");
+    original.pump_until("the child is gone", || read(&console).contains("gone"));
+    original.follow(&mut spare);
+    original.kill();
+    bring_to_life(&mut spare);
+    tell("read");
+    wait_until("it says what is there", || read(&console).contains("found"));
+    assert!(read(&console).contains("found b'old!new!'"), "{}", read(&console));
+}
+
 #[test]
 fn vectors() {
     let features = std::fs::read_to_string("/proc/cpuinfo").expect("cpuinfo");

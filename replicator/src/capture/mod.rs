@@ -214,9 +214,13 @@ impl Capturer {
                     }
                     self.namespaces.forget(pid);
                     match self.processes.remove(&pid) {
-                        Some(t) => t.space.shared_objects().for_each(|o| self.objects.suspect(o)),
-                        // It came and went unseen.
-                        None => self.objects.suspect_all(),
+                        // Since then it may have mapped others, of those that have a name.
+                        Some(t) if t.space.is_listed() => {
+                            t.space.shared_objects().for_each(|o| self.objects.suspect(o));
+                            self.objects.suspect_named();
+                        }
+                        // It came and went unseen, or half seen.
+                        _ => self.objects.suspect_all(),
                     }
                 }
             }

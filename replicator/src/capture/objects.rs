@@ -209,6 +209,13 @@ impl Objects {
         }
     }
 
+    /// What a process can map that has not inherited it may have been written unseen: all but shared
+    /// anonymous memory, which has no name.
+    pub(super) fn suspect_named(&mut self) {
+        let named = |known: &&mut Known| known.key.class != Class::Anonymous;
+        self.known.values_mut().filter(named).for_each(|known| known.suspect = true);
+    }
+
     /// Any object may have been written unseen.
     pub(super) fn suspect_all(&mut self) {
         self.known.values_mut().for_each(|k| k.suspect = true);

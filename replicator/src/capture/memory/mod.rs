@@ -253,6 +253,12 @@ impl AddressSpace {
         Ok(complete)
     }
 
+    /// Whether its mappings were all seen at a round. Before that, and after one that failed, it may have
+    /// objects that [`AddressSpace::shared_objects`] does not tell.
+    pub(super) fn is_listed(&self) -> bool {
+        !self.extents.is_empty()
+    }
+
     /// Objects whose pages may be written through mappings of this process.
     pub(super) fn shared_objects(&self) -> impl Iterator<Item = u32> {
         self.shared.iter().map(|s| s.id)
