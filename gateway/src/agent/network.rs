@@ -9,6 +9,7 @@ use netns_tools::namespace::Namespace;
 use netns_tools::topology::{Cidr, Container, Topology};
 use replicator::sys::tap::{LinkSetup, Tap, TapOptions};
 use std::net::{IpAddr, Ipv6Addr};
+use std::sync::{Mutex, PoisonError};
 
 /// The container's own name of its device.
 pub(super) const INNER: &str = "eth0";
@@ -155,6 +156,9 @@ impl Place {
 
     /// The bridge that leads to the clients, and this process's network, where it is.
     fn uplink_bridge(&self) -> Result<(Network, String)> {
+        // Several containers may be the first to need the same one.
+        static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+        let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         let here = Namespace::of_process(std::process::id() as i32)?;
         let network = Network::open(&here)?;
         let uplink = network
