@@ -51,8 +51,9 @@ pub(in crate::capture) fn read(
         }
     }
     let bytes = memory.read(&ranges)?;
+    let same = are_the_same(memory, places, &found)?;
     let mut rest = &bytes[..];
-    let whole = queues.iter().zip(found).map(|(queue, found)| {
+    let whole = queues.iter().zip(found).zip(same).map(|((queue, found), same)| {
         if found.odd {
             return None;
         }
@@ -63,7 +64,7 @@ pub(in crate::capture) fn read(
             pieces.push((entry, its));
         }
         let (bytes, fin) = join(pieces, queue.una, queue.end)?;
-        (!fin).then_some(bytes)
+        (same && !fin).then_some(bytes)
     });
     Ok(whole.collect())
 }
@@ -112,6 +113,25 @@ fn walk(memory: &mut Memory, places: &Places, queues: &[Still]) -> SysResult<Vec
     // Too long, or it has no end.
     looks.iter().for_each(|(i, ..)| found[*i].odd = true);
     Ok(found)
+}
+
+/// Which queues are still as they were found: a timer of the kernel may have joined two entries to send
+/// them again, and freed one of them.
+fn are_the_same(memory: &mut Memory, places: &Places, found: &[Found]) -> SysResult<Vec<bool>> {
+    let (size, shared) = (places.entry.size, places.shared.size);
+    let entries = found.iter().filter(|queue| !queue.odd).flat_map(|queue| &queue.entries);
+    let ranges: Vec<Range> = entries.flat_map(|e| [(e.at, size), (e.shared, shared)]).collect();
+    let bytes = memory.read(&ranges)?;
+    let mut bytes = bytes.chunks_exact(size + shared);
+    let mut is_same = |entry: &Entry| {
+        let now = bytes.next().map(|bytes| bytes.split_at(size)).and_then(|(bytes, shared)| {
+            Entry::new(&places.entry, entry.at, bytes)?.with(&places.shared, shared)
+        });
+        now.as_ref() == Some(entry)
+    };
+    // All of them take their turn.
+    let queue = |q: &Found| !q.odd && q.entries.iter().filter(|e| !is_same(e)).count() == 0;
+    Ok(found.iter().map(queue).collect())
 }
 
 /// Adds what the entries have in pages.
