@@ -1,7 +1,8 @@
 //! `run` and `drill`: faults under load, and the verdict of verifying clients.
 
-use nilicon_tests::{Bed, Done, EMBEDDED, REDIS, Sketch, is_installed};
+use nilicon_tests::{Bed, Done, EMBEDDED, REDIS, Sketch, is_installed, until};
 use serde_json::Value;
+use std::time::{Duration, Instant};
 
 /// What every run must report, and as what.
 fn expect_whole(report: &Value) {
@@ -110,6 +111,42 @@ fn redis_survives_the_loss_of_its_host() {
     let report = run(&bed, "kill-host:alpha");
     expect_clean(&report);
     expect_failover(&report);
+}
+
+/// What has left the first host over the link of checkpoints so far, in packets.
+fn sent(bed: &Bed) -> u64 {
+    let text = bed.exec("alpha", &["cat", "/proc/net/dev"]).expect_success().stdout;
+    let link = text.lines().find_map(|line| line.trim().strip_prefix("repl:")).expect("the link");
+    link.split_whitespace().nth(9).and_then(|n| n.parse().ok()).expect("a counter")
+}
+
+/// Nobody asks for a while, so both hosts rest, and hear little of each other. The loss of one is
+/// noticed all the same, and who comes then is served, as is who was there before.
+#[test]
+fn an_idle_container_is_taken_over_and_serves_who_comes_then() {
+    const STORE: &str = "10.77.0.10:6379";
+    let relay = env!("CARGO_BIN_EXE_relay");
+    let bed = Bed::new("rest", &Sketch::of(EMBEDDED));
+    bed.deploy();
+    let mut before = bed.connect(relay, "client", STORE);
+    assert_eq!(before.ask("SET a 1"), "+OK");
+    // Some 100 packets a second while it rests, and more than 600 while it does not.
+    until("both rest", || {
+        let begun = sent(&bed);
+        std::thread::sleep(Duration::from_secs(1));
+        (sent(&bed) - begun < 300).then_some(())
+    });
+    bed.fault("kill-host:alpha");
+    let lost = Instant::now();
+    let mut after = bed.connect(relay, "client", STORE);
+    assert_eq!((after.ask("GET a"), after.line()), ("$1".to_owned(), "1".to_owned()));
+    let outage = lost.elapsed();
+    assert!(outage < Duration::from_secs(10), "{outage:?}");
+    assert_eq!((before.ask("GET a"), before.line()), ("$1".to_owned(), "1".to_owned()));
+    let store = bed.until_store("it runs at its backup", |store| store["primary"] == "beta");
+    assert_eq!(store["generation"], 2, "{store:#}");
+    drop((before, after));
+    bed.destroy();
 }
 
 #[test]

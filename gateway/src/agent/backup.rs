@@ -29,6 +29,7 @@ use crate::frames::input_log::{InputLog, LoggedFrame};
 use bytes::Bytes;
 use replicator::protocol::arbiter::Claim;
 use replicator::protocol::backup::{Action, Input};
+use replicator::protocol::detector::Pace;
 use replicator::sys::sched;
 use replicator::transport::admission::Notice;
 use replicator::transport::link::LinkError;
@@ -45,7 +46,10 @@ pub(super) const DEPTH: usize = 4;
 const LOG_BYTES: usize = 64 << 20;
 const LOG_FRAMES: usize = 1 << 17;
 /// Pause between heartbeats over the connection, which keep it alive where pulses do not arrive.
-pub(super) const BEAT: Duration = Duration::from_millis(10);
+const BEAT: Duration = Duration::from_millis(10);
+/// The same while pulses arrive and say that nothing happens: a fifth of what a connection lives without,
+/// and less than half of the shortest time after which work that stands still is suspect.
+const SELDOM: Duration = Duration::from_millis(400);
 
 /// A container that is killed twice within this time at one host stays away from it.
 const QUIET: Duration = Duration::from_secs(60);
@@ -312,13 +316,22 @@ pub(super) fn hurry(thread: i32) {
     }
 }
 
+/// The pause between heartbeats over the connection.
+pub(super) fn pause_of(pace: Pace) -> Duration {
+    match pace {
+        Pace::Usual | Pace::Doubts => BEAT,
+        Pace::Rests => SELDOM,
+    }
+}
+
 /// Sends heartbeats that keep the connection, and looks after what else has its time.
 pub(super) async fn beat(shell: Arc<Standby>) {
-    let mut ticks = tokio::time::interval(BEAT);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut received = Vec::new();
     loop {
-        ticks.tick().await;
+        // Without a connection there is nothing to keep.
+        let stands_alone = received.is_empty() && shell.core.next_deadline().is_none();
+        let pause = if stands_alone { SELDOM } else { pause_of(shell.core.pace()) };
+        tokio::time::sleep(pause).await;
         shell.pulse.vitals().ran();
         // A large checkpoint on a busy machine can hold up heartbeats and take long to be
         // complete; what has arrived of it is a sign of life as well.

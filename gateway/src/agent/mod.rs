@@ -230,7 +230,7 @@ impl Agent {
         let address = place.address(protect, host)?;
         let pulse = Arc::new(Pulse::start(
             SocketAddr::new(address, protect.pulse_port.unwrap_or(0)),
-            times.interval,
+            times.into(),
         )?);
         let (beating, port) = (pulse.clone(), pulse.port());
         let core = Arc::new_cyclic(|me: &Weak<SharedBackup>| {

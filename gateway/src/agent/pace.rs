@@ -13,7 +13,8 @@
 //! its clients loses nothing by a stop, so that these get their answers at once; one that computes
 //! all the time is left alone until the stop has become cheap enough. Without output there is no
 //! hurry: the longest epoch ends one only if enough was done for it to be worth repeating after a
-//! failover, so that an idle container has no epochs at all.
+//! failover, so that an idle container has no epochs at all. What a program does by the clock (a server
+//! that looks ten times a second whether anything has expired) is saved now and then only.
 //!
 //! What our own threads do for an epoch takes processors from clients and from others as well, and
 //! takes about as much for one answer as for fifty. So while some of those who were answered lately
@@ -43,6 +44,14 @@ const LEAD: u32 = 2;
 /// The part of the longest epoch that the container must have computed for an epoch without
 /// output.
 const WORTH: u32 = 20;
+/// A container that computes less than this part of the time, and says nothing, has an epoch after so
+/// long.
+const LITTLE: u32 = 100;
+const LULL: Duration = Duration::from_secs(10);
+/// While nothing happens, it is looked at again after this part of the time that it has lasted, and
+/// after this time at most.
+const CALM: u32 = 8;
+const CALMEST: Duration = Duration::from_millis(200);
 
 /// The work of an epoch in units of what the stop thread and the shipper do of it: the transport,
 /// and the backup, take about as much again.
@@ -176,10 +185,12 @@ impl Pacer {
         let frames = look.output;
         if frames == 0 {
             self.waiting = None;
-            let worth = !look.settled || busy >= worth;
+            let works = busy >= since / LITTLE || since >= LULL;
+            let worth = !look.settled || busy >= worth && works;
             return match since >= max && worth {
                 true => Next::Stop,
-                false => Next::OnOutput(if since < max { max - since } else { max }),
+                false if since < max => Next::OnOutput(max - since),
+                false => Next::OnOutput((since / CALM).min(CALMEST).max(max)),
             };
         }
         if since >= max {
@@ -410,6 +421,26 @@ mod tests {
         assert_eq!(p.look(catching_up), Next::Stop, "and what is missing since");
         let at = run(&mut pacer(us(300)), us(0), |_| 0, |now| now / 2);
         assert_eq!(at, us(30_000), "without output, but at work");
+    }
+
+    /// When a container is stopped that says nothing and has used so much.
+    fn silent(used: impl Fn(Duration) -> Duration) -> Duration {
+        let (mut p, mut now) = (pacer(us(300)), us(0));
+        loop {
+            let look = Look { now, used: used(now), settled: true, ..Look::default() };
+            match p.look(look) {
+                Next::Stop => return now,
+                Next::After(pause) | Next::OnOutput(pause) => now += pause,
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_done_by_the_clock_is_saved_now_and_then() {
+        let at = silent(|now| now / 500);
+        assert!((us(10_000_000)..us(10_200_000)).contains(&at), "{at:?}: 0.2 % of a processor");
+        let at = silent(|now| now.saturating_sub(us(5_000_000)) + now / 500);
+        assert!((us(5_030_000)..us(5_300_000)).contains(&at), "{at:?}: then it works");
     }
 
     #[test]

@@ -25,6 +25,7 @@ use anyhow::Result;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use replicator::ack::CommitProof;
 use replicator::protocol::LinkId;
+use replicator::protocol::detector::Pace;
 use replicator::protocol::primary::{Action, Input, Primary, State};
 use replicator::transport::PrimaryLink;
 use replicator::{Epoch, Generation};
@@ -353,8 +354,18 @@ impl Shell {
 
     /// Gives the core an input and carries out its actions.
     pub(super) fn handle(&self, input: Input) {
-        let heard = matches!(input, Input::Heard(_) | Input::Tick);
-        let actions = lock(&self.core).handle(self.origin.elapsed(), input);
+        let heard =
+            matches!(input, Input::Heard(_) | Input::Pulse { .. } | Input::Quiet(_) | Input::Tick);
+        let (actions, stirs) = {
+            let mut core = lock(&self.core);
+            let rested = core.pace() == Pace::Rests;
+            let actions = core.handle(self.origin.elapsed(), input);
+            (actions, rested && core.pace() != Pace::Rests)
+        };
+        // Somebody waits from now on: the backup is to know, and to be judged as usual.
+        if let Some(standby) = self.standby.as_ref().filter(|_| stirs) {
+            standby.pulse.stir();
+        }
         let idle = actions.is_empty() && heard;
         for action in actions {
             self.act(action);

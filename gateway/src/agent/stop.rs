@@ -52,6 +52,9 @@ const FROZEN_RETRY: Duration = Duration::from_millis(100);
 const SLACK_NS: u64 = 1_000;
 /// Without a stop for so long, nothing is kept for the next one.
 const NO_STOP: Duration = Duration::from_secs(1);
+/// Without output for so long, and without stops that are less than half of it apart, the container is
+/// quiet.
+const QUIET: Duration = Duration::from_secs(1);
 /// Longest sleep when nothing is due.
 const IDLE: Duration = Duration::from_millis(200);
 /// Pages in one round of pre-copy that make another round worth its while.
@@ -203,6 +206,8 @@ pub(super) struct StopLoop {
     pub(super) from_ship: Receiver<Taken>,
     pub(super) epoch: Epoch,
     pub(super) transient_since: Option<Instant>,
+    /// When somebody last waited for something, and whether the shell was told that this is long ago.
+    pub(super) stirred: (Duration, bool),
     pub(super) on_unprotectable: OnUnprotectable,
     /// Whether the container is connected to its clients.
     pub(super) plugged: bool,
@@ -280,18 +285,23 @@ impl StopLoop {
             volumes.forget_changes();
         }
         let next = if self.buffers.is_empty() || !self.shell.may_begin_stop() {
+            self.stirs();
             pace::Next::After(IDLE)
         } else if self.shell.hands_over() {
+            self.stirs();
             pace::Next::Stop
         } else {
-            self.pacer.look(Look {
+            let look = Look {
                 now: self.origin.elapsed(),
                 awaited: self.shell.full_is_due(),
                 settled: self.shell.is_settled() && !self.capturer.keeps_connections(),
                 output: self.gate.open_frames(),
                 all_wait: self.gate.waiting().all(),
                 used: self.capturer.cpu_time(),
-            })
+            };
+            let next = self.pacer.look(look);
+            self.tell_quiet(look, next);
+            next
         };
         match next {
             pace::Next::Stop => self.checkpoint()?,
@@ -299,6 +309,27 @@ impl StopLoop {
             pace::Next::After(time) => self.sleep(time, false)?,
         }
         self.capturer.pump()
+    }
+
+    /// Somebody waits for something.
+    fn stirs(&mut self) {
+        let (since, quiet) = &mut self.stirred;
+        *since = self.origin.elapsed();
+        if std::mem::take(quiet) {
+            self.shell.handle(Input::Quiet(false));
+        }
+    }
+
+    /// Tells the shell when the container has been quiet for a while. Stops of its own accord, of a
+    /// program that looks at its clock, change nothing as long as they are rare.
+    fn tell_quiet(&mut self, look: Look, next: pace::Next) {
+        let works = next == pace::Next::Stop && self.pacer.since(look.now) < QUIET / 2;
+        if look.awaited || !look.settled || look.output > 0 || works {
+            self.stirs();
+        } else if !self.stirred.1 && look.now.saturating_sub(self.stirred.0) >= QUIET {
+            self.stirred.1 = true;
+            self.shell.handle(Input::Quiet(true));
+        }
     }
 
     /// Sleeps until the time has passed or something happens to the container or its backup.

@@ -210,6 +210,7 @@ impl Place {
             from_ship,
             epoch: from.map_or(Epoch(1), Epoch::next),
             transient_since: None,
+            stirred: (Duration::ZERO, false),
             on_unprotectable: self.on_unprotectable(),
             plugged,
             buffers: (0..BUFFERS).map(|_| Taken::default()).collect(),

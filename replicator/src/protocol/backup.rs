@@ -20,6 +20,7 @@
 //!   here was made: it is void.
 //! - While there is nothing to promote from, silence is borne for longer: to give a primary up then
 //!   helps nobody, and costs it another full copy.
+//! - It rests while its primary says that it rests ([`Pace`]), and only where it could take over.
 //! - It promotes from the last complete epoch only (CP-2). While a primary that came back sends a
 //!   new full copy, the copy before is still the one to promote from: nothing newer was
 //!   acknowledged.
@@ -29,7 +30,7 @@
 
 use super::LinkId;
 use super::arbiter::Verdict;
-use super::detector::{Config as Times, Detector, Marks};
+use super::detector::{Config as Times, Detector, Marks, Pace};
 use crate::wire::Receipt;
 use crate::wire::message::{Bye, RefuseCode};
 use crate::{Epoch, Generation};
@@ -245,6 +246,15 @@ impl Backup {
         self.detector.silence(now)
     }
 
+    /// How its pulses come now.
+    pub fn pace(&self) -> Pace {
+        match self.state {
+            State::Ready { .. } | State::Syncing if self.detector.doubts() => Pace::Doubts,
+            State::Ready { .. } if self.link.is_some() && self.detector.peer_rests() => Pace::Rests,
+            _ => Pace::Usual,
+        }
+    }
+
     /// Whether pulses of this connection count.
     fn hears(&self, now: Duration, link: LinkId) -> bool {
         self.link == Some(link)
@@ -264,6 +274,12 @@ impl Backup {
 
     /// Takes an input; gives what to do, in order.
     pub fn handle(&mut self, now: Duration, input: Input) -> Vec<Action> {
+        let actions = self.take(now, input);
+        self.detector.rest(self.pace() == Pace::Rests);
+        actions
+    }
+
+    fn take(&mut self, now: Duration, input: Input) -> Vec<Action> {
         match input {
             Input::Tick => self.tick(now),
             Input::Hello { link, generation } => self.hello(now, link, generation),

@@ -14,6 +14,14 @@
 //! A heart may go on beating when the rest is dead. So a pulse tells how far the peer's work is
 //! ([`Marks`]); marks that stand still for [`Config::stall`] make it suspect, and further pulses do
 //! not take that back before a mark has moved.
+//!
+//! Where nothing happens, wakes are the cost. So a pulse also says how those after it come
+//! ([`Pace`]): from one that rests they come every [`Config::rest`] only, and five of these pauses
+//! are its time-out, until a pulse says otherwise. It says so for as long before it does so
+//! ([`Config::notice`]): who heard none of that would suspect it anyhow. Who rests himself asks to be called
+//! as seldom.
+//! With so few pulses two lost ones would be half a time-out, so after two pauses of silence this
+//! side is in doubt: it does not rest, and its pulses say so, which wakes a peer that lives.
 
 use std::time::Duration;
 
@@ -23,11 +31,22 @@ pub const MEMORY: Duration = Duration::from_secs(10);
 /// How many times longer work may stand still that was announced to be long.
 const LONG: u32 = 10;
 
+/// Pauses of a peer that rests without a sign of life that make it suspect.
+const PAUSES: u32 = 5;
+
+/// Such pauses after which it is asked to speak up.
+const DOUBT: u32 = 2;
+
+/// How many times more seldom the pulses of a peer that rests are, at most.
+const SELDOM: u32 = 10;
+
 /// Times of a detector.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Config {
     /// Pause between the peer's signs of life.
     pub interval: Duration,
+    /// The same of a peer that rests; a fifth of `most`, or less.
+    pub rest: Duration,
     /// Silence that makes a peer suspect; at least three intervals are sensible.
     pub timeout: Duration,
     /// The threshold grows up to this with a peer that is often late. As `timeout`: it is fixed.
@@ -39,11 +58,12 @@ pub struct Config {
 }
 
 impl Default for Config {
-    /// A sign of life every 10 ms, suspicion after 90 ms, whatever happens.
+    /// A sign of life every 10 ms, or 18 while it rests, suspicion after 90 ms, whatever happens.
     fn default() -> Self {
         let timeout = Duration::from_millis(90);
         Self {
             interval: Duration::from_millis(10),
+            rest: timeout / PAUSES,
             timeout,
             most: timeout,
             first: timeout,
@@ -53,10 +73,32 @@ impl Default for Config {
 }
 
 impl Config {
+    /// The pause between pulses of a side that rests.
+    pub fn rest_of(interval: Duration, most: Duration) -> Duration {
+        (interval * SELDOM).min(most / PAUSES).max(interval)
+    }
+
+    /// For how long a side says that it rests before its pulses come more seldom.
+    pub fn notice(&self) -> Duration {
+        self.rest * PAUSES
+    }
+
     /// Pause after which the detector wants to be called again.
     fn beat(&self) -> Duration {
         self.interval.min(self.timeout / 4)
     }
+}
+
+/// How a side's pulses come after one that says so.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Pace {
+    /// Every [`Config::interval`].
+    #[default]
+    Usual,
+    /// Nobody waits for anything here: every [`Config::rest`], after [`Config::notice`].
+    Rests,
+    /// As usual; and the peer, which rests, is late: it is to speak up.
+    Doubts,
 }
 
 /// How far a peer's work is. Numbers mean nothing but that they change.
@@ -68,6 +110,8 @@ pub struct Marks {
     pub runtime: u64,
     /// The work may stand still for long: a full copy is made.
     pub long: bool,
+    /// How the next pulses come.
+    pub pace: Pace,
 }
 
 /// A peer was silent for too long, or does not work.
@@ -110,6 +154,12 @@ pub struct Detector {
     work: Still,
     runtime: Still,
     long: bool,
+    /// The peer's last pulse said that it rests.
+    peer_rests: bool,
+    /// This side rests, unless it is in doubt.
+    rests: bool,
+    /// The pause until the next call that was asked for in the last one.
+    asked: Duration,
     /// The longest pauses, of this window of time and the one before.
     pauses: (Duration, Duration),
     window: Duration,
@@ -129,6 +179,9 @@ impl Detector {
             work: Still::default(),
             runtime: Still::default(),
             long: false,
+            peer_rests: false,
+            rests: false,
+            asked: config.beat(),
             pauses: (Duration::ZERO, Duration::ZERO),
             window: now,
         }
@@ -155,6 +208,7 @@ impl Detector {
         self.last_life = now;
         self.listened = Duration::ZERO;
         self.suspected &= stalled;
+        self.asked = self.pause();
         !stalled
     }
 
@@ -170,12 +224,30 @@ impl Detector {
         self.long = marks.long;
         let alive = self.life(now);
         self.pulsed = true;
+        self.peer_rests = marks.pace == Pace::Rests;
+        self.asked = self.pause();
         alive
+    }
+
+    /// Whether this side rests: then it is called as seldom as its own pulses leave.
+    pub fn rest(&mut self, rests: bool) {
+        self.rests = rests;
+    }
+
+    /// Whether the peer's pulses come, and say that it rests.
+    pub fn peer_rests(&self) -> bool {
+        self.pulsed && self.peer_rests
+    }
+
+    /// Whether the peer is to speak up: it rests and is late, or its pulses do not come.
+    pub fn doubts(&self) -> bool {
+        !self.pulsed || self.peer_rests && self.listened >= self.config.rest * DOUBT
     }
 
     /// Looks at the time. Gives a suspicion once; a sign of life takes it back.
     pub fn tick(&mut self, now: Duration) -> Option<Suspicion> {
         self.pass(now);
+        self.asked = self.pause();
         let stalled = self.is_stalled();
         if self.suspected || !(stalled || self.listened >= self.threshold()) {
             return None;
@@ -188,7 +260,16 @@ impl Detector {
     /// more often than silence alone would need, because that is how starvation shows.
     pub fn next_deadline(&self) -> Option<Duration> {
         let left = self.threshold().saturating_sub(self.listened);
-        (!self.suspected).then_some(self.last_call + left.min(self.config.beat()))
+        (!self.suspected).then_some(self.last_call + left.min(self.pause()))
+    }
+
+    /// Pause after which it wants to be called again.
+    fn pause(&self) -> Duration {
+        if self.rests && !(self.peer_rests && self.doubts()) {
+            self.config.rest
+        } else {
+            self.config.beat()
+        }
     }
 
     /// How long the peer has been silent.
@@ -204,7 +285,11 @@ impl Detector {
         } else {
             first.max(timeout)
         };
-        usual.max(self.least)
+        let rests = match self.peer_rests() {
+            true => (self.config.rest * PAUSES).min(most),
+            false => Duration::ZERO,
+        };
+        usual.max(rests).max(self.least)
     }
 
     /// Whether the peer is suspected.
@@ -213,7 +298,7 @@ impl Detector {
     }
 
     fn pass(&mut self, now: Duration) {
-        let passed = now.saturating_sub(self.last_call).min(self.config.beat() * 2);
+        let passed = now.saturating_sub(self.last_call).min(self.asked * 2);
         self.last_call = self.last_call.max(now);
         self.listened += passed;
         self.work.listened += passed;
@@ -231,7 +316,10 @@ impl Detector {
             self.pauses = (Duration::ZERO, self.pauses.0);
             self.window = now;
         }
-        self.pauses.0 = self.pauses.0.max(self.listened);
+        // Of a pause that was announced, or that this side slept through, only the excess was late.
+        let rests = self.peer_rests || self.rests;
+        let meant = if rests { self.config.rest } else { Duration::ZERO };
+        self.pauses.0 = self.pauses.0.max(self.listened.saturating_sub(meant));
     }
 }
 
@@ -256,11 +344,12 @@ mod tests {
     /// A pulse every 2 ms, 25 ms of silence, at most 100.
     fn pulses() -> Config {
         let (interval, timeout) = (ms(2), ms(25));
-        Config { interval, timeout, most: ms(100), first: ms(500), stall: ms(1000) }
+        let (most, first, stall) = (ms(100), ms(500), ms(1000));
+        Config { interval, rest: Config::rest_of(interval, most), timeout, most, first, stall }
     }
 
     fn marks(n: u64) -> Marks {
-        Marks { work: n, runtime: n, long: false }
+        Marks { work: n, runtime: n, ..Marks::default() }
     }
 
     /// Pulses with the marks that `of` gives, every 2 ms; the first suspicion and its time.
@@ -353,11 +442,106 @@ mod tests {
     #[test]
     fn a_runtime_that_hangs_is_suspect_and_long_work_is_not() {
         let mut d = Detector::new(pulses(), ms(0));
-        let long = |at| Marks { work: 7, runtime: at, long: true };
+        let long = |at| Marks { work: 7, long: true, ..marks(at) };
         assert_eq!(beat(&mut d, 0, 9_000, long), None);
         assert_eq!(beat(&mut d, 9_000, 20_000, long).unwrap().0, ms(10_000));
         let mut d = Detector::new(pulses(), ms(0));
-        let hung = |at| Marks { work: at, runtime: 7, long: true };
+        let hung = |at| Marks { runtime: 7, long: true, ..marks(at) };
         assert_eq!(beat(&mut d, 0, 20_000, hung).unwrap().0, ms(1000));
+    }
+
+    fn resting(n: u64) -> Marks {
+        Marks { pace: Pace::Rests, ..marks(n) }
+    }
+
+    /// Both rest from `from` on, until the last pulse, at `until`.
+    fn rest(d: &mut Detector, from: u64, until: u64) {
+        for at in (from..=until).step_by(20) {
+            d.pulse(ms(at), resting(at));
+            d.rest(true);
+            assert_eq!(d.tick(ms(at)), None);
+            assert_eq!((d.threshold(), d.doubts()), (ms(100), false), "{at} ms");
+            assert_eq!(d.next_deadline(), Some(ms(at + 20)), "asked for as seldom");
+        }
+    }
+
+    #[test]
+    fn a_peer_that_rests_is_waited_for_longer_until_it_says_otherwise() {
+        let mut d = Detector::new(pulses(), ms(0));
+        assert_eq!(beat(&mut d, 0, 100, marks), None);
+        rest(&mut d, 100, 30_000);
+        let (at, s) = run(&mut d.clone(), ms(60_000)).unwrap();
+        assert_eq!((at, s.silence), (ms(30_100), ms(100)));
+        d.pulse(ms(30_005), marks(30_005));
+        d.rest(false);
+        assert_eq!(d.threshold(), ms(25), "its pauses were meant, and are no lateness");
+        assert_eq!(run(&mut d, ms(60_000)).unwrap().0, ms(30_030));
+    }
+
+    #[test]
+    fn a_time_out_that_is_fixed_is_that_of_rest_as_well() {
+        let timeout = ms(25);
+        let rest = Config::rest_of(ms(2), timeout);
+        assert_eq!(rest, ms(5), "so its pauses are shorter");
+        let mut d = Detector::new(Config { rest, most: timeout, ..pulses() }, ms(0));
+        for at in [2, 7] {
+            d.pulse(ms(at), resting(at));
+            d.rest(true);
+        }
+        assert_eq!(run(&mut d, ms(1000)).unwrap().0, ms(32));
+        assert_eq!(Config::rest_of(ms(2), ms(4)), ms(2), "nor are they shorter than others");
+    }
+
+    #[test]
+    fn who_rests_and_is_starved_suspects_nobody_and_is_in_doubt() {
+        let mut d = Detector::new(pulses(), ms(0));
+        rest(&mut d, 0, 100);
+        assert_eq!(d.tick(ms(600)), None, "it was us who slept");
+        assert!(d.doubts());
+        assert_eq!(d.next_deadline(), Some(ms(602)), "and we do not go on to");
+        let (at, s) = run(&mut d, ms(2000)).unwrap();
+        assert_eq!((at, s.silence), (ms(660), ms(560)), "40 ms for the pause, 60 after");
+        // One that is always slow notices a death, too.
+        let mut d = Detector::new(pulses(), ms(0));
+        rest(&mut d, 0, 100);
+        assert!((1..20).any(|i| d.tick(ms(100 + i * 200)).is_some()));
+    }
+
+    /// Pulses of a host that rests and of the one that watches it, half an hour, of five of which one
+    /// is lost. How often the watcher was wrong. Where it may not doubt, it is silent instead.
+    fn wrong_with_losses(doubts: bool) -> u32 {
+        let mut rng = fastrand::Rng::with_seed(60);
+        let mut d = Detector::new(pulses(), ms(0));
+        let (mut sends_at, mut answers_at) = (0, 0);
+        let (mut on_its_way, mut told, mut usual) = (None, Pace::Usual, 0);
+        let mut wrong = 0;
+        for at in 0..1_800_000 {
+            if at >= sends_at {
+                let pace = if told == Pace::Doubts { Pace::Usual } else { Pace::Rests };
+                on_its_way = (rng.u8(..5) > 0).then_some(pace);
+                usual = if pace == Pace::Usual { at } else { usual };
+                sends_at = at + if ms(at - usual) >= pulses().notice() { 20 } else { 2 };
+            }
+            let heard = on_its_way.take();
+            if let Some(pace) = heard {
+                d.pulse(ms(at), Marks { pace, ..marks(at) });
+            }
+            if heard.is_some() || at >= answers_at {
+                wrong += u32::from(d.tick(ms(at)).is_some());
+                let rests = d.peer_rests() && !d.doubts();
+                d.rest(rests);
+                answers_at = at + if rests { 22 } else { 2 };
+                if rng.u8(..5) > 0 {
+                    told = if d.doubts() && doubts { Pace::Doubts } else { Pace::Rests };
+                }
+            }
+        }
+        wrong
+    }
+
+    #[test]
+    fn lost_pulses_make_a_peer_that_rests_speak_up() {
+        assert!(wrong_with_losses(false) > 5, "five lost in a row are a death");
+        assert_eq!(wrong_with_losses(true), 0);
     }
 }

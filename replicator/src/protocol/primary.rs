@@ -22,10 +22,13 @@
 //! a new backup gets while it catches up is provisional, so that it cannot promote from it. From
 //! the first lasting checkpoint on, output is held; once that may have left, there is no way back
 //! to `Alone` in the same generation.
+//!
+//! A primary rests ([`Pace`]) while nobody waits for anything: its container is quiet and protected, what
+//! it sends is acknowledged at once, and the backup's pulses come and are not in doubt.
 
 use super::LinkId;
 use super::arbiter::Verdict;
-use super::detector::{Config as Times, Detector};
+use super::detector::{Config as Times, Detector, Pace};
 use crate::ack::{AckError, AckLedger, CommitProof};
 use crate::wire::message::{Bye, RefuseCode};
 use crate::{Epoch, Generation};
@@ -176,6 +179,15 @@ pub enum Input {
     },
     /// Anything else was heard of the backup.
     Heard(LinkId),
+    /// A pulse of the backup.
+    Pulse {
+        /// The connection that it belongs to.
+        link: LinkId,
+        /// How its next ones come.
+        pace: Pace,
+    },
+    /// Whether the container has been quiet for a while: no output waits or is about to.
+    Quiet(bool),
     /// All frames of a checkpoint but its last are with the transport. Give this before the
     /// last.
     ///
@@ -275,6 +287,11 @@ pub struct Primary {
     /// When to act on the loss of the backup.
     decide_at: Option<Duration>,
     asked: Option<Generation>,
+    /// The container has been quiet for a while.
+    quiet: bool,
+    /// The backup's last pulse over the present connection: when, and how the next ones come.
+    pulse: Option<(Duration, Pace)>,
+    pace: Pace,
 }
 
 impl Primary {
@@ -294,6 +311,9 @@ impl Primary {
             progress: now,
             decide_at: None,
             asked: None,
+            quiet: false,
+            pulse: None,
+            pace: Pace::Usual,
         }
     }
 
@@ -325,6 +345,11 @@ impl Primary {
     /// Checkpoints sent and not acknowledged.
     pub fn in_flight(&self) -> usize {
         self.ledger.in_flight()
+    }
+
+    /// How its pulses come now.
+    pub fn pace(&self) -> Pace {
+        self.pace
     }
 
     /// Whether output needs no proof.
@@ -378,6 +403,26 @@ impl Primary {
 
     /// Takes an input; gives what to do, in order.
     pub fn handle(&mut self, now: Duration, input: Input) -> Vec<Action> {
+        let actions = self.take(now, input);
+        self.pace = if self.may_rest(now) { Pace::Rests } else { Pace::Usual };
+        self.detector.rest(self.pace == Pace::Rests);
+        actions
+    }
+
+    /// A backup that is not heard twice is to hear more.
+    fn may_rest(&self, now: Duration) -> bool {
+        let heard = self.pulse.is_some_and(|(at, pace)| {
+            now.saturating_sub(at) <= self.config.times.rest * 3 && pace != Pace::Doubts
+        });
+        let settled =
+            self.state == State::Protected { synced: true } && self.handing_over.is_none();
+        // One that computes without output has checkpoints now and then.
+        let taken = self.ledger.in_flight() == 0
+            || now.saturating_sub(self.progress) < self.config.times.rest;
+        self.quiet && heard && settled && taken
+    }
+
+    fn take(&mut self, now: Duration, input: Input) -> Vec<Action> {
         if matches!(self.state, State::HandedOver | State::Stopped | State::Demoted { .. }) {
             return Vec::new();
         }
@@ -393,6 +438,15 @@ impl Primary {
             }
             Input::Heard(link) if link == self.link => {
                 self.detector.life(now);
+                Vec::new()
+            }
+            Input::Pulse { link, pace } if link == self.link => {
+                self.detector.life(now);
+                self.pulse = Some((now, pace));
+                Vec::new()
+            }
+            Input::Quiet(quiet) => {
+                self.quiet = quiet;
                 Vec::new()
             }
             Input::Sent { link, epoch, digest, provisional } => {
@@ -498,6 +552,7 @@ impl Primary {
         self.detector = Detector::new(self.config.times, now);
         self.decide_at = None;
         self.progress = now;
+        self.pulse = None;
         self.state = next;
         vec![Action::BeginFull]
     }

@@ -2,8 +2,8 @@
 //!
 //! Both hosts have the same parts: a backup's core for as long as the agent lives, and a primary's
 //! core while the container runs there. Streams keep their order and lose nothing until a cut or a
-//! crash breaks the connection (what a real transport makes of loss is delay); heartbeats are
-//! lost, doubled and overtake each other. Hosts stall, crash, restart and hand over; the arbiter
+//! crash breaks the connection (what a real transport makes of loss is delay); pulses are
+//! lost, doubled and overtake each other, and come seldom while a container has nothing to do. Hosts stall, crash, restart and hand over; the arbiter
 //! answers late. Checked at every step:
 //!
 //! - OC-1 and FO-1 as a client sees them: whatever leaves belongs to a history that contains all
@@ -13,7 +13,8 @@
 //!   that has left.
 //! - FO-1: no two sides are promoted in one generation, nor both may release.
 //! - RB-1: no more checkpoints are in flight than the depth.
-//! - In the end, when the weather is calm, the container is protected again.
+//! - In the end, when the weather is calm, the container is protected again, and after a while nobody is
+//!   suspected any longer (FO-3).
 //!
 //! A run is repeated by its seed alone; `nilicon sim --seed N` tells what happened in it. The checks are
 //! assertions, as everything that the cores themselves assert counts as well: [`simulate`] catches them.
@@ -115,6 +116,8 @@ impl Seen {
             ("denied", self.denied),
             ("lives", self.lives),
             ("restarts", self.restarts),
+            ("rests", self.rests),
+            ("losses at rest", self.rest_losses),
         ]
     }
 }

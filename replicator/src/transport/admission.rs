@@ -2,7 +2,7 @@
 
 use crate::protocol::LinkId;
 use crate::protocol::backup::{Action, Backup, Input, State};
-use crate::protocol::detector::Marks;
+use crate::protocol::detector::{Marks, Pace};
 use crate::volume::Journals;
 use crate::wire::message::{Bye, Heartbeat, Hello, Refuse, RefuseCode, Role, Welcome};
 use crate::wire::{Checkpoint, Receipt};
@@ -172,6 +172,11 @@ impl SharedBackup {
         })
     }
 
+    /// How this side's pulses come now.
+    pub fn pace(&self) -> Pace {
+        self.with(|core, _| core.pace())
+    }
+
     /// How long the primary has been silent.
     pub fn silence(&self) -> Duration {
         self.with(|core, now| core.silence(now))
@@ -327,5 +332,9 @@ impl Listener for SharedBackup {
 
     fn tick(&self) {
         self.handle(Input::Tick);
+    }
+
+    fn pace(&self) -> Pace {
+        self.with(|core, _| core.pace())
     }
 }

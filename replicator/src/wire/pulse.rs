@@ -9,9 +9,10 @@
 //! ```
 //! Its keys come from the TLS session of the connection that it belongs to, one for each direction,
 //! so that nobody else can make one and none counts twice: the counter of a pulse must be greater than
-//! that of the last one that was believed. Nothing here allocates.
+//! that of the last one that was believed. The flags say how long the work may take, and how the next
+//! pulses come. Nothing here allocates.
 
-use crate::protocol::detector::Marks;
+use crate::protocol::detector::{Marks, Pace};
 use ring::hmac;
 
 /// Length of a pulse.
@@ -26,6 +27,8 @@ pub const MATERIAL: usize = 8 + 32 + 32;
 const MAGIC: [u8; 4] = *b"NILP";
 const VERSION: u8 = 1;
 const FLAG_LONG: u8 = 1;
+const FLAG_RESTS: u8 = 2;
+const FLAG_DOUBTS: u8 = 4;
 const SIGNED: usize = 40;
 const TAG: usize = LENGTH - SIGNED;
 
@@ -86,7 +89,12 @@ impl Pulses {
         let mut pulse = [0; LENGTH];
         pulse[..4].copy_from_slice(&MAGIC);
         pulse[4] = VERSION;
-        pulse[5] = if marks.long { FLAG_LONG } else { 0 };
+        pulse[5] = if marks.long { FLAG_LONG } else { 0 }
+            | match marks.pace {
+                Pace::Usual => 0,
+                Pace::Rests => FLAG_RESTS,
+                Pace::Doubts => FLAG_DOUBTS,
+            };
         pulse[8..16].copy_from_slice(&self.session);
         for (at, number) in [(16, self.sent), (24, marks.work), (32, marks.runtime)] {
             pulse[at..at + 8].copy_from_slice(&number.to_le_bytes());
@@ -125,8 +133,13 @@ impl Pulses {
             return Err(NoPulse::Replayed);
         }
         self.believed = counter;
-        let long = pulse[5] & FLAG_LONG != 0;
-        Ok(Marks { work: number(24), runtime: number(32), long })
+        let has = |flag| pulse[5] & flag != 0;
+        let pace = match (has(FLAG_RESTS), has(FLAG_DOUBTS)) {
+            (_, true) => Pace::Doubts,
+            (true, false) => Pace::Rests,
+            (false, false) => Pace::Usual,
+        };
+        Ok(Marks { work: number(24), runtime: number(32), long: has(FLAG_LONG), pace })
     }
 }
 
@@ -139,14 +152,16 @@ mod tests {
         (Pulses::new(&material, End::Caller), Pulses::new(&material, End::Called))
     }
 
-    const MARKS: Marks = Marks { work: 7, runtime: u64::MAX, long: true };
+    const MARKS: Marks = Marks { work: 7, runtime: u64::MAX, long: true, pace: Pace::Rests };
 
     #[test]
     fn a_pulse_says_what_was_meant_both_ways() {
         let (mut a, mut b) = pair(1);
         assert_eq!(b.believe(&a.next(MARKS)), Ok(MARKS));
-        let short = Marks { long: false, ..MARKS };
-        assert_eq!(a.believe(&b.next(short)), Ok(short));
+        for pace in [Pace::Usual, Pace::Rests, Pace::Doubts] {
+            let short = Marks { long: false, pace, ..MARKS };
+            assert_eq!(a.believe(&b.next(short)), Ok(short));
+        }
     }
 
     #[test]

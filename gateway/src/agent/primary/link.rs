@@ -1,11 +1,11 @@
 //! A primary's connection to its backup: made, kept alive, listened to, and ended well.
 
 use super::{Shell, lock};
-use crate::agent::backup::BEAT;
+use crate::agent::backup::pause_of;
 use crate::frames::input_log::LogReader;
 use replicator::image::Clocks;
 use replicator::protocol::LinkId;
-use replicator::protocol::detector::Marks;
+use replicator::protocol::detector::{Marks, Pace};
 use replicator::protocol::primary::Input;
 use replicator::transport::link::PrimaryConfig;
 use replicator::transport::pulse::Listener;
@@ -28,9 +28,9 @@ const LATE: Duration = Duration::from_millis(50);
 struct Ear(Weak<Shell>);
 
 impl Listener for Ear {
-    fn pulse(&self, link: LinkId, _: Marks) {
+    fn pulse(&self, link: LinkId, marks: Marks) {
         if let Some(shell) = self.0.upgrade() {
-            shell.handle(Input::Heard(link));
+            shell.handle(Input::Pulse { link, pace: marks.pace });
         }
     }
 
@@ -39,6 +39,10 @@ impl Listener for Ear {
         if let Some(shell) = self.0.upgrade() {
             shell.tick();
         }
+    }
+
+    fn pace(&self) -> Pace {
+        self.0.upgrade().map_or(Pace::Usual, |shell| lock(&shell.core).pace())
     }
 }
 
@@ -161,12 +165,11 @@ fn hear(shell: &Shell, link: LinkId, event: PrimaryEvent) {
 
 /// Sends heartbeats that keep the connection, and gives the core its time.
 pub(in crate::agent) async fn beat(shell: Arc<Shell>) {
-    let mut ticks = tokio::time::interval(BEAT);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut published = Instant::now();
     let mut received = (LinkId(0), 0);
     loop {
-        ticks.tick().await;
+        let pace = lock(&shell.core).pace();
+        tokio::time::sleep(pause_of(pace)).await;
         if published.elapsed() >= PUBLISH
             && let Some(gate) = shell.gate.get()
         {

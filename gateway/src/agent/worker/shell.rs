@@ -88,6 +88,8 @@ impl Place {
             };
             detector::Config {
                 interval: *detector.heartbeat,
+                // Both sides expect the same of each other.
+                rest: detector::Config::rest_of(*detector.heartbeat, detector.most()),
                 timeout,
                 most,
                 first: most.max(WITHOUT_PULSES),

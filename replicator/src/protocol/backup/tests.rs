@@ -75,7 +75,7 @@ fn a_primary_that_only_beats_is_replaced() {
     let mut b = ready();
     let stall = Config::default().times.stall.as_millis() as u64;
     let beat = |b: &mut Backup, at, work| {
-        let marks = Marks { work, runtime: at, long: false };
+        let marks = Marks { work, runtime: at, ..Marks::default() };
         let mut actions = b.handle(ms(at), Input::Pulse { link: LINK, marks });
         actions.extend(b.handle(ms(at), Input::Tick));
         actions
@@ -99,7 +99,7 @@ fn pulses_keep_a_primary_alive_that_connects_anew_but_not_for_ever() {
     let stall = Config::default().times.stall.as_millis() as u64;
     let mut asked_at = None;
     for at in (10..3 * stall).step_by(10) {
-        let marks = Marks { work: at, runtime: at, long: false };
+        let marks = Marks { work: at, runtime: at, ..Marks::default() };
         b.handle(ms(at), Input::Pulse { link: LINK, marks });
         if !b.handle(ms(at), Input::Tick).is_empty() {
             asked_at = Some(at);
@@ -280,4 +280,37 @@ fn a_first_copy_is_waited_for_longer_than_a_takeover() {
     let stall = Config::default().times.stall;
     assert!(given_up(&mut syncing()) >= stall);
     assert!(given_up(&mut ready()) < stall / 2, "with a whole copy the usual time counts");
+}
+
+#[test]
+fn it_rests_with_its_primary() {
+    let mut b = Backup::new(Config::default(), Generation(0), ms(0));
+    assert_eq!(b.pace(), Pace::Usual, "there is nobody to doubt");
+    let pulse = |at, pace| {
+        let marks = Marks { work: at, runtime: at, pace, ..Marks::default() };
+        Input::Pulse { link: LINK, marks }
+    };
+    b.handle(ms(0), Input::Hello { link: LINK, generation: G });
+    assert_eq!(b.pace(), Pace::Doubts, "no pulse has come yet");
+    b.handle(ms(1), pulse(1, Pace::Rests));
+    assert_eq!(b.pace(), Pace::Usual, "there is no copy yet");
+    b.handle(ms(1), complete(1));
+    b.handle(ms(2), pulse(2, Pace::Usual));
+    assert_eq!(b.pace(), Pace::Usual);
+    b.handle(ms(3), pulse(3, Pace::Rests));
+    assert_eq!(b.pace(), Pace::Rests);
+    let rest = Config::default().times.rest;
+    assert_eq!(b.next_deadline(), Some(ms(3) + rest));
+    b.handle(ms(10), complete(2));
+    assert_eq!(b.pace(), Pace::Rests, "a checkpoint for which nobody waits");
+
+    b.handle(ms(20), pulse(4, Pace::Rests));
+    b.handle(ms(20) + rest, pulse(5, Pace::Rests));
+    assert_eq!(b.handle(ms(20) + rest * 3, Input::Tick), []);
+    assert_eq!(b.pace(), Pace::Doubts, "two pulses were lost");
+    b.handle(ms(80), pulse(6, Pace::Rests));
+    assert_eq!(b.pace(), Pace::Rests);
+    assert_eq!(until_it_acts(&mut b), [ask(1, 2)]);
+    assert_eq!(b.pace(), Pace::Usual);
+    assert_eq!(b.silence(ms(170)), ms(90), "five pauses");
 }

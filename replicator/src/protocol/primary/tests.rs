@@ -273,3 +273,38 @@ fn a_backup_that_lives_and_does_not_keep_up_is_lost_where_that_is_acted_on() {
         assert_eq!(slow, severed, "{policy:?}");
     }
 }
+
+#[test]
+fn it_rests_while_nobody_waits_and_the_backup_is_heard() {
+    let pulse = |pace| Input::Pulse { link: LINK, pace };
+    let mut p = protected();
+    p.handle(ms(2), sent(1));
+    p.handle(ms(2), pulse(Pace::Usual));
+    p.handle(ms(2), Input::Quiet(true));
+    assert_eq!(p.pace(), Pace::Usual, "the first copy is under way");
+    p.handle(ms(3), ack(1, 10));
+    assert_eq!(p.pace(), Pace::Rests);
+    let asked = p.next_deadline().unwrap();
+    p.handle(asked, Input::Tick);
+    assert_eq!(p.next_deadline(), Some(asked + Config::default().times.rest), "as seldom");
+
+    p.handle(ms(30), Input::Quiet(false));
+    assert_eq!(p.pace(), Pace::Usual, "output waits");
+    p.handle(ms(40), Input::Quiet(true));
+    assert_eq!(p.pace(), Pace::Rests);
+    p.handle(ms(41), sent(2));
+    assert_eq!(p.pace(), Pace::Rests, "a checkpoint for which nobody waits");
+    p.handle(ms(41) + Config::default().times.rest, Input::Heard(LINK));
+    assert_eq!(p.pace(), Pace::Usual, "but it is not acknowledged");
+    p.handle(ms(60), ack(2, 20));
+    p.handle(ms(61), pulse(Pace::Doubts));
+    assert_eq!(p.pace(), Pace::Usual, "the backup has not heard it");
+    p.handle(ms(62), pulse(Pace::Rests));
+    assert_eq!(p.pace(), Pace::Rests);
+    p.handle(ms(90), Input::Heard(LINK));
+    p.handle(ms(120), Input::Tick);
+    assert_eq!(p.pace(), Pace::Usual, "it has not heard the backup's pulses");
+    p.handle(ms(121), pulse(Pace::Rests));
+    p.handle(ms(122), Input::HandOver { last: Epoch(3) });
+    assert_eq!(p.pace(), Pace::Usual, "a switchover is under way");
+}

@@ -16,6 +16,8 @@ impl Seen {
         self.denied += o.denied;
         self.lives += o.lives;
         self.restarts += o.restarts;
+        self.rests += o.rests;
+        self.rest_losses += o.rest_losses;
     }
 }
 
@@ -46,6 +48,7 @@ fn no_schedule_breaks_the_invariants() {
     assert!(total.releases > 50_000 && total.promotions > 500 && total.full_copies > 2000);
     assert!(total.demotions > 100 && total.takebacks > 10 && total.hand_overs > 100);
     assert!(total.returns > 500 && total.degraded > 30 && total.denied > 20);
+    assert!(total.rests > 5000 && total.rest_losses > 100);
     assert!(total.lives > 1000 && total.restarts > 1000 && total.second_promotions > 100);
 }
 

@@ -66,7 +66,10 @@ impl Primary {
     }
 
     pub(super) fn handle(&mut self, now: Duration, input: primary::Input) -> Vec<primary::Action> {
-        let quiet = matches!(input, primary::Input::Tick | primary::Input::Heard(_));
+        let quiet = matches!(
+            input,
+            primary::Input::Tick | primary::Input::Heard(_) | primary::Input::Pulse { .. }
+        );
         let text = if chronicle::is_kept() { format!("{input:?}") } else { String::new() };
         let actions = self.core.handle(now, input);
         if !quiet || !actions.is_empty() {
@@ -82,7 +85,10 @@ impl Backup {
     }
 
     pub(super) fn handle(&mut self, now: Duration, input: backup::Input) -> Vec<backup::Action> {
-        let quiet = matches!(input, backup::Input::Tick | backup::Input::Heard(_));
+        let quiet = matches!(
+            input,
+            backup::Input::Tick | backup::Input::Heard(_) | backup::Input::Pulse { .. }
+        );
         let text = if chronicle::is_kept() { format!("{input:?}") } else { String::new() };
         let actions = self.core.handle(now, input);
         if !quiet || !actions.is_empty() {

@@ -9,6 +9,7 @@ use super::{Mistake, Rules};
 use crate::protocol::LinkId;
 use crate::protocol::arbiter::{Grants, Verdict};
 use crate::protocol::backup;
+use crate::protocol::detector::{self, Pace};
 use crate::protocol::primary;
 use crate::wire::Receipt;
 use crate::wire::message::RefuseCode;
@@ -17,6 +18,11 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 const STEP: Duration = Duration::from_millis(1);
+/// For how long a container has had nothing to do when its core is told.
+const QUIET: Duration = Duration::from_millis(50);
+/// Steps after which fair weather has come to stay, and those for which it is watched then.
+const SETTLES: u32 = 2500;
+const WATCHED: u32 = 1500;
 /// The host that the topology names as primary: it asks before it begins.
 const HOME: usize = 0;
 
@@ -64,6 +70,10 @@ struct Life {
     still: bool,
     next: Epoch,
     full: bool,
+    /// Since when nothing happens in it, and until when.
+    idle: Option<(Duration, Duration)>,
+    /// Its core knows of that.
+    quiet: bool,
     /// Checkpoints taken, by epoch.
     taken: BTreeMap<Epoch, Moment>,
     connection: Option<usize>,
@@ -78,6 +88,9 @@ struct Side {
     /// When to ask who runs the container.
     asks_at: Option<Duration>,
     incarnation: u64,
+    /// When its last pulses left, and the last that did not say that it rests.
+    beaten: Duration,
+    restless: Duration,
 }
 
 #[derive(Default, Debug)]
@@ -94,6 +107,8 @@ pub(super) struct Seen {
     pub denied: u64,
     pub lives: u64,
     pub restarts: u64,
+    pub rests: u64,
+    pub rest_losses: u64,
 }
 
 pub(super) struct World {
@@ -109,9 +124,12 @@ pub(super) struct World {
     verdicts: Vec<(Duration, usize, u64, Generation, Verdict)>,
     connections: Vec<Connection>,
     queue: VecDeque<(Duration, usize, usize, Message)>,
-    beats: Vec<(Duration, usize, usize)>,
+    /// Pulses on their way: when, to whom, over which connection, and how the next ones come.
+    beats: Vec<(Duration, usize, usize, Pace)>,
     cut: bool,
     calm: bool,
+    /// The weather has been fair for long: nobody is suspected any longer.
+    fair: bool,
     cuts_last: u32,
     stalls: [Duration; 2],
     lines: BTreeMap<u64, Option<Moment>>,
@@ -139,6 +157,7 @@ impl World {
             beats: Vec::new(),
             cut: false,
             calm: false,
+            fair: false,
             cuts_last: [10, 40, 150, 1500][(seed / 4) as usize % 4],
             stalls: [Duration::ZERO; 2],
             lines: BTreeMap::new(),
@@ -202,6 +221,8 @@ impl World {
             base: BTreeMap::new(),
             asks_at: (at == HOME).then_some(self.now),
             incarnation: self.incarnations,
+            beaten: Duration::ZERO,
+            restless: self.now,
         });
     }
 
@@ -340,7 +361,10 @@ impl World {
         let protected = life.core.state() == (primary::State::Protected { synced: true });
         // A stop for a switchover that came to nothing ends with the protection.
         life.still &= protected;
-        if !life.still {
+        self.idle(at, protected);
+        let Some(life) = self.sides[at].as_mut().and_then(|s| s.life.as_mut()) else { return };
+        let idle = life.idle.is_some();
+        if !life.still && !idle {
             life.now.1 += 1;
         }
         let now = life.now;
@@ -348,7 +372,7 @@ impl World {
             self.leaves(now, "FO-1: alone");
         }
         let Some(life) = self.sides[at].as_mut().and_then(|s| s.life.as_mut()) else { return };
-        if !life.still && takes && life.core.may_begin_stop() {
+        if !life.still && !idle && takes && life.core.may_begin_stop() {
             let last = life.next;
             self.checkpoint(at);
             let Some(life) = self.sides[at].as_mut().and_then(|s| s.life.as_mut()) else { return };
@@ -378,10 +402,41 @@ impl World {
         self.primary_does(at, actions);
     }
 
-    /// Both ends of a connection say that they live.
+    /// The container has nothing to do for a while, and after some of it its core is told so.
+    fn idle(&mut self, at: usize, protected: bool) {
+        let begins = protected && self.rng.u32(..400) == 0;
+        let length = Duration::from_millis(self.rng.u64(100..2000));
+        let now = self.now;
+        let life = self.sides[at].as_mut().and_then(|s| s.life.as_mut()).expect("it runs");
+        life.idle = match life.idle {
+            None if begins => Some((now, now + length)),
+            idle => idle.filter(|(_, until)| protected && now < *until),
+        };
+        let quiet = life.idle.is_some_and(|(since, _)| now - since >= QUIET);
+        if quiet != std::mem::replace(&mut life.quiet, quiet) {
+            let actions = life.core.handle(now, primary::Input::Quiet(quiet));
+            assert!(actions.is_empty(), "{actions:?}");
+            self.seen.rests += u64::from(life.core.pace() == Pace::Rests);
+        }
+    }
+
+    /// Both ends of a connection say that they live, seldom while they rest.
     fn beat(&mut self, at: usize) {
-        if !self.now.as_millis().is_multiple_of(10) {
+        let side = self.sides[at].as_ref().expect("it lives");
+        let pace = match &side.life {
+            Some(life) => life.core.pace(),
+            None => side.backup.pace(),
+        };
+        let times = detector::Config::default();
+        let rests = pace == Pace::Rests && self.now - side.restless >= times.notice();
+        let pause = if rests { times.rest } else { times.interval };
+        if self.now < side.beaten + pause {
             return;
+        }
+        let side = self.sides[at].as_mut().expect("it lives");
+        side.beaten = self.now;
+        if pace != Pace::Rests {
+            side.restless = self.now;
         }
         for c in 0..self.connections.len() {
             let connection = &self.connections[c];
@@ -390,7 +445,7 @@ impl World {
             }
             for _ in 0..if self.chance(20) { 2 } else { 1 } {
                 let when = self.delay();
-                self.beats.push((when, 1 - at, c));
+                self.beats.push((when, 1 - at, c, pace));
             }
         }
     }
@@ -407,7 +462,7 @@ impl World {
                 let lives = self.sides.iter().flatten().filter_map(|s| s.life.as_ref());
                 let mut states = lives.map(|l| l.core.state());
                 if states.any(|s| s == primary::State::Protected { synced: true }) {
-                    return;
+                    return self.stay_protected();
                 }
             }
             if round < 3 {
@@ -415,5 +470,17 @@ impl World {
             }
         }
         panic!("not protected in fair weather: {:#?}", self.sides);
+    }
+
+    /// In fair weather nobody is suspected, whether he works or rests.
+    fn stay_protected(&mut self) {
+        // What the weather has left on its way is over by then.
+        for _ in 0..SETTLES {
+            self.step();
+        }
+        self.fair = true;
+        for _ in 0..WATCHED {
+            self.step();
+        }
     }
 }

@@ -36,7 +36,9 @@ impl World {
                     self.leaves(moment, "OC-1, FO-1: released");
                     self.seen.releases += 1;
                 }
-                primary::Action::Severed(..) => {
+                primary::Action::Severed(_, why) => {
+                    assert!(!self.fair, "FO-3: the backup is given up in fair weather: {why}");
+                    self.seen.rest_losses += u64::from(life.quiet);
                     if let Some(c) = life.connection.take() {
                         self.disconnect(c, 2000);
                     }
@@ -109,7 +111,10 @@ impl World {
                     assert!((held.generation, held.epoch) == (receipt.generation, receipt.epoch));
                     self.send(link(l), 1 - at, Message::Ack(receipt));
                 }
-                backup::Action::Ask { base, wanted } => self.ask(at, base, wanted),
+                backup::Action::Ask { base, wanted } => {
+                    assert!(!self.fair, "FO-3: the primary is suspected in fair weather");
+                    self.ask(at, base, wanted);
+                }
                 backup::Action::Promote { generation, from } => {
                     let held = side.held.take().expect("CP-2: nothing to go on from");
                     assert!(held.epoch == from && !held.provisional, "CP-2: {held:?}");
@@ -153,6 +158,8 @@ impl World {
             still: false,
             next: from.map_or(Epoch(1), |s| s.epoch.next()),
             full: false,
+            idle: None,
+            quiet: false,
             taken: BTreeMap::new(),
             connection: None,
         });

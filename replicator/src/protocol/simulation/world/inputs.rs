@@ -4,6 +4,7 @@ use super::{Message, Snapshot, World};
 use crate::Generation;
 use crate::protocol::LinkId;
 use crate::protocol::arbiter::{Arbiter, Claim, Verdict};
+use crate::protocol::detector::{Marks, Pace};
 use crate::protocol::simulation::{Mistake, Rules};
 use crate::protocol::{backup, primary};
 use crate::wire::Receipt;
@@ -20,12 +21,12 @@ impl World {
                 self.receive(at, c, m);
             }
         }
-        let here: Vec<usize> =
-            self.beats.iter().filter(|b| b.1 == at && b.0 <= self.now).map(|b| b.2).collect();
+        let mut here = self.beats.clone();
+        here.retain(|b| b.1 == at && b.0 <= self.now);
         self.beats.retain(|b| b.1 != at || b.0 > self.now);
-        for c in here {
+        for (_, _, c, pace) in here {
             if !self.connections[c].forgotten[at] {
-                self.heard(at, c);
+                self.heard(at, c, pace);
             }
         }
         let now = self.now;
@@ -48,11 +49,13 @@ impl World {
         }
     }
 
-    pub(super) fn heard(&mut self, at: usize, c: usize) {
+    pub(super) fn heard(&mut self, at: usize, c: usize, pace: Pace) {
         if self.connections[c].from == at {
-            self.primary_input(at, c, primary::Input::Heard);
+            self.primary_input(at, c, |link| primary::Input::Pulse { link, pace });
         } else {
-            self.backup_input(at, backup::Input::Heard(LinkId(c as u64)));
+            let now = self.now.as_millis() as u64;
+            let marks = Marks { work: now, runtime: now, long: false, pace };
+            self.backup_input(at, backup::Input::Pulse { link: LinkId(c as u64), marks });
         }
     }
 
