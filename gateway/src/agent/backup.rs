@@ -345,7 +345,10 @@ pub(super) async fn beat(shell: Arc<Standby>) {
             (Generation(status.generation), Epoch(status.epoch))
         };
         let progress = shell.progress.load(Ordering::Relaxed);
-        shell.endpoint.heartbeat(generation, epoch, progress);
+        // While it rests the primary's keep the connection: they are confirmed by the transport.
+        if shell.core.pace() != Pace::Rests {
+            shell.endpoint.heartbeat(generation, epoch, progress);
+        }
         if shell.core.next_deadline().is_some_and(|d| d <= shell.core.now()) {
             shell.core.handle(Input::Tick);
         }
