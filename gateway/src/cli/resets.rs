@@ -13,20 +13,29 @@ use smoltcp::wire::{IpProtocol, Ipv4Packet, Ipv6Packet, TcpPacket};
 #[derive(Debug)]
 struct Resets {
     server: SocketAddr,
-    /// Those that were seen to be established and did not end in good order, and which sides have
-    /// said that they have nothing more to send.
-    established: HashMap<SocketAddr, Ends>,
+    /// The last one of each. One that ended in good order stays in mind: a copy of its handshake may
+    /// come late.
+    seen: HashMap<SocketAddr, Seen>,
 }
 
+/// What was seen of a connection since the client's first word.
 #[derive(Debug, Default)]
-struct Ends {
-    client: bool,
-    server: bool,
+struct Seen {
+    established: bool,
+    /// Who has said that it has nothing more to send.
+    client_ended: bool,
+    server_ended: bool,
+}
+
+impl Seen {
+    fn has_ended(&self) -> bool {
+        self.client_ended && self.server_ended
+    }
 }
 
 impl Resets {
     fn new(server: SocketAddr) -> Self {
-        Self { server, established: HashMap::new() }
+        Self { server, seen: HashMap::new() }
     }
 
     /// Takes a packet in, from its IP header on; whether it resets a connection that was seen to be
@@ -34,7 +43,7 @@ impl Resets {
     fn heard(&mut self, packet: &[u8]) -> bool {
         let Some((from, to, tcp)) = segment(packet) else { return false };
         let (syn, ack, rst) = (tcp.syn(), tcp.ack(), tcp.rst());
-        if rst && !is_whole(from.ip(), to.ip(), tcp.as_ref()) {
+        if from == self.server && (rst || syn) && !is_whole(from.ip(), to.ip(), tcp.as_ref()) {
             return false;
         }
         let client = match (from == self.server, to == self.server) {
@@ -42,25 +51,22 @@ impl Resets {
             (_, true) => from,
             _ => return false,
         };
-        if from == self.server {
-            if syn && ack {
-                self.established.entry(client).or_default();
-            }
-            if rst {
-                return self.established.remove(&client).is_some();
-            }
-        } else if rst || (syn && !ack) {
-            // It gave up, or begins anew.
-            self.established.remove(&client);
+        if from != self.server && syn && !ack {
+            self.seen.insert(client, Seen::default());
+            return false;
         }
-        if tcp.fin()
-            && let Some(ends) = self.established.get_mut(&client)
-        {
-            *(if from == self.server { &mut ends.server } else { &mut ends.client }) = true;
-            if ends.client && ends.server {
-                // What answers a late copy of the last word resets nothing any more.
-                self.established.remove(&client);
+        if rst {
+            // What answers a late copy of the last word resets nothing any more.
+            let seen = self.seen.remove(&client).filter(|s| s.established && !s.has_ended());
+            return from == self.server && seen.is_some();
+        }
+        let Some(seen) = self.seen.get_mut(&client) else { return false };
+        match from == self.server {
+            true => {
+                seen.established |= syn && ack;
+                seen.server_ended |= tcp.fin();
             }
+            false => seen.client_ended |= tcp.fin(),
         }
         false
     }
@@ -192,24 +198,58 @@ mod tests {
             [("10.0.0.1:6379", "10.0.0.2:40000"), ("[fd00::1]:6379", "[fd00::2]:40000")]
         {
             let mut resets = Resets::new(server.parse().unwrap());
-            let mut heard = |from, to, flags| resets.heard(&packet(from, to, flags));
-            assert!(!heard(client, server, SYN));
-            assert!(!heard(server, client, RST | ACK), "refused, but never established");
-            assert!(!heard(client, server, SYN));
-            assert!(!heard(server, client, SYN | ACK));
-            assert!(heard(server, client, RST));
-            assert!(!heard(server, client, RST), "counted already");
-            assert!(!heard(server, client, SYN | ACK));
-            assert!(!heard(client, server, RST), "the client's own");
-            assert!(!heard(server, client, RST));
-            assert!(!heard(server, client, SYN | ACK));
-            assert!(!heard(client, server, FIN | ACK));
-            assert!(heard(server, client, RST), "the server had not closed yet");
-            assert!(!heard(server, client, SYN | ACK));
-            assert!(!heard(client, server, FIN | ACK));
-            assert!(!heard(server, client, FIN | ACK));
-            assert!(!heard(server, client, RST), "it had ended in good order");
+            let mut asks = |flags| resets.heard(&packet(client, server, flags));
+            assert!(!asks(SYN));
+            let mut says = |flags| resets.heard(&packet(server, client, flags));
+            assert!(!says(RST | ACK), "refused, but never established");
+            open(&mut resets, server, client);
+            let mut says = |flags| resets.heard(&packet(server, client, flags));
+            assert!(says(RST));
+            assert!(!says(RST), "counted already");
+            open(&mut resets, server, client);
+            let mut asks = |flags| resets.heard(&packet(client, server, flags));
+            assert!(!asks(RST), "the client's own");
+            assert!(!resets.heard(&packet(server, client, RST)));
+            open(&mut resets, server, client);
+            assert!(!resets.heard(&packet(client, server, FIN | ACK)));
+            let mut says = |flags| resets.heard(&packet(server, client, flags));
+            assert!(says(RST), "the server had not closed yet");
+            open(&mut resets, server, client);
+            assert!(!resets.heard(&packet(client, server, FIN | ACK)));
+            let mut says = |flags| resets.heard(&packet(server, client, flags));
+            assert!(!says(FIN | ACK));
+            assert!(!says(RST), "it had ended in good order");
         }
+    }
+
+    /// The link has copied the handshake's second part, and the copy came last.
+    #[test]
+    fn a_late_copy_of_a_handshake_opens_nothing() {
+        let (server, client) = ("10.0.0.1:6379", "10.0.0.2:40000");
+        let mut resets = Resets::new(server.parse().unwrap());
+        open(&mut resets, server, client);
+        assert!(!resets.heard(&packet(client, server, FIN | ACK)));
+        for flags in [FIN | ACK, SYN | ACK, RST, SYN | ACK, RST] {
+            assert!(!resets.heard(&packet(server, client, flags)));
+        }
+        open(&mut resets, server, client);
+        assert!(resets.heard(&packet(server, client, RST)), "a new one from the same port");
+    }
+
+    #[test]
+    fn a_handshake_that_the_client_could_not_read_has_opened_nothing() {
+        let (server, client) = ("10.0.0.1:6379", "10.0.0.2:40000");
+        let mut resets = Resets::new(server.parse().unwrap());
+        assert!(!resets.heard(&packet(client, server, SYN)));
+        let mut changed = packet(server, client, SYN | ACK);
+        changed[20 + 8] ^= 4;
+        assert!(!resets.heard(&changed));
+        assert!(!resets.heard(&packet(server, client, RST)));
+    }
+
+    fn open(resets: &mut Resets, server: &str, client: &str) {
+        assert!(!resets.heard(&packet(client, server, SYN)));
+        assert!(!resets.heard(&packet(server, client, SYN | ACK)));
     }
 
     #[test]
