@@ -5,6 +5,7 @@
 //! cargo run --release -p replicator --example stops -- [MEGABYTES [CONNECTIONS [STOPS]]]
 //! ```
 //! Before each stop every connection sets one key, and the answers are left in the sockets' queues.
+//! In turns, what was written is looked for before the stop by one processor or by two.
 //! Pinned: the server to the first processor, the stops to the last.
 
 use nix::sched::{CpuSet, sched_setaffinity};
@@ -83,7 +84,7 @@ fn main() {
     warm_up();
     let mut capturer = Capturer::adopt(pid, UnixDiag::open().expect("diag")).expect("adopted");
     let (mut state, mut pages) = (State::default(), PageSet::default());
-    let mut all: Vec<(Duration, StopTimes)> = Vec::new();
+    let mut all: [Vec<(Duration, StopTimes)>; 2] = Default::default();
     let mut key = 7;
     for round in 0..stops + 20 {
         for client in &mut clients {
@@ -98,7 +99,11 @@ fn main() {
         let done = loop {
             let _ = sched::set_fifo(20);
             capturer.pump().expect("it runs");
-            let done = capturer.precopy().and_then(|_| {
+            let ahead = match round % 2 {
+                0 => capturer.prepare().and_then(|()| capturer.precopy().map(drop)),
+                _ => capturer.prepare().and_then(|()| capturer.precopy_of_idle().map(drop)),
+            };
+            let done = ahead.and_then(|()| {
                 let before = begin.elapsed();
                 let epoch = Epoch(round as u64 + 1);
                 let times = capturer.stop(epoch, &mut NoBoundary, &mut state, &mut pages)?;
@@ -111,7 +116,7 @@ fn main() {
             }
         };
         if round >= 20 {
-            all.push(done);
+            all[round % 2].push(done);
         }
         for client in &mut clients {
             line(client);
@@ -120,6 +125,13 @@ fn main() {
     }
     capturer.detach().expect("let go");
     println!("{data} MB, {count} connections, {stops} stops: us at 50 % and 99 %");
+    for (how, all) in ["one processor before the stop:", "two processors:"].iter().zip(&all) {
+        println!("{how}");
+        table(all);
+    }
+}
+
+fn table(all: &[(Duration, StopTimes)]) {
     let tell = |name: &str, of: &dyn Fn(&(Duration, StopTimes)) -> Duration| {
         let mut values: Vec<Duration> = all.iter().map(of).collect();
         values.sort_unstable();
@@ -128,6 +140,7 @@ fn main() {
         println!("  {name:<12} {:>7} {:>7}", at(50), at(99));
     };
     tell("before", &|x| x.0);
+    tell("both", &|x| x.0 + x.1.total);
     tell("stop", &|x| x.1.total);
     tell("freeze", &|x| x.1.freeze);
     tell("memory", &|x| x.1.memory);

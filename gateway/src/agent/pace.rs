@@ -169,6 +169,11 @@ impl Pacer {
         now.saturating_sub(self.last.0)
     }
 
+    /// What the container has computed since the last stop, of `used` in all.
+    pub(super) fn busy(&self, used: Duration) -> Duration {
+        used.saturating_sub(self.last.1)
+    }
+
     /// What to do now.
     pub(super) fn look(&mut self, look: Look) -> Next {
         let Rates { min, max, gather, .. } = self.rates;
@@ -181,7 +186,7 @@ impl Pacer {
         if look.awaited {
             return Next::Stop;
         }
-        let busy = look.used.saturating_sub(self.last.1);
+        let busy = self.busy(look.used);
         let frames = look.output;
         if frames == 0 {
             self.waiting = None;

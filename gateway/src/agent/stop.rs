@@ -63,6 +63,9 @@ const ANOTHER_ROUND: usize = 2_000;
 const FILES_KEPT: usize = 1 << 20;
 /// Most rounds of pre-copy before one stop.
 const MAX_ROUNDS: usize = 4;
+/// A container that has computed less than this since the last stop has answered somebody and sleeps
+/// again.
+const LITTLE: Duration = Duration::from_micros(250);
 
 /// A checkpoint on its way to the shipper, or empty buffers on their way back.
 #[derive(Debug, Default)]
@@ -400,7 +403,8 @@ impl StopLoop {
                 volumes.begin_full();
             }
         }
-        let result = self.prepare_and_stop(&mut taken, last);
+        let idle = !full && self.pacer.busy(self.capturer.cpu_time()) < LITTLE;
+        let result = self.prepare_and_stop(&mut taken, last, idle);
         if let Some(error) = self.seal_failed.take() {
             if last {
                 self.capturer.go_on()?;
@@ -451,10 +455,20 @@ impl StopLoop {
         Ok(())
     }
 
-    fn prepare_and_stop(&mut self, taken: &mut Taken, last: bool) -> Result<(), CaptureError> {
+    /// `idle` says that the container has hardly done anything since the last stop.
+    fn prepare_and_stop(
+        &mut self,
+        taken: &mut Taken,
+        last: bool,
+        idle: bool,
+    ) -> Result<(), CaptureError> {
         self.capturer.prepare()?;
-        for _ in 0..MAX_ROUNDS {
-            if self.capturer.precopy()? < ANOTHER_ROUND {
+        for round in 0..MAX_ROUNDS {
+            let copied = match idle && round == 0 {
+                true => self.capturer.precopy_of_idle()?,
+                false => self.capturer.precopy()?,
+            };
+            if copied < ANOTHER_ROUND {
                 break;
             }
             drain_signals(&self.signals);

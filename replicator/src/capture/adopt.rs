@@ -63,7 +63,7 @@ impl Capturer {
             refusals: refusals::Refusals::default(),
             remains: lineage::Remains::default(),
             farewells: farewell::Farewells::default(),
-            helper: memory::Helper::of(root),
+            helpers: memory::Helpers::of(root),
         })
     }
 

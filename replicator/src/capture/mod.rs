@@ -60,7 +60,7 @@ use crate::image::pages::PageSet;
 use crate::sys::ptrace::Status;
 use crate::sys::remote::Batch;
 use crate::sys::unix_diag::UnixDiag;
-use memory::AddressSpace;
+use memory::{AddressSpace, Job, Written};
 use process::Attributes;
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
@@ -169,7 +169,7 @@ pub struct Capturer {
     remains: lineage::Remains,
     farewells: farewell::Farewells,
     /// Looks for written pages while the container stands still.
-    helper: Option<memory::Helper>,
+    helpers: memory::Helpers,
 }
 
 impl Capturer {
@@ -276,6 +276,7 @@ impl Capturer {
     /// there is no such process. Everything that can be refused without a stop is refused here.
     pub fn prepare(&mut self) -> Result<(), CaptureError> {
         self.follow_changes();
+        self.helpers.follow();
         if self.glances != Glances::Off {
             self.files.make_ready();
         }
@@ -343,6 +344,21 @@ impl Capturer {
     /// One round of pre-copy: copies what was written since the last round while the container
     /// runs, and reads what rarely changes. Gives the number of pages copied.
     pub fn precopy(&mut self) -> Result<usize, CaptureError> {
+        self.copy_ahead(None)
+    }
+
+    /// The same for a container that does nothing at the moment: its processors look for written pages,
+    /// too, as they do in a stop.
+    pub fn precopy_of_idle(&mut self) -> Result<usize, CaptureError> {
+        let job = self.begin_scan(true)?;
+        let copied = self.copy_ahead(Some(&job));
+        if copied.is_err() {
+            self.give_up(&job);
+        }
+        copied
+    }
+
+    fn copy_ahead(&mut self, job: Option<&Job>) -> Result<usize, CaptureError> {
         let Self { processes, pages, objects, diag, namespaces, .. } = self;
         let before = pages.pages();
         for (pid, tracked) in processes {
@@ -355,10 +371,15 @@ impl Capturer {
                 let handle = tracked.handle.as_fd();
                 tracked.files.look_ahead(*pid, handle, objects, diag)
             });
-            let round =
-                tracked.threads.glance().map_err(CaptureError::from).and_then(|sequence| {
-                    tracked.space.round(pages, objects, false, None, sequence)
-                });
+            let round = match job {
+                Some(job) => {
+                    let written = Written::FoundBy(job);
+                    tracked.space.round(pages, objects, false, written, None)
+                }
+                None => tracked.threads.glance().map_err(CaptureError::from).and_then(|sequence| {
+                    tracked.space.round(pages, objects, false, Written::Taken, sequence)
+                }),
+            };
             match (round, read) {
                 (Ok(()), Ok(())) => {
                     let locked = tracked.attributes.locked;

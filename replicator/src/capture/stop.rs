@@ -67,28 +67,37 @@ impl Capturer {
         lap: &mut Lap,
     ) -> Result<State, CaptureError> {
         self.attach_new()?;
-        let job = self.begin_scan()?;
+        let job = self.begin_scan(false)?;
         spent(&mut times.memory, &mut times.kinds.memory, lap);
         let captured = self.capture_with(&job, times, lap);
         if captured.is_err() {
-            self.processes.values_mut().for_each(|t| t.space.give_up(&job));
+            self.give_up(&job);
         }
         captured
     }
 
-    /// Lets the scan of all memory begin, elsewhere if there is a processor for it.
-    fn begin_scan(&mut self) -> Result<Arc<Job>, CaptureError> {
+    /// Keeps what a job has found although nobody will take it.
+    pub(super) fn give_up(&mut self, job: &Job) {
+        self.processes.values_mut().for_each(|t| t.space.give_up(job));
+    }
+
+    /// Lets the scan of all memory begin, elsewhere if there is a processor for it. Processes that run
+    /// (`running`) may end meanwhile.
+    pub(super) fn begin_scan(&mut self, running: bool) -> Result<Arc<Job>, CaptureError> {
         let mut job = Job::default();
         for tracked in self.processes.values_mut() {
-            let sequence = tracked.threads.glance()?;
-            if !self.refusals.collecting() {
-                tracked.space.begin(&mut job, sequence)?;
+            let begun =
+                tracked.threads.glance().and_then(|sequence| match self.refusals.collecting() {
+                    true => Ok(()),
+                    false => tracked.space.begin(&mut job, sequence),
+                });
+            match begun {
+                Err(e) if running && e.is_gone() => {}
+                other => other?,
             }
         }
         let job = Arc::new(job);
-        if let Some(helper) = &self.helper {
-            helper.call(&job);
-        }
+        self.helpers.call(&job);
         Ok(job)
     }
 
@@ -177,7 +186,8 @@ impl Capturer {
             if self.refusals.collecting() {
                 tracked.space.look(&mut self.objects)?;
             } else {
-                tracked.space.round(&mut self.pages, &mut self.objects, true, Some(job), None)?;
+                let written = memory::Written::FoundBy(job);
+                tracked.space.round(&mut self.pages, &mut self.objects, true, written, None)?;
             }
             let volumes = self.tmpfs.volumes();
             refuse_mappings(*pid, tracked.space.vmas(), volumes, &mut self.refusals)?;

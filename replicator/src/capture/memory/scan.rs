@@ -14,7 +14,7 @@ use nix::unistd::Pid;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Bytes of memory in one piece.
 const PIECE: u64 = 8 << 20;
@@ -26,6 +26,8 @@ const PATIENCE: u32 = 1_000;
 const PAUSE: Duration = Duration::from_micros(20);
 /// Real-time priority of the helper: that of the stop thread.
 const PRIORITY: i32 = 20;
+/// How often it is looked whether the container has moved to other processors.
+const FOLLOW: Duration = Duration::from_secs(1);
 
 /// A part of one process's memory.
 #[derive(Debug)]
@@ -112,9 +114,48 @@ impl Job {
     }
 }
 
+/// The thread that helps, if there is a processor for it, and where it belongs: a container may be given
+/// other processors at any time.
+#[derive(Debug)]
+pub(in crate::capture) struct Helpers {
+    root: i32,
+    helper: Option<Helper>,
+    places: Option<(CpuSet, CpuSet)>,
+    looked: Instant,
+}
+
+impl Helpers {
+    /// For a container whose first process has this host pid, and the calling thread.
+    pub(in crate::capture) fn of(root: i32) -> Self {
+        let places = places(root);
+        let helper = places.and_then(|(theirs, ours)| Helper::at(theirs, ours));
+        Self { root, helper, places, looked: Instant::now() }
+    }
+
+    /// Moves it to where the container runs now; looks now and then only. Not for a stop: it may
+    /// start a thread.
+    pub(in crate::capture) fn follow(&mut self) {
+        if self.looked.elapsed() < FOLLOW {
+            return;
+        }
+        self.looked = Instant::now();
+        let now = places(self.root);
+        if now.is_some() && now != self.places {
+            *self = Self::of(self.root);
+        }
+    }
+
+    /// Has it take part in a job, if that is worth its while.
+    pub(in crate::capture) fn call(&self, job: &Arc<Job>) {
+        if let Some(helper) = &self.helper {
+            helper.call(job);
+        }
+    }
+}
+
 /// A thread that helps.
 #[derive(Debug)]
-pub(in crate::capture) struct Helper {
+struct Helper {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
 }
@@ -132,10 +173,9 @@ struct Order {
 }
 
 impl Helper {
-    /// One that runs where the process with this host pid does. None where that leaves but one
-    /// processor for it and the calling thread.
-    pub(in crate::capture) fn of(root: i32) -> Option<Self> {
-        let (theirs, ours) = (affinity(root)?, affinity(0)?);
+    /// One that runs at these processors. None where that leaves but one for it and a caller at
+    /// `ours`.
+    fn at(theirs: CpuSet, ours: CpuSet) -> Option<Self> {
         let either = |cpu| {
             let has = |set: &CpuSet| set.is_set(cpu).unwrap_or(false);
             has(&theirs) || has(&ours)
@@ -165,8 +205,7 @@ impl Helper {
         }
     }
 
-    /// Has it take part in a job, if that is worth its while.
-    pub(in crate::capture) fn call(&self, job: &Arc<Job>) {
+    fn call(&self, job: &Arc<Job>) {
         if job.bytes >= WORTH {
             lock(&self.shared.order).job = Some(job.clone());
             self.shared.come.notify_one();
@@ -192,8 +231,10 @@ fn help(shared: &Shared) {
     }
 }
 
-fn affinity(pid: i32) -> Option<CpuSet> {
-    sched_getaffinity(Pid::from_raw(pid)).ok()
+/// The processors of a process, and of the calling thread.
+fn places(pid: i32) -> Option<(CpuSet, CpuSet)> {
+    let of = |pid| sched_getaffinity(Pid::from_raw(pid)).ok();
+    Some((of(pid)?, of(0)?))
 }
 
 impl Drop for Helper {
@@ -236,7 +277,7 @@ mod tests {
         };
         let me = std::process::id() as i32;
         let pagemap = Arc::new(Pagemap::open(me).expect("pagemap"));
-        let helper = Helper::of(me);
+        let helper = Helpers::of(me);
         let (start, mut buffer) = (memory.as_ptr() as u64, Buffer::default());
         for round in 0..20 {
             let mut wanted: Vec<u64> = (0..LEN / PAGE)
@@ -249,9 +290,7 @@ mod tests {
             let mut job = Job::default();
             job.add(&pagemap, me, start, start + LEN as u64);
             let job = Arc::new(job);
-            if let Some(helper) = &helper {
-                helper.call(&job);
-            }
+            helper.call(&job);
             let mut found = Vec::new();
             let scan = job.collect(me, &mut buffer, &mut found).expect("scanned");
             assert_eq!(scan, Scan::Complete);
@@ -264,6 +303,42 @@ mod tests {
             job.collect(me, &mut buffer, &mut again).expect("nothing is left");
             assert!(again.is_empty());
         }
+    }
+
+    #[test]
+    fn a_helper_follows_to_other_processors() {
+        let me = nix::unistd::gettid();
+        let all = sched_getaffinity(me).expect("known");
+        let set: Vec<usize> = (0..CpuSet::count()).filter(|c| all.is_set(*c) == Ok(true)).collect();
+        let [first, .., last] = set[..] else {
+            println!("skipped: one processor");
+            return;
+        };
+        let only = |cpu| {
+            let mut set = CpuSet::new();
+            set.set(cpu).expect("a processor");
+            set
+        };
+        let mut child = std::process::Command::new("sleep").arg("600").spawn().expect("a child");
+        let root = child.id() as i32;
+        let place = |pid: Pid, cpu| sched_setaffinity(pid, &only(cpu)).expect("placed");
+        place(me, first);
+        place(Pid::from_raw(root), first);
+        let mut helpers = Helpers::of(root);
+        assert!(helpers.helper.is_none(), "one processor for both");
+        place(Pid::from_raw(root), last);
+        helpers.looked -= FOLLOW;
+        helpers.follow();
+        assert!(helpers.helper.is_some(), "one for each");
+        place(Pid::from_raw(root), first);
+        helpers.follow();
+        assert!(helpers.helper.is_some(), "it looks now and then");
+        helpers.looked -= FOLLOW;
+        helpers.follow();
+        assert!(helpers.helper.is_none(), "one for both again");
+        child.kill().expect("ended");
+        child.wait().expect("gone");
+        sched_setaffinity(me, &all).expect("as before");
     }
 
     #[test]
