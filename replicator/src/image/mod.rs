@@ -116,6 +116,7 @@ pub struct Process {
     /// Fields of the kernel's mm_struct that prctl(2) PR_SET_MM_MAP sets.
     pub mm: MmFields,
     /// The auxiliary vector, as /proc/PID/auxv gives it.
+    #[serde(with = "serde_bytes")]
     pub auxv: Vec<u8>,
     /// The program, as /proc/PID/exe gives it.
     pub exe: String,
@@ -257,6 +258,7 @@ pub struct Thread {
     /// system call has been set back to its own instruction.
     pub regs: Regs,
     /// The extended state (PTRACE_GETREGSET, NT_X86_XSTATE), standard format.
+    #[serde(with = "serde_bytes")]
     pub xstate: Vec<u8>,
     /// Blocked signals.
     pub blocked: u64,
@@ -443,6 +445,7 @@ pub struct Pipe {
     /// Capacity, as fcntl(2) F_GETPIPE_SZ gives it.
     pub capacity: u32,
     /// Bytes in it, oldest first.
+    #[serde(with = "serde_bytes")]
     pub contents: Vec<u8>,
     /// Lengths of the pieces that one read gives at most (packet mode, O_DIRECT); their sum is
     /// that of the contents.

@@ -105,8 +105,10 @@ pub struct TcpConnection {
     /// Sequence number expected next from the peer, its FIN counted.
     pub rcv_nxt: u32,
     /// Written but not acknowledged.
+    #[serde(with = "serde_bytes")]
     pub send_queue: Vec<u8>,
     /// Received but not read.
+    #[serde(with = "serde_bytes")]
     pub receive_queue: Vec<u8>,
     /// TCP_REPAIR_WINDOW: snd_wl1, snd_wnd, max_window, rcv_wnd, rcv_wup.
     pub window: [u32; 5],
@@ -171,10 +173,12 @@ pub struct Young {
     /// Window that the client announced last, as on the wire.
     pub window: u16,
     /// What the client has sent.
+    #[serde(with = "serde_bytes")]
     pub received: Vec<u8>,
     /// The client has closed its side after that.
     pub fin: bool,
     /// The frame with our SYN, to be sent again to a client that has not answered.
+    #[serde(with = "serde_bytes")]
     pub syn_ack: Vec<u8>,
 }
 
@@ -228,6 +232,7 @@ pub struct Datagram {
     /// Address of ours that it was sent to.
     pub to: IpAddr,
     /// Its bytes.
+    #[serde(with = "serde_bytes")]
     pub bytes: Vec<u8>,
 }
 

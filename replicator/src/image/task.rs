@@ -203,6 +203,7 @@ pub struct ThreadSettings {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Filter {
     /// Instructions: struct sock_filter, eight bytes each.
+    #[serde(with = "serde_bytes")]
     pub program: Vec<u8>,
     /// SECCOMP_FILTER_FLAG_LOG
     pub log: bool,

@@ -10,6 +10,7 @@ pub struct Terminal {
     /// What its controlling end was opened as.
     pub path: String,
     /// Attributes: struct termios2 as bytes.
+    #[serde(with = "serde_bytes")]
     pub attributes: Vec<u8>,
     /// Rows, columns and pixels.
     pub window: [u16; 4],
@@ -43,6 +44,7 @@ pub struct Terminal {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Line {
     /// Its bytes, with what ended it, unless that was the end-of-file character.
+    #[serde(with = "serde_bytes")]
     pub bytes: Vec<u8>,
     /// It was ended by the end-of-file character.
     pub end_of_file: bool,

@@ -26,6 +26,7 @@ pub struct UnixSocket {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UnixName {
     /// As bind(2) was called with it: a path, or zero and an abstract name.
+    #[serde(with = "serde_bytes")]
     pub bytes: Vec<u8>,
     /// Of a path that is not absolute: the directory it was bound in, if that is known.
     pub directory: Option<String>,
@@ -75,6 +76,7 @@ pub struct UnixCredentials {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UnixMessage {
     /// Its bytes.
+    #[serde(with = "serde_bytes")]
     pub bytes: Vec<u8>,
     /// The name of the sender of a datagram.
     pub from: Option<Vec<u8>>,
