@@ -294,3 +294,18 @@ pub struct FailoverPhases {
     /// From suspicion to running.
     pub total: f64,
 }
+
+impl FailoverPhases {
+    /// What comes one after the other from the suspicion on, with its name.
+    pub(crate) fn in_order(&self) -> [(&'static str, f64); 7] {
+        [
+            ("fence", self.fence),
+            ("apply", self.apply),
+            ("prepare", self.prepare),
+            ("connect", self.connect),
+            ("finish", self.finish),
+            ("plug", self.plug),
+            ("run", self.run),
+        ]
+    }
+}

@@ -17,7 +17,7 @@ use super::files::FilesReport;
 use super::histories::Histories;
 use super::numbers::{Spread, micros, millis};
 use super::progress::Progress;
-use super::report::RunReport;
+use super::report::{FailoverReport, RunReport};
 use super::run::{self, Plan, REPLY_TIMEOUT, run_once};
 use super::signals::{self, Interrupted};
 
@@ -51,6 +51,8 @@ pub(super) struct DrillReport {
     pub(super) stop_us: Spread<u64>,
     /// From suspicion until the container ran again.
     pub(super) failover_ms: MedianAndMax,
+    /// The same by phase, after how long it took to notice; in order, and none without a failover.
+    pub(super) failover_phases_ms: Vec<PhaseFigures>,
     pub(super) seed: u64,
     /// Whether output waited for its checkpoint. If not, this was the control, and loss is what
     /// it is there to show.
@@ -74,6 +76,14 @@ pub(super) struct MedianAndMax {
     pub(super) max: f64,
 }
 
+/// What one phase of a failover took in all runs that had one.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub(super) struct PhaseFigures {
+    pub(super) phase: &'static str,
+    #[serde(flatten)]
+    pub(super) took: MedianAndMax,
+}
+
 /// A run that was no success.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub(super) struct FailedRun {
@@ -82,6 +92,32 @@ pub(super) struct FailedRun {
     /// Its seed.
     pub(super) seed: u64,
     pub(super) why: String,
+}
+
+impl MedianAndMax {
+    fn of(values: impl Iterator<Item = f64>) -> Self {
+        let spread = Spread::of(values);
+        Self { p50: spread.p50, max: spread.max }
+    }
+}
+
+/// The figures of each phase.
+fn by_phase<'a>(failovers: impl Iterator<Item = &'a FailoverReport>) -> Vec<PhaseFigures> {
+    let mut phases: Vec<(&'static str, Vec<f64>)> = Vec::new();
+    for failover in failovers {
+        let detect = ("detect", failover.detect_ms.unwrap_or(failover.phases.silence));
+        for (phase, ms) in [detect].into_iter().chain(failover.phases.in_order()) {
+            match phases.iter_mut().find(|(name, _)| *name == phase) {
+                Some((_, all)) => all.push(ms),
+                None => phases.push((phase, vec![ms])),
+            }
+        }
+    }
+    let figures = |(phase, all): (_, Vec<f64>)| PhaseFigures {
+        phase,
+        took: MedianAndMax::of(all.into_iter()),
+    };
+    phases.into_iter().map(figures).collect()
 }
 
 /// One run: a report, or why there is none.
@@ -114,8 +150,7 @@ impl DrillReport {
     ) -> Self {
         let reports = || outcomes.iter().filter_map(|(_, outcome)| outcome.as_ref().ok());
         let sum = |figure| reports().map(|report| report.sum(figure)).sum();
-        let failovers = || reports().flat_map(|report| &report.failovers).map(|f| f.total_ms);
-        let spread = Spread::of(failovers());
+        let failovers = || reports().flat_map(|report| &report.failovers);
         let failed = outcomes.iter().zip(1..).filter_map(|((seed, outcome), run)| {
             let why = match outcome {
                 Ok(report) => report.complaint()?,
@@ -141,7 +176,8 @@ impl DrillReport {
             stop_us: Spread::of(
                 reports().flat_map(|report| report.records.iter().map(|epoch| epoch.stop_us)),
             ),
-            failover_ms: MedianAndMax { p50: spread.p50, max: spread.max },
+            failover_ms: MedianAndMax::of(failovers().map(|f| f.total_ms)),
+            failover_phases_ms: by_phase(failovers()),
             seed,
             output_commit,
             failed: failed.collect(),
@@ -188,6 +224,11 @@ impl DrillReport {
             ),
             format!("  seed      {}", self.seed),
         ];
+        let phase = |p: &PhaseFigures| format!("{} {}", p.phase, millis(p.took.p50));
+        if !self.failover_phases_ms.is_empty() {
+            let phases: Vec<String> = self.failover_phases_ms.iter().map(phase).collect();
+            lines.insert(4, format!("            of it {} (medians)", phases.join(", ")));
+        }
         lines.extend(self.histories.line().map(|line| format!("  history   {line}")));
         lines.extend(self.files.as_ref().map(|f| {
             let wrong = if f.wrong.is_empty() { "all as they should be" } else { "NOT ALL WHOLE" };
@@ -380,6 +421,37 @@ mod tests {
         let failed: Vec<_> = drill.failed.iter().map(|f| (f.run, f.seed, &f.why[..])).collect();
         assert_eq!(failed, [(2, 8, "3 acknowledged writes lost"), (3, 9, "no")]);
         assert!(DrillReport::of("redis", 7, true, &faults, &outcomes[..1]).is_success());
+    }
+
+    #[test]
+    fn failovers_are_told_by_phase() {
+        use crate::agent::status::FailoverPhases;
+        let with = |apply: f64, detect_ms| {
+            let phases = FailoverPhases { apply, silence: 4.0, ..FailoverPhases::default() };
+            let failover = FailoverReport {
+                container: "redis".to_owned(),
+                host: "beta".to_owned(),
+                generation: 2,
+                epoch: 9,
+                detect_ms,
+                outage_ms: None,
+                phases,
+                total_ms: apply,
+                connections: 1,
+                silent_peers: 0,
+                replayed_frames: 0,
+            };
+            RunReport { failovers: vec![failover], ..report(50.0, 0) }
+        };
+        let outcomes = vec![(1, Ok(with(2.0, Some(30.0)))), (2, Ok(with(6.0, None)))];
+        let drill = DrillReport::of("redis", 1, true, &[], &outcomes);
+        let names: Vec<_> = drill.failover_phases_ms.iter().map(|p| p.phase).collect();
+        assert_eq!(names[..3], ["detect", "fence", "apply"]);
+        let max = |at: usize| drill.failover_phases_ms[at].took.max;
+        assert_eq!((max(0), max(1), max(2)), (30.0, 0.0, 6.0));
+        assert!(drill.text().contains("of it detect "), "{}", drill.text());
+        let none = DrillReport::of("redis", 1, true, &[], &[(1, Ok(report(50.0, 0)))]);
+        assert!(!none.text().contains("of it"));
     }
 
     #[test]

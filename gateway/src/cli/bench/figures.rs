@@ -329,17 +329,9 @@ impl Timeline {
     pub(super) fn of(run: &RunReport) -> Option<Self> {
         let failover = run.failover.as_ref()?;
         let phases = failover.phases;
+        let detect = ("detect", failover.detect_ms.unwrap_or(phases.silence));
         Some(Self {
-            phases_ms: vec![
-                ("detect", failover.detect_ms.unwrap_or(phases.silence)),
-                ("fence", phases.fence),
-                ("apply", phases.apply),
-                ("prepare", phases.prepare),
-                ("connect", phases.connect),
-                ("finish", phases.finish),
-                ("plug", phases.plug),
-                ("run", phases.run),
-            ],
+            phases_ms: [detect].into_iter().chain(phases.in_order()).collect(),
             outage_ms: failover.outage_ms?,
             gap_ms: run.gap_ms(),
         })
