@@ -2,9 +2,10 @@
 //! and each kind of object takes.
 //!
 //! ```text
-//! cargo run --release -p replicator --example stops -- [MEGABYTES [CONNECTIONS [STOPS]]]
+//! cargo run --release -p replicator --example stops -- [MEGABYTES [CONNECTIONS [STOPS [ACTIVE]]]]
 //! ```
-//! Before each stop every connection sets one key, and the answers are left in the sockets' queues.
+//! Before each stop every connection, or so many of them, sets one key, and the answers are left in the
+//! sockets' queues.
 //! In turns, what was written is looked for before the stop by one processor or by two.
 //! Pinned: the server to the first processor, the stops to the last.
 
@@ -50,6 +51,7 @@ fn main() {
         numbers.next().unwrap_or(50),
         numbers.next().unwrap_or(500),
     );
+    let active = numbers.next().unwrap_or(count);
     let port = 20_000 + (std::process::id() % 20_000) as u16;
     let child = Command::new("redis-server")
         .args(["--port", &port.to_string(), "--save", "", "--enable-debug-command", "yes"])
@@ -87,11 +89,11 @@ fn main() {
     let mut all: [Vec<(Duration, StopTimes)>; 2] = Default::default();
     let mut key = 7;
     for round in 0..stops + 20 {
-        for client in &mut clients {
+        for client in clients.iter_mut().take(active) {
             key = key * 31 % keys.max(1) + 1;
             write!(client, "SET k:{key} {round:0150}\r\n").expect("sent");
         }
-        for client in &mut clients {
+        for client in clients.iter_mut().take(active) {
             // Without taking it: the answers stay.
             while client.peek(&mut [0; 5]).is_ok_and(|n| n < 5) {}
         }
@@ -118,13 +120,15 @@ fn main() {
         if round >= 20 {
             all[round % 2].push(done);
         }
-        for client in &mut clients {
+        for client in clients.iter_mut().take(active) {
             line(client);
         }
         std::thread::sleep(Duration::from_millis(1));
     }
     capturer.detach().expect("let go");
-    println!("{data} MB, {count} connections, {stops} stops: us at 50 % and 99 %");
+    println!(
+        "{data} MB, {count} connections, {active} of them active, {stops} stops: us at 50 % and 99 %"
+    );
     for (how, all) in ["one processor before the stop:", "two processors:"].iter().zip(&all) {
         println!("{how}");
         table(all);
