@@ -52,9 +52,8 @@ mod head {
     pub(super) const LEN: usize = 176;
 }
 
-/// Place of the head on the stack, and of eight bytes for pointers on their way.
+/// Place of the head on the stack.
 const HEAD: i16 = -(head::LEN as i16);
-const POINTER: i16 = HEAD - 8;
 /// A program has 512 bytes of stack.
 const STACK: usize = 512;
 
@@ -269,32 +268,38 @@ fn write_head(a: &mut Assembler, btf: &Btf) -> io::Result<()> {
     a.store(Double, FP, at(head::TIME), 0);
     // The word of the table that says whether it is closed on exec.
     a.load(Double, 3, 9, offset(btf, "task_struct", "files")?);
-    for (of, path) in [("files_struct", "fdt"), ("fdtable", "close_on_exec")] {
-        a.add(3, offset(btf, of, path)?.into());
-        peek(a, POINTER, 8);
-        a.load(Double, 3, FP, POINTER);
-    }
+    a.load(Double, 3, 3, offset(btf, "files_struct", "fdt")?);
+    a.load(Double, 3, 3, offset(btf, "fdtable", "close_on_exec")?);
     a.load(Word, 1, FP, at(head::FD));
     a.shift_right(1, 6);
     a.shift_left(1, 3);
     a.add_reg(3, 1);
     peek(a, at(head::CLOEXEC), 8);
-    // The first epoll instance that watches it.
+    // The first epoll instance that watches it: what is asked of the item lies close together.
     a.load(Double, 3, 8, file("f_ep")?);
-    peek(a, POINTER, 8);
-    a.load(Double, 9, FP, POINTER);
-    a.jump(If::Equal, 9, 0, "unwatched");
+    a.load(Double, 3, 3, offset(btf, "hlist_head", "first")?);
+    a.jump(If::Equal, 3, 0, "unwatched");
     let item = |path| offset(btf, "epitem", path);
-    a.add(9, -i32::from(item("fllink")?));
-    for (path, place, len) in [
-        ("ffd.fd", head::WATCHED_AS, 4),
-        ("ep", head::WATCHER, 8),
-        ("event.events", head::EVENTS, 4),
-        ("event.data", head::EVENT_DATA, 8),
-    ] {
-        a.mov(3, 9);
-        a.add(3, item(path)?.into());
-        peek(a, at(place), len);
+    let wanted = [
+        (item("ffd.fd")?, head::WATCHED_AS, 1),
+        (item("ep")?, head::WATCHER, 2),
+        (item("event.events")?, head::EVENTS, 1),
+        (item("event.data")?, head::EVENT_DATA, 2),
+    ];
+    let first = wanted.iter().map(|(from, ..)| *from).fold(i16::MAX, i16::min);
+    let last = wanted.iter().map(|(from, _, words)| from + 4 * words).fold(0, i16::max);
+    let length = (last - first + 7) & !7;
+    let copy = HEAD - length;
+    if usize::from(copy.unsigned_abs()) > STACK || wanted.iter().any(|(f, ..)| f % 4 != 0) {
+        return Err(io::Error::new(io::ErrorKind::Unsupported, "an item of epoll is too large"));
+    }
+    a.add(3, i32::from(first) - i32::from(item("fllink")?));
+    peek(a, copy, (last - first).into());
+    for (from, place, words) in wanted {
+        for word in 0..words {
+            a.load(Word, 1, FP, copy + from - first + 4 * word);
+            a.store(Word, FP, at(place) + 4 * word, 1);
+        }
     }
     a.label("unwatched");
     Ok(())
