@@ -4,8 +4,9 @@
 use super::memory::{self, AddressSpace};
 use super::tracer::{self, Tracer};
 use super::{
-    CaptureError, Capturer, Glances, Tracked, advice, farewell, files, lineage, maps, namespaces,
-    objects, process, refusals, sharing, surroundings, sysv, threads, timers, tmpfs, waits,
+    CaptureError, Capturer, Glances, Tracked, advice, direct, farewell, files, lineage, maps,
+    namespaces, objects, process, refusals, sharing, surroundings, sysv, threads, timers, tmpfs,
+    waits,
 };
 use crate::image::pages::PageSet;
 use crate::sys::remote::{self, Batch, Call, SCRATCH};
@@ -55,6 +56,7 @@ impl Capturer {
             diag,
             files: files::Memory::default(),
             pages: PageSet::default(),
+            settled: (0, 0),
             batch: Batch::new(),
             interrupted: waits::Interrupted::default(),
             end: None,
@@ -151,12 +153,15 @@ impl Capturer {
         let uffd = pidfd::get_fd(handle.as_fd(), number as i32);
         self.batch.push(Call::new(libc::SYS_close, &[number as u64]));
         self.batch.run_all_ok(pid)?;
+        let mut threads = threads::Threads::open(pid, self.glances);
+        threads.glance()?;
         Ok(Tracked {
             space: AddressSpace::new(pid, attributes.pid, uffd?, self.glances)?,
             advice: advice::Advices::default(),
             handle,
-            threads: threads::Threads::open(pid, self.glances),
-            files: files::Files::open(pid, self.glances),
+            direct: direct::Direct::new(threads.reads(pid)),
+            threads,
+            files: files::Files::open(pid, self.glances, self.tmpfs.uncached()),
             attributes,
             is_doubtful: true,
             read: None,

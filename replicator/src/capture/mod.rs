@@ -14,6 +14,7 @@
 
 mod adopt;
 mod advice;
+mod direct;
 mod error;
 mod farewell;
 mod fdinfo;
@@ -105,6 +106,7 @@ struct Tracked {
     advice: advice::Advices,
     threads: threads::Threads,
     files: files::Files,
+    direct: direct::Direct,
     attributes: Attributes,
     /// They were read while it ran, and are others than in the stop before.
     is_doubtful: bool,
@@ -129,6 +131,28 @@ impl Tracked {
         self.is_doubtful |= attributes != self.attributes;
         (self.attributes, self.read) = (attributes, Some(begin));
         Ok(())
+    }
+
+    /// A round of pre-copy, which a job may have begun. `look_ahead` has looked at the descriptors.
+    fn round(
+        &mut self,
+        pid: i32,
+        pages: &mut PageSet,
+        objects: &mut objects::Objects,
+        job: Option<&Job>,
+    ) -> Result<(), CaptureError> {
+        if let Some(job) = job {
+            return self.space.round(pages, objects, false, Written::FoundBy(job), None);
+        }
+        let sequence = self.threads.glance()?;
+        self.direct.round(|| self.threads.reads(pid));
+        self.space.round(pages, objects, false, Written::Taken, sequence)
+    }
+
+    /// All threads stand still, and a glance was taken: whether it may have read past the page cache while a round took its pages.
+    fn may_have_read_directly(&mut self, pid: i32) -> bool {
+        let seen = self.files.have_shown_direct();
+        self.direct.was_possible(self.threads.reads(pid), seen)
     }
 }
 
@@ -158,6 +182,8 @@ pub struct Capturer {
     diag: UnixDiag,
     files: files::Memory,
     pages: PageSet,
+    /// Runs and pages of these that no read past the page cache has made wrong.
+    settled: (usize, usize),
     batch: Batch,
     interrupted: waits::Interrupted,
     /// How its init has ended.
@@ -243,6 +269,7 @@ impl Capturer {
         self.processes.clear();
         self.objects.clear();
         self.pages.clear();
+        self.settled = (0, 0);
     }
 
     /// The next stop that succeeds is the last one: the container stands still after it, until
@@ -344,12 +371,14 @@ impl Capturer {
     /// One round of pre-copy: copies what was written since the last round while the container
     /// runs, and reads what rarely changes. Gives the number of pages copied.
     pub fn precopy(&mut self) -> Result<usize, CaptureError> {
+        self.read_again_ahead()?;
         self.copy_ahead(None)
     }
 
     /// The same for a container that does nothing at the moment: its processors look for written pages,
     /// too, as they do in a stop.
     pub fn precopy_of_idle(&mut self) -> Result<usize, CaptureError> {
+        self.read_again_ahead()?;
         let job = self.begin_scan(true)?;
         let copied = self.copy_ahead(Some(&job));
         if copied.is_err() {
@@ -371,15 +400,7 @@ impl Capturer {
                 let handle = tracked.handle.as_fd();
                 tracked.files.look_ahead(*pid, handle, objects, diag)
             });
-            let round = match job {
-                Some(job) => {
-                    let written = Written::FoundBy(job);
-                    tracked.space.round(pages, objects, false, written, None)
-                }
-                None => tracked.threads.glance().map_err(CaptureError::from).and_then(|sequence| {
-                    tracked.space.round(pages, objects, false, Written::Taken, sequence)
-                }),
-            };
+            let round = tracked.round(*pid, pages, objects, job);
             match (round, read) {
                 (Ok(()), Ok(())) => {
                     let locked = tracked.attributes.locked;

@@ -57,6 +57,9 @@ struct Known {
     /// For each page, what stands for the version last taken; 0: all zero.
     versions: Vec<u64>,
     dirty: Vec<(u64, u64)>,
+    /// What was dirty since the last checkpoint and is copied already, and whether all was compared.
+    taken: Vec<(u64, u64)>,
+    compared: bool,
     suspect: bool,
     changed: (i64, i64),
     fresh: bool,
@@ -167,6 +170,8 @@ impl Objects {
             size: 0,
             versions: Vec::new(),
             dirty: Vec::new(),
+            taken: Vec::new(),
+            compared: false,
             suspect: true,
             changed: (0, 0),
             fresh: true,
@@ -229,6 +234,22 @@ impl Objects {
         }
     }
 
+    /// What was copied since the last checkpoint may have been written since, unseen.
+    pub(super) fn take_again(&mut self) {
+        for known in self.known.values_mut() {
+            known.suspect |= known.compared;
+            known.dirty.append(&mut known.taken);
+        }
+    }
+
+    /// What was copied so far is right.
+    pub(super) fn settle(&mut self) {
+        for known in self.known.values_mut() {
+            known.compared = false;
+            known.taken.clear();
+        }
+    }
+
     /// Copies what was written since the last look.
     pub(super) fn copy(&mut self, pages: &mut PageSet) -> Result<(), CaptureError> {
         for (id, known) in &mut self.known {
@@ -258,6 +279,7 @@ impl Objects {
 
     /// The checkpoint with these objects is whole.
     pub(super) fn finish(&mut self, taken: &[Object]) {
+        self.settle();
         self.known.retain(|id, known| {
             known.fresh = false;
             taken.iter().any(|o| o.id == *id)
@@ -302,7 +324,7 @@ impl Known {
         if self.suspect {
             self.dirty.clear();
             self.compare(id, pages)?;
-            self.suspect = false;
+            (self.suspect, self.compared) = (false, true);
             return Ok(());
         }
         let dirty = std::mem::take(&mut self.dirty);
@@ -312,6 +334,7 @@ impl Known {
                 return Err(e);
             }
         }
+        self.taken.extend_from_slice(&dirty);
         self.dirty = dirty;
         self.dirty.clear();
         Ok(())

@@ -3,6 +3,7 @@
 //! next to nothing.
 
 use super::CaptureError;
+use super::direct::Reads;
 use crate::image::task::Ended;
 use crate::image::{Credentials, MmFields};
 use std::fs;
@@ -179,6 +180,16 @@ pub(super) fn ended(pid: i32) -> Result<Option<Ended>, CaptureError> {
         Err(e) if e.is_gone() => Ok(None),
         other => other,
     }
+}
+
+/// What the kernel has counted of a process's reads (proc_pid_io(5)), if it counts them.
+pub(super) fn reads(pid: i32) -> Option<Reads> {
+    let text = fs::read_to_string(format!("/proc/{pid}/io")).ok()?;
+    let value = |name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+        line.strip_prefix(": ")?.parse().ok()
+    };
+    Some(Reads { calls: value("syscr")?, from_disks: value("read_bytes")? })
 }
 
 /// The credentials of one thread.

@@ -186,6 +186,10 @@ impl Capturer {
             if self.refusals.collecting() {
                 tracked.space.look(&mut self.objects)?;
             } else {
+                if tracked.may_have_read_directly(*pid) {
+                    times.again += tracked.space.take_again(&mut self.pages, self.settled.0)?;
+                    self.objects.take_again();
+                }
                 let written = memory::Written::FoundBy(job);
                 tracked.space.round(&mut self.pages, &mut self.objects, true, written, None)?;
             }
@@ -322,7 +326,10 @@ impl Capturer {
     /// outside the mappings goes.
     pub(super) fn finish_pages(&mut self, state: &State) {
         self.objects.finish(&state.objects);
+        self.settled = (0, 0);
         for tracked in self.processes.values_mut() {
+            tracked.direct.finish();
+            tracked.files.finish();
             if tracked.space.finish()
                 && let Some(p) = state.processes.iter().find(|p| p.pid == tracked.attributes.pid)
             {

@@ -3,6 +3,7 @@
 //! Where the kernel can show them at one [`glance`](super::glance), threads and processes are asked
 //! only for what has changed.
 
+use super::direct::Reads;
 use super::glance::{Task, TaskGlance};
 use super::waits::Interrupted;
 use super::{CaptureError, Glances, process};
@@ -109,6 +110,12 @@ impl Threads {
         let Some(glance) = &mut self.glance else { return Ok(None) };
         glance.look()?;
         Ok(glance.sequence())
+    }
+
+    /// What the kernel has counted of the process's reads by the last glance, or by now where there are
+    /// none.
+    pub(super) fn reads(&self, pid: i32) -> Option<Reads> {
+        self.glance.as_ref().and_then(TaskGlance::reads).or_else(|| process::reads(pid))
     }
 
     /// Captures all threads of a process, leader first, and what the leader says of the process.

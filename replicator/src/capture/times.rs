@@ -44,6 +44,9 @@ pub struct StopTimes {
     pub stop_pages: usize,
     /// Pages copied in all, pre-copy included.
     pub pages: usize,
+    /// Pages of processes that pre-copy had taken and that were read again, as a read past the page cache
+    /// may have been under way then.
+    pub again: usize,
     /// Descriptors that one glance told all of.
     pub glanced: usize,
     /// Threads that were not asked: a glance told that they would answer as before.

@@ -1,4 +1,5 @@
-//! The container's own tmpfs mounts, such as its /dev/shm: their files are part of a checkpoint.
+//! The container's own tmpfs mounts, such as its /dev/shm: their files are part of a checkpoint. And what else
+//! there is to know of its mounts.
 //!
 //! An empty one costs one fstatfs(2) in a stop. The contents of its files are those of objects
 //! ([`super::objects`]).
@@ -12,6 +13,7 @@ use crate::sys::SysError;
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::sync::Arc;
 
 /// Names that one tmpfs may hold.
 const MOST: usize = 100_000;
@@ -23,6 +25,8 @@ pub(super) struct Mounts {
     devices: Vec<u64>,
     /// Devices of file systems that we serve ([`crate::volume`]).
     volumes: Vec<u64>,
+    /// Devices of those that may be read past the page cache however a file was opened.
+    uncached: Arc<[u64]>,
 }
 
 #[derive(Debug)]
@@ -40,7 +44,11 @@ impl Mounts {
             whole("tmpfs", &read("/proc/thread-self/mountinfo")?).map(|m| m.1).collect();
         let theirs = read(&format!("/proc/{root}/mountinfo"))?;
         let volumes = whole("fuse", &theirs).chain(whole("fuse.nilicon", &theirs));
-        let mut me = Self { volumes: volumes.map(|m| m.1).collect(), ..Self::default() };
+        let mut me = Self {
+            volumes: volumes.map(|m| m.1).collect(),
+            uncached: uncached(&theirs).collect(),
+            ..Self::default()
+        };
         for (point, device) in whole("tmpfs", &theirs) {
             if ours.contains(&device) {
                 continue;
@@ -61,6 +69,12 @@ impl Mounts {
     /// Devices of the container's volumes, major above minor.
     pub(super) fn volumes(&self) -> &[u64] {
         &self.volumes
+    }
+
+    /// Devices of file systems that may be read past the page cache whatever the flags of a descriptor, major
+    /// above minor.
+    pub(super) fn uncached(&self) -> &Arc<[u64]> {
+        &self.uncached
     }
 
     /// All names in them, directories first; the files become known objects.
@@ -157,14 +171,39 @@ fn limits(options: &str) -> String {
 /// Mount points and devices of file systems of a kind that a mountinfo has as a whole, see
 /// proc_pid_mountinfo(5).
 fn whole(kind: &str, mountinfo: &str) -> impl Iterator<Item = (String, u64)> {
-    mountinfo.lines().filter_map(move |line| {
+    mounts(mountinfo).filter_map(move |mount| {
+        let Line { kind: of, root, point, device } = mount;
+        (of == kind && root == "/").then(|| (point.to_owned(), device))
+    })
+}
+
+/// Devices of file systems whose servers, or mount options, may say that reads pass the page cache by. We
+/// serve ours through it.
+fn uncached(mountinfo: &str) -> impl Iterator<Item = u64> {
+    mounts(mountinfo).filter_map(|Line { kind, device, .. }| {
+        let family = kind.split('.').next().unwrap_or_default();
+        let passes = ["fuse", "fuseblk", "virtiofs", "9p", "cifs", "smb3"].contains(&family);
+        (passes && kind != "fuse.nilicon").then_some(device)
+    })
+}
+
+/// A line of a mountinfo.
+struct Line<'a> {
+    kind: &'a str,
+    /// The directory of its file system that is mounted, and where.
+    root: &'a str,
+    point: &'a str,
+    device: u64,
+}
+
+fn mounts(mountinfo: &str) -> impl Iterator<Item = Line<'_>> {
+    mountinfo.lines().filter_map(|line| {
         let (left, right) = line.split_once(" - ")?;
         let mut fields = left.split(' ').skip(2);
         let (major, minor) = fields.next()?.split_once(':')?;
         let (root, point) = (fields.next()?, fields.next()?);
         let device = major.parse::<u64>().ok()? << 32 | minor.parse::<u64>().ok()?;
-        let is_kind = right.split(' ').next() == Some(kind);
-        (is_kind && root == "/").then(|| (point.to_owned(), device))
+        Some(Line { kind: right.split(' ').next()?, root, point, device })
     })
 }
 
@@ -176,5 +215,15 @@ mod tests {
                     23 1 0:22 / /proc rw - proc proc rw\n\
                     24 1 0:21 /inner /bound rw - tmpfs tmpfs rw\n";
         assert_eq!(super::whole("tmpfs", text).collect::<Vec<_>>(), [("/dev/shm".to_owned(), 21)]);
+    }
+
+    #[test]
+    fn file_systems_that_may_be_read_past_the_page_cache() {
+        let text = "22 1 0:21 / /a rw - ext4 /dev/vda rw\n\
+                    23 1 0:22 /part /b rw shared:3 - fuse.sshfs x rw\n\
+                    24 1 0:23 / /c rw - fuse.nilicon data rw\n\
+                    25 1 0:24 / /d rw - fusectl none rw\n\
+                    26 1 0:25 / /e rw - 9p share rw\n";
+        assert_eq!(super::uncached(text).collect::<Vec<_>>(), [22, 25]);
     }
 }

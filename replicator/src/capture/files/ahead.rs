@@ -27,10 +27,11 @@ impl Files {
         };
         let looked = glance.look().map_err(CaptureError::from).and_then(|()| {
             glance.rows().try_for_each(|row| {
-                if self.is_up_to_date(&row) {
-                    return Ok(());
+                if !self.is_up_to_date(&row) {
+                    self.look_ahead_at(pid, handle, row.number(), Some(&row), objects, diag)?;
                 }
-                self.look_ahead_at(pid, handle, row.number(), Some(&row), objects, diag)
+                self.note(row.number(), row.inode(), row.flags());
+                Ok(())
             })
         });
         self.glance = Some(glance);
@@ -63,7 +64,9 @@ impl Files {
     ) -> Result<(), CaptureError> {
         // A descriptor that is closed meanwhile is looked at in the stop, if it is there.
         let Ok(info) = self.info(pid, number, row) else { return Ok(()) };
-        let Ok(seen) = self.look(pid, handle, number, &info) else { return Ok(()) };
+        let looked = self.look(pid, handle, number, &info).is_ok();
+        self.note(number, info.inode, info.flags);
+        let Some(seen) = self.seen.get_mut(&number).filter(|_| looked) else { return Ok(()) };
         let is_deleted = seen.link.ends_with(" (deleted)");
         let link = seen.link.clone();
         let Ok(dup) = pidfd::get_fd(handle, number) else { return Ok(()) };

@@ -29,6 +29,7 @@ use seen::Seen;
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 pub(super) use builder::Builder;
 
@@ -41,6 +42,11 @@ pub(super) struct Files {
     glance: Option<Glance>,
     /// What a glance tells is compared with what there is.
     checked: bool,
+    /// Whether looks have shown a descriptor that is read past the page cache: since the last checkpoint,
+    /// and between that and the one before.
+    direct: [bool; 2],
+    /// Devices of file systems that may be read so whatever the flags of a descriptor.
+    uncached: Arc<[u64]>,
 }
 
 /// Remembered between stops, one for a container.
@@ -115,9 +121,10 @@ struct Glanced {
 
 impl Files {
     /// For the process with this host pid.
-    pub(super) fn open(pid: i32, glances: Glances) -> Self {
+    pub(super) fn open(pid: i32, glances: Glances, uncached: &Arc<[u64]>) -> Self {
         let glance = if glances == Glances::Off { None } else { Glance::open(pid) };
-        Self { glance, checked: glances == Glances::Checked, ..Self::default() }
+        let (checked, uncached) = (glances == Glances::Checked, uncached.clone());
+        Self { glance, checked, uncached, ..Self::default() }
     }
 
     /// In a stop: looks at all descriptors at once, if that is possible, and tells what epoll
@@ -359,6 +366,7 @@ impl Files {
             let inside = builder.inner.get(&pid).copied().unwrap_or(0);
             locks::add(&info.locks, description, inside, &what(), state)?;
         }
+        self.note(number, info.inode, info.flags);
         let close_on_exec = info.flags & libc::O_CLOEXEC != 0;
         Ok(Some(Fd { number, description, close_on_exec }))
     }

@@ -9,6 +9,7 @@ use crate::capture::{ATTRIBUTES, CaptureError, locks, tcp};
 use crate::image::net::RawOptions;
 use crate::sys::pidfd;
 use crate::sys::sockopt::get_i32;
+use nix::sys::stat::{major, minor};
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
@@ -35,6 +36,8 @@ pub(super) struct Seen {
     pub(super) known: tcp::Known,
     /// st_mode of a file that has a path.
     pub(super) mode: u32,
+    /// Its file system may be read past the page cache whatever the flags of the descriptor.
+    uncached: bool,
     /// Who is told of events, if that was read.
     pub(super) told: Option<Option<locks::Told>>,
     /// If a glance showed a TCP socket.
@@ -72,6 +75,29 @@ impl Seen {
 }
 
 impl Files {
+    /// Notes whether a descriptor that there is now is read past the page cache.
+    pub(super) fn note(&mut self, number: i32, inode: u64, flags: i32) {
+        let direct = flags & libc::O_DIRECT != 0;
+        if self.direct[0] || (!direct && self.uncached.is_empty()) {
+            return;
+        }
+        self.direct[0] = match self.seen.get(&number).filter(|seen| seen.inode == inode) {
+            // A pipe with the same flag gives packets.
+            Some(seen) => seen.uncached || (direct && !seen.link.starts_with("pipe:")),
+            None => direct,
+        };
+    }
+
+    /// Whether a look has shown a descriptor that is read past the page cache, of late.
+    pub(in crate::capture) fn have_shown_direct(&self) -> bool {
+        self.direct != [false; 2]
+    }
+
+    /// The checkpoint is whole.
+    pub(in crate::capture) fn finish(&mut self) {
+        self.direct = [false, self.direct[0]];
+    }
+
     /// What fdinfo says of a descriptor, or as much of it as a glance does if that is enough.
     pub(super) fn info(
         &self,
@@ -121,10 +147,14 @@ impl Files {
             let (ahead, options) = (None, None);
             // The type of a file stays what it is, and so does who is told.
             let before = self.seen.get(&number).filter(|s| s.inode == inode && s.mount == mount);
-            let mode = match before {
-                _ if !link.starts_with('/') => 0,
-                Some(before) if before.link == link => before.mode,
-                _ => fs::metadata(&path).map_err(|e| CaptureError::proc(&path, e))?.mode(),
+            let (mode, uncached) = match before {
+                _ if !link.starts_with('/') => (0, false),
+                Some(before) if before.link == link => (before.mode, before.uncached),
+                _ => {
+                    let meta = fs::metadata(&path).map_err(|e| CaptureError::proc(&path, e))?;
+                    let device = major(meta.dev()) << 32 | minor(meta.dev());
+                    (meta.mode(), self.uncached.contains(&device))
+                }
             };
             let told = before.and_then(|s| s.told);
             let known = tcp::Known::default();
@@ -142,6 +172,7 @@ impl Files {
                 options,
                 known,
                 mode,
+                uncached,
                 told,
             };
             self.seen.insert(number, seen);

@@ -16,6 +16,7 @@
 use super::layout::{Layout, Use, Wanted};
 use crate::bpf::asm::{Assembler, FP, If, Size, helper};
 use crate::bpf::btf::Btf;
+use crate::capture::direct::Reads;
 use crate::sys::{SysError, SysResult, bpf};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -127,6 +128,9 @@ const PROCESS: &[Wanted] = &[
 /// What of [`PROCESS`] counts how often mappings were changed, in the kernels that have it, the newest
 /// first. The lock that whoever changes them holds (mmap_lock, for writing) counts there.
 const SEQUENCES: [&str; 2] = ["mm_lock_seq.sequence", "mm_lock_seq"];
+/// What of a thread, and of a process for the threads that have ended, counts reads in the kernels that do:
+/// calls, and bytes from disks.
+const READS: [&str; 2] = ["ioac.syscr", "ioac.read_bytes"];
 const SHARED_PENDING: usize = 0;
 const REAL_TIMER: usize = 1;
 const CPU_TIMERS: usize = 2;
@@ -139,6 +143,8 @@ pub(super) struct Tasks {
     process: Layout,
     /// The field of the process that counts changes of its mappings.
     sequence: Option<usize>,
+    /// The first of the fields of the thread and of the process that count reads.
+    reads: Option<[usize; 2]>,
     /// Where the head of a list of semaphores to be undone lies in its structure.
     undo_head: u64,
 }
@@ -151,18 +157,29 @@ impl Tasks {
             source,
         };
         let btf = Btf::of_kernel().map_err(failed)?;
-        let mut wanted = PROCESS.to_vec();
+        let (mut of_thread, mut of_process) = (THREAD.to_vec(), PROCESS.to_vec());
         let memory = btf.structure("mm_struct").map_err(failed)?;
         let counts = |path: &&str| btf.member(memory, path).is_ok_and(|m| m.size == 4);
         let sequence = SEQUENCES.into_iter().find(counts).map(|path| {
-            wanted.push((MM, path, Use::Data));
-            wanted.len() - 1
+            of_process.push((MM, path, Use::Data));
+            of_process.len() - 1
         });
-        let (code, thread, process) = assemble(&btf, &wanted).map_err(failed)?;
+        let without = [of_thread.len(), of_process.len()];
+        of_thread.extend(READS.map(|path| (TASK, path, Use::Data)));
+        of_process.extend(READS.map(|path| (SIGNAL, path, Use::Data)));
+        let (assembled, reads) = match assemble(&btf, &of_thread, &of_process) {
+            Ok(assembled) => (assembled, Some(without)),
+            // The kernel does not count them, or they are too many.
+            Err(_) => {
+                let [of_thread, of_process] = [&of_thread[..without[0]], &of_process[..without[1]]];
+                (assemble(&btf, of_thread, of_process).map_err(failed)?, None)
+            }
+        };
+        let (code, thread, process) = assembled;
         let target = btf.function("bpf_iter_task").map_err(failed)?;
         let undo_head = offset(&btf, "sem_undo_list", "list_proc").map_err(failed)? as u64;
         let program = bpf::load_iterator(&code, target)?;
-        Ok(Self { program, thread, process, sequence, undo_head })
+        Ok(Self { program, thread, process, sequence, reads, undo_head })
     }
 }
 
@@ -172,17 +189,20 @@ fn offset(btf: &Btf, of: &str, path: &str) -> io::Result<i16> {
 }
 
 /// Register 6 is the context, 7 where to write to, 8 the task.
-fn assemble(btf: &Btf, wanted: &[Wanted]) -> io::Result<(Vec<u8>, Layout, Layout)> {
+fn assemble(
+    btf: &Btf,
+    of_thread: &[Wanted],
+    of_process: &[Wanted],
+) -> io::Result<(Vec<u8>, Layout, Layout)> {
     use Size::{Double, Word};
     let task = |path| offset(btf, "task_struct", path);
     let structures = |names: &[&str]| -> io::Result<Vec<u32>> {
         names.iter().map(|name| btf.structure(name)).collect()
     };
-    let of_thread = ["task_struct", "cred", "group_info", "io_context", "sem_undo_list"];
-    let of_thread = structures(&of_thread)?;
-    let thread = Layout::new(btf, &of_thread, THREAD)?;
-    let of_process = ["mm_struct", "signal_struct", "task_struct", "fs_struct", "dentry", "dentry"];
-    let process = Layout::new(btf, &structures(&of_process)?, wanted)?;
+    let names = ["task_struct", "cred", "group_info", "io_context", "sem_undo_list"];
+    let thread = Layout::new(btf, &structures(&names)?, of_thread)?;
+    let names = ["mm_struct", "signal_struct", "task_struct", "fs_struct", "dentry", "dentry"];
+    let process = Layout::new(btf, &structures(&names)?, of_process)?;
     if HEAD + thread.len() + GROUPS > STACK || process.len() > STACK {
         return Err(io::Error::new(io::ErrorKind::Unsupported, "the fields are too many"));
     }
@@ -350,6 +370,24 @@ impl TaskGlance {
         Some(self.known.process.get(self.of_process()?, self.known.sequence?))
     }
 
+    /// What the kernel has counted of the process's reads, if it does.
+    pub(in crate::capture) fn reads(&self) -> Option<Reads> {
+        let Tasks { thread, process, reads, .. } = self.known;
+        let [of_thread, of_process] = (*reads)?;
+        let counted = |layout: &Layout, record: &[u8], first: usize| Reads {
+            calls: layout.get(record, first),
+            from_disks: layout.get(record, first + 1),
+        };
+        let of_ended = counted(process, self.of_process()?, of_process);
+        self.rows.iter().try_fold(of_ended, |sum, (_, at)| {
+            let of_one = counted(thread, self.task_at(*at)?.record, of_thread);
+            Some(Reads {
+                calls: sum.calls.wrapping_add(of_one.calls),
+                from_disks: sum.from_disks.wrapping_add(of_one.from_disks),
+            })
+        })
+    }
+
     /// Whether a timer of setitimer(2) runs: then no answer counts for long.
     fn has_timers(&self, now: &[u8]) -> bool {
         let layout = &self.known.process;
@@ -431,5 +469,33 @@ impl Task<'_> {
     pub(in crate::capture) fn rseq(&self) -> (u64, u32, u32) {
         let get = |field| self.layout.get(self.record, field);
         (get(RSEQ), get(RSEQ_LEN) as u32, get(RSEQ_SIGNATURE) as u32)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::capture::process;
+    use std::process::Command;
+    use std::time::Duration;
+
+    #[test]
+    fn a_glance_counts_reads_as_proc_does() {
+        let mut sleeper = Command::new("sleep").arg("100").spawn().expect("started");
+        let pid = sleeper.id() as i32;
+        let Some(mut glance) = TaskGlance::open(pid) else {
+            println!("skipped: no glances");
+            return sleeper.kill().expect("killed");
+        };
+        // It reads its libraries first.
+        let agree = (0..1000).any(|_| {
+            std::thread::sleep(Duration::from_millis(1));
+            glance.look().expect("a look");
+            let reads = glance.reads();
+            reads == process::reads(pid) && reads.is_none_or(|r| r.calls > 0)
+        });
+        sleeper.kill().expect("killed");
+        sleeper.wait().expect("ended");
+        assert!(agree);
     }
 }

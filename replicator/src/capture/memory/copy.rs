@@ -8,6 +8,9 @@ use crate::sys::SysResult;
 use crate::sys::memory::{self, Range};
 use crate::sys::pagemap::Region;
 
+/// Ranges in one call.
+const AT_ONCE: usize = 512;
+
 impl AddressSpace {
     /// Copies the regions that the last scans have found.
     pub(super) fn copy(&mut self, pages: &mut PageSet, stopped: bool) -> Result<(), CaptureError> {
@@ -23,7 +26,7 @@ impl AddressSpace {
         pages: &mut PageSet,
         stopped: bool,
     ) -> Result<(), CaptureError> {
-        for chunk in regions.chunks(512) {
+        for chunk in regions.chunks(AT_ONCE) {
             let ranges: Vec<Range> = chunk
                 .iter()
                 .map(|r| Range { start: r.start, len: (r.end - r.start) as usize })
@@ -46,6 +49,49 @@ impl AddressSpace {
                     }
                 }
                 Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads what rounds of pre-copy have taken of this process once more, each page to its place, but for the
+    /// first `settled` runs. What cannot be read any more stays what it was, as it would if nobody
+    /// looked. Gives the number of pages.
+    pub(in crate::capture) fn take_again(
+        &self,
+        pages: &mut PageSet,
+        settled: usize,
+    ) -> SysResult<usize> {
+        let PageSet { runs, bytes } = pages;
+        let mut ranges = Vec::with_capacity(AT_ONCE);
+        let (mut from, mut to, mut taken) = (0, 0, 0);
+        for run in runs[settled..].iter().filter(|run| run.process == self.mark) {
+            let Content::Data(at) = run.content else { continue };
+            if at != to || ranges.len() == AT_ONCE {
+                self.read_again(&ranges, &mut bytes[from..to])?;
+                ranges.clear();
+                (from, to) = (at, at);
+            }
+            let len = run.count as usize * PAGE;
+            ranges.push(Range { start: run.start, len });
+            to += len;
+            taken += run.count as usize;
+        }
+        self.read_again(&ranges, &mut bytes[from..to])?;
+        Ok(taken)
+    }
+
+    /// Reads ranges that lie one after the other in `bytes`, as far as they can be read.
+    fn read_again(&self, ranges: &[Range], bytes: &mut [u8]) -> SysResult<()> {
+        match memory::read_vectored(self.pid, ranges, bytes) {
+            Err(e) if e.code() == libc::EFAULT => {}
+            other => return other,
+        }
+        let addresses = ranges.iter().flat_map(|r| (r.start..r.start + r.len as u64).step_by(PAGE));
+        let mut page = [0; PAGE];
+        for (address, place) in addresses.zip(bytes.chunks_exact_mut(PAGE)) {
+            if self.forced.read(address, &mut page).is_ok() {
+                place.copy_from_slice(&page);
             }
         }
         Ok(())

@@ -5,6 +5,8 @@
 //! the container runs (pre-copy) and once more in the stop; a page written after its round is
 //! seen by the next, so copies torn by a running writer are always taken again.
 //!
+//! What is written to pinned pages is seen by no round: see [`super::direct`].
+//!
 //! Mappings that are new, or that replaced an old one at the same place, are not registered for
 //! write protection; the scan says so, and such a mapping is taken whole and marked fresh.
 
