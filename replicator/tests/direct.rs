@@ -85,9 +85,12 @@ impl Subject {
         self.original.pump_until(&format!("it says {word}"), || read(&console).contains(word));
     }
 
-    fn round(&mut self) {
-        self.original.capturer.prepare().expect("nothing new");
-        self.original.capturer.precopy().expect("a round");
+    /// A round of pre-copy of the one kind or the other.
+    fn round(&mut self, of_idle: bool) {
+        let capturer = &mut self.original.capturer;
+        capturer.prepare().expect("nothing new");
+        let copied = if of_idle { capturer.precopy_of_idle() } else { capturer.precopy() };
+        copied.expect("a round");
     }
 
     /// The next checkpoint, with a round before it. Gives the number of pages that were read again.
@@ -150,7 +153,7 @@ fn read_late(source: Source, memory: &str, what: &str, glances: Glances) {
         subject.tell("close");
         subject.wait_for("closed");
     }
-    subject.round();
+    subject.round(!matches!(source, Source::File));
     subject.late.answer();
     subject.wait_for("done");
     assert_ne!(subject.checkpoint(), 0);
@@ -191,8 +194,8 @@ fn read_always(source: &Source, memory: &str) -> Option<usize> {
     let mut subject = Subject::start(source, memory, "always", Glances::On)?;
     subject.tell("read");
     let mut again = 0;
-    for _ in 0..60 {
-        subject.round();
+    for stop in 0..60 {
+        subject.round(stop % 2 == 0);
         again += subject.checkpoint();
     }
     println!("{memory}: {again} pages were read again in 60 stops");

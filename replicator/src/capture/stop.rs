@@ -85,12 +85,16 @@ impl Capturer {
     /// (`running`) may end meanwhile.
     pub(super) fn begin_scan(&mut self, running: bool) -> Result<Arc<Job>, CaptureError> {
         let mut job = Job::default();
-        for tracked in self.processes.values_mut() {
-            let begun =
-                tracked.threads.glance().and_then(|sequence| match self.refusals.collecting() {
+        for (pid, tracked) in &mut self.processes {
+            let begun = tracked.threads.glance().and_then(|sequence| {
+                if running {
+                    tracked.direct.round(|| tracked.threads.reads(*pid));
+                }
+                match self.refusals.collecting() {
                     true => Ok(()),
                     false => tracked.space.begin(&mut job, sequence),
-                });
+                }
+            });
             match begun {
                 Err(e) if running && e.is_gone() => {}
                 other => other?,
