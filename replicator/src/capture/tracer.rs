@@ -314,12 +314,17 @@ impl Tracer {
     }
 
     /// Waits for the leader of a process whose other threads have stopped. It may have ended
-    /// alone: then nothing comes, for as long as they live.
+    /// alone: then nothing comes, for as long as they live. If the process is killed now, it is the others
+    /// whose end must be noted first: the first process of a pid namespace waits for that in the kernel.
     fn wait_leader(&mut self, tid: i32) -> Result<(), CaptureError> {
         let begin = Instant::now();
         for tries in 1.. {
-            if let Some((_, status)) = ptrace::poll_wait(tid)? {
-                if self.handle_in_freeze(tid, status)? {
+            if let Some((of, status)) = ptrace::next_event()? {
+                if of != tid && matches!(status, Status::Stopped { .. }) {
+                    ignore_gone(self.learn(of))?;
+                }
+                // Whoever it was, the caller looks who is left.
+                if self.handle_in_freeze(of, status)? {
                     return Ok(());
                 }
                 continue;
@@ -561,3 +566,6 @@ fn status_of(tid: i32) -> SysResult<String> {
 fn field<'a>(status: &'a str, name: &str) -> Option<&'a str> {
     status.lines().find_map(|line| line.strip_prefix(name)).map(str::trim)
 }
+
+#[cfg(test)]
+mod tests;

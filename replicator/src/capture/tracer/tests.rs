@@ -1,0 +1,68 @@
+//! What a kill in the middle of a freeze must not do: leave the tracer waiting for ever.
+
+use super::*;
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::channel;
+
+/// The first process of a pid namespace of its own, with a thread beside its leader.
+struct First {
+    launcher: Child,
+    pid: i32,
+}
+
+const PROGRAM: &str = "import threading, time
+threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+print('ready', flush=True)
+time.sleep(600)";
+
+impl First {
+    fn start() -> Option<Self> {
+        let mut launcher = Command::new("unshare")
+            .args(["--pid", "--fork", "--kill-child", "/usr/bin/python3", "-c", PROGRAM])
+            .stdout(Stdio::piped())
+            .spawn()
+            .ok()?;
+        let mut line = String::new();
+        BufReader::new(launcher.stdout.take()?).read_line(&mut line).ok()?;
+        let children =
+            std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", launcher.id())).ok()?;
+        let pid = children.trim().parse().ok();
+        let started = pid.map(|pid| Self { launcher, pid });
+        if line.is_empty() || started.is_none() {
+            println!("skipped: no pid namespaces, or no python");
+            return None;
+        }
+        started
+    }
+}
+
+impl Drop for First {
+    fn drop(&mut self) {
+        let _ = self.launcher.kill();
+        let _ = self.launcher.wait();
+    }
+}
+
+#[test]
+fn a_kill_between_the_stop_of_a_thread_and_of_its_leader_ends_the_freeze() {
+    let Some(first) = First::start() else { return };
+    let pid = first.pid;
+    let (done, outcome) = channel();
+    // A tracer belongs to the thread that made it. One that hangs must not hang the test.
+    std::thread::spawn(move || {
+        let mut tracer = Tracer::new();
+        tracer.seize(pid).expect("seized");
+        let others: Vec<i32> = tracer.threads_of(pid).into_iter().filter(|t| *t != pid).collect();
+        assert!(!others.is_empty());
+        for tid in others {
+            ptrace::interrupt(tid).expect("asked");
+            tracer.wait_stopped(tid).expect("stopped");
+        }
+        let first = nix::unistd::Pid::from_raw(pid);
+        nix::sys::signal::kill(first, nix::sys::signal::Signal::SIGKILL).expect("killed");
+        let _ = done.send(tracer.freeze().map_err(|e| e.to_string()));
+    });
+    let outcome = outcome.recv_timeout(Duration::from_secs(30)).expect("it waits for ever");
+    assert_eq!(outcome, Err(CaptureError::Ended.to_string()));
+}
