@@ -56,7 +56,8 @@ impl Direct {
         self.at_round.get_or_insert_with(reads);
     }
 
-    /// All threads stand still: whether what rounds have taken must be read again. `seen` says that a descriptor was.
+    /// All threads stand still: whether what rounds have taken must be read again. `seen` says that a look has
+    /// shown a descriptor for such reads.
     pub(super) fn was_possible(&mut self, now: Option<Reads>, seen: bool) -> bool {
         self.now = now;
         let Some(at_round) = self.at_round else { return false };
