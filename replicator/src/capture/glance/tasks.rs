@@ -471,31 +471,3 @@ impl Task<'_> {
         (get(RSEQ), get(RSEQ_LEN) as u32, get(RSEQ_SIGNATURE) as u32)
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::capture::process;
-    use std::process::Command;
-    use std::time::Duration;
-
-    #[test]
-    fn a_glance_counts_reads_as_proc_does() {
-        let mut sleeper = Command::new("sleep").arg("100").spawn().expect("started");
-        let pid = sleeper.id() as i32;
-        let Some(mut glance) = TaskGlance::open(pid) else {
-            println!("skipped: no glances");
-            return sleeper.kill().expect("killed");
-        };
-        // It reads its libraries first.
-        let agree = (0..1000).any(|_| {
-            std::thread::sleep(Duration::from_millis(1));
-            glance.look().expect("a look");
-            let reads = glance.reads();
-            reads == process::reads(pid) && reads.is_none_or(|r| r.calls > 0)
-        });
-        sleeper.kill().expect("killed");
-        sleeper.wait().expect("ended");
-        assert!(agree);
-    }
-}
