@@ -101,7 +101,7 @@ impl Subject {
     }
 
     /// Lets the last checkpoint go on; gives what it finds.
-    fn is_found(mut self) -> String {
+    fn finds(mut self) -> String {
         let console = self.original.kill();
         self.spare.prepare().expect("prepare");
         self.spare.connect(|_| Peer::Silent).expect("connect");
@@ -158,7 +158,7 @@ fn read_late(source: Source, memory: &str, what: &str, glances: Glances) {
     subject.wait_for("done");
     assert_ne!(subject.checkpoint(), 0);
     assert_eq!(subject.checkpoint(), 0, "nothing was read meanwhile");
-    assert_eq!(subject.is_found(), "found all");
+    assert_eq!(subject.finds(), "found all");
 }
 
 #[test]
@@ -199,7 +199,7 @@ fn read_always(source: &Source, memory: &str) -> Option<usize> {
         again += subject.checkpoint();
     }
     println!("{memory}: {again} pages were read again in 60 stops");
-    assert_eq!(subject.is_found(), "found all", "{memory}");
+    assert_eq!(subject.finds(), "found all", "{memory}");
     Some(again)
 }
 
@@ -230,5 +230,5 @@ fn much_is_read_again_before_the_stop() {
     assert!(all > 4096 && again < all / 4, "{again} of {all}");
     subject.spare = subject.original.spare();
     subject.spare.apply(&subject.original.state, &subject.original.pages).expect("folded in");
-    assert_eq!(subject.is_found(), "found all");
+    assert_eq!(subject.finds(), "found all");
 }

@@ -36,6 +36,8 @@ const CRED: usize = 1;
 const GROUP_INFO: usize = 2;
 const IO: usize = 3;
 const UNDO: usize = 4;
+/// The process of the thread, of which [`PROCESS`] has no room for more.
+const GROUP: usize = 5;
 const MM: usize = 0;
 const SIGNAL: usize = 1;
 const OF_PROCESS: usize = 2;
@@ -143,8 +145,9 @@ pub(super) struct Tasks {
     process: Layout,
     /// The field of the process that counts changes of its mappings.
     sequence: Option<usize>,
-    /// The first of the fields of the thread and of the process that count reads.
-    reads: Option<[usize; 2]>,
+    /// The first of the four fields of a thread that count reads: its own, then those of threads that have
+    /// ended.
+    reads: Option<usize>,
     /// Where the head of a list of semaphores to be undone lies in its structure.
     undo_head: u64,
 }
@@ -164,16 +167,13 @@ impl Tasks {
             of_process.push((MM, path, Use::Data));
             of_process.len() - 1
         });
-        let without = [of_thread.len(), of_process.len()];
+        let without = of_thread.len();
         of_thread.extend(READS.map(|path| (TASK, path, Use::Data)));
-        of_process.extend(READS.map(|path| (SIGNAL, path, Use::Data)));
+        of_thread.extend(READS.map(|path| (GROUP, path, Use::Data)));
         let (assembled, reads) = match assemble(&btf, &of_thread, &of_process) {
             Ok(assembled) => (assembled, Some(without)),
             // The kernel does not count them, or they are too many.
-            Err(_) => {
-                let [of_thread, of_process] = [&of_thread[..without[0]], &of_process[..without[1]]];
-                (assemble(&btf, of_thread, of_process).map_err(failed)?, None)
-            }
+            Err(_) => (assemble(&btf, &of_thread[..without], &of_process).map_err(failed)?, None),
         };
         let (code, thread, process) = assembled;
         let target = btf.function("bpf_iter_task").map_err(failed)?;
@@ -199,7 +199,8 @@ fn assemble(
     let structures = |names: &[&str]| -> io::Result<Vec<u32>> {
         names.iter().map(|name| btf.structure(name)).collect()
     };
-    let names = ["task_struct", "cred", "group_info", "io_context", "sem_undo_list"];
+    let names =
+        ["task_struct", "cred", "group_info", "io_context", "sem_undo_list", "signal_struct"];
     let thread = Layout::new(btf, &structures(&names)?, of_thread)?;
     let names = ["mm_struct", "signal_struct", "task_struct", "fs_struct", "dentry", "dentry"];
     let process = Layout::new(btf, &structures(&names)?, of_process)?;
@@ -236,6 +237,8 @@ fn assemble(
     thread.copy(&mut a, IO, 2, record);
     a.load(Double, 2, 8, task("sysvsem.undo_list")?);
     thread.copy(&mut a, UNDO, 2, record);
+    a.load(Double, 2, 8, task("signal")?);
+    thread.copy(&mut a, GROUP, 2, record);
     a.place(1, -(GROUPS as i16));
     a.set(2, GROUPS as i32);
     a.mov(3, 9);
@@ -372,15 +375,14 @@ impl TaskGlance {
 
     /// What the kernel has counted of the process's reads, if it does.
     pub(in crate::capture) fn reads(&self) -> Option<Reads> {
-        let Tasks { thread, process, reads, .. } = self.known;
-        let [of_thread, of_process] = (*reads)?;
-        let counted = |layout: &Layout, record: &[u8], first: usize| Reads {
-            calls: layout.get(record, first),
-            from_disks: layout.get(record, first + 1),
+        let Tasks { thread, reads: Some(first), .. } = self.known else { return None };
+        let counted = |record: &[u8], first: usize| Reads {
+            calls: thread.get(record, first),
+            from_disks: thread.get(record, first + 1),
         };
-        let of_ended = counted(process, self.of_process()?, of_process);
+        let of_ended = counted(self.task_at(self.leader)?.record, first + READS.len());
         self.rows.iter().try_fold(of_ended, |sum, (_, at)| {
-            let of_one = counted(thread, self.task_at(*at)?.record, of_thread);
+            let of_one = counted(self.task_at(*at)?.record, *first);
             Some(Reads {
                 calls: sum.calls.wrapping_add(of_one.calls),
                 from_disks: sum.from_disks.wrapping_add(of_one.from_disks),
@@ -469,5 +471,35 @@ impl Task<'_> {
     pub(in crate::capture) fn rseq(&self) -> (u64, u32, u32) {
         let get = |field| self.layout.get(self.record, field);
         (get(RSEQ), get(RSEQ_LEN) as u32, get(RSEQ_SIGNATURE) as u32)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::capture::process;
+    use std::process::Command;
+    use std::time::Duration;
+
+    #[test]
+    fn a_glance_counts_reads_as_proc_does() {
+        let mut sleeper = Command::new("sleep").arg("100").spawn().expect("started");
+        let pid = sleeper.id() as i32;
+        let Some(mut glance) = TaskGlance::open(pid) else {
+            println!("skipped: no glances");
+            sleeper.kill().expect("killed");
+            drop(sleeper.wait());
+            return;
+        };
+        // It reads its libraries first.
+        let agree = (0..1000).any(|_| {
+            std::thread::sleep(Duration::from_millis(1));
+            glance.look().expect("a look");
+            let reads = glance.reads();
+            reads == process::reads(pid) && reads.is_none_or(|r| r.calls > 0)
+        });
+        sleeper.kill().expect("killed");
+        sleeper.wait().expect("ended");
+        assert!(agree);
     }
 }
