@@ -11,6 +11,7 @@ use crate::frames::gate::{Ends, Gate};
 use replicator::capture::Orphans;
 use replicator::image::net::TcpConnection;
 use replicator::image::{Kind, State};
+use replicator::sys::SysResult;
 use replicator::sys::namespace::in_network_of;
 use std::collections::HashSet;
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -60,26 +61,34 @@ impl Closed {
             return;
         };
         let mut reader = reader.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut found: Vec<TcpConnection> = Vec::new();
-        let entered = in_network_of(self.pid, || {
-            self.asked.retain(|(local, remote)| match reader.find(*local, *remote) {
-                Ok(Some(connection)) => {
-                    found.push(connection);
-                    true
-                }
-                Ok(None) => false,
-                Err(error) => {
-                    tracing::debug!(%local, %remote, %error, "a closed connection is not read");
-                    metrics::counter!("nilicon_closed_unread_total", "container" => self.name.clone())
-                        .increment(1);
-                    true
-                }
-            });
-        });
-        if let Err(error) = entered {
+        let find = |(local, remote): Ends| reader.find(local, remote);
+        if let Err(error) = in_network_of(self.pid, || self.ask(state, find)) {
             tracing::debug!(%error, "closed connections are not read");
         }
-        state.farewells.append(&mut found);
+    }
+
+    /// Asks for those that may be there. What is there still goes into the checkpoint, and is asked for the
+    /// next time; so is what cannot be read now.
+    fn ask(
+        &mut self,
+        state: &mut State,
+        mut find: impl FnMut(Ends) -> SysResult<Option<TcpConnection>>,
+    ) {
+        let Self { asked, name, .. } = self;
+        asked.retain(|ends| match find(*ends) {
+            Ok(Some(connection)) => {
+                state.farewells.push(connection);
+                true
+            }
+            Ok(None) => false,
+            Err(error) => {
+                let (local, remote) = ends;
+                tracing::debug!(%local, %remote, %error, "a closed connection is not read");
+                metrics::counter!("nilicon_closed_unread_total", "container" => name.clone())
+                    .increment(1);
+                true
+            }
+        });
     }
 }
 
@@ -94,5 +103,119 @@ fn strike_out(asked: &mut HashSet<Ends>, state: &State) {
         && let Some(c) = all.next()
     {
         asked.remove(&key(c.local, c.remote));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::errno::Errno;
+    use replicator::image::Description;
+    use replicator::image::net::{SocketOptions, TcpState};
+    use replicator::sys::SysError;
+    use std::net::SocketAddr;
+
+    /// The connection of a client's port.
+    fn ends(port: u16) -> Ends {
+        (SocketAddr::from(([10, 77, 0, 10], 80)), SocketAddr::from(([10, 77, 0, 1], port)))
+    }
+
+    fn connection((local, remote): Ends) -> TcpConnection {
+        TcpConnection {
+            local,
+            remote,
+            state: TcpState::FinWait1,
+            write_seq: 1005,
+            rcv_nxt: 2000,
+            send_queue: b"hello".to_vec(),
+            receive_queue: Vec::new(),
+            window: [0; 5],
+            mss: 1460,
+            sack: true,
+            window_scale: None,
+            timestamp: None,
+            options: SocketOptions::default(),
+            shut_read: false,
+            error: false,
+        }
+    }
+
+    /// The same, as a socket of IPv6 has it.
+    fn mapped((local, remote): Ends) -> Ends {
+        let mapped = |a: SocketAddr| match a.ip() {
+            std::net::IpAddr::V4(ip) => SocketAddr::new(ip.to_ipv6_mapped().into(), a.port()),
+            std::net::IpAddr::V6(_) => a,
+        };
+        (mapped(local), mapped(remote))
+    }
+
+    fn asked(ports: impl IntoIterator<Item = u16>) -> HashSet<Ends> {
+        ports.into_iter().map(ends).collect()
+    }
+
+    fn closed(ports: impl IntoIterator<Item = u16>) -> Closed {
+        Closed::of("store", 1, ports.into_iter().map(ends).collect())
+    }
+
+    #[test]
+    fn what_the_checkpoint_names_is_not_asked_for() {
+        let open = |c| Description { flags: 0, kind: Kind::Tcp(Box::new(c)) };
+        let other = Description { flags: 0, kind: Kind::Pipe(0) };
+        let mut state = State {
+            descriptions: vec![
+                other,
+                open(connection(ends(1))),
+                open(connection(mapped(ends(2)))),
+                open(connection(ends(9))),
+            ],
+            farewells: vec![connection(mapped(ends(3)))],
+            ..State::default()
+        };
+        let mut left = asked(1..=5);
+        // It has the addresses of one that is open, the other way round.
+        let (local, remote) = ends(1);
+        left.insert((remote, local));
+        strike_out(&mut left, &state);
+        assert_eq!(left, asked(4..=5).into_iter().chain([(remote, local)]).collect());
+        state.descriptions.clear();
+        strike_out(&mut left, &state);
+        assert_eq!(left.len(), 3, "nobody names them");
+    }
+
+    #[test]
+    fn what_is_there_is_a_farewell_each_time_until_it_has_gone() {
+        let mut closed = closed(1..=3);
+        let mut first = State::default();
+        first.farewells.push(connection(ends(9)));
+        let unread = || SysError::errno("read", "a send queue", Errno::EFBIG as i32);
+        let mut questions = HashSet::new();
+        closed.ask(&mut first, |ends| {
+            questions.insert(ends);
+            match ends.1.port() {
+                1 => Ok(Some(connection(ends))),
+                2 => Ok(None),
+                _ => Err(unread()),
+            }
+        });
+        assert_eq!(questions, asked(1..=3));
+        assert_eq!(first.farewells, [connection(ends(9)), connection(ends(1))]);
+        // What could not be read may be small enough the next time.
+        let mut second = State::default();
+        let mut questions = HashSet::new();
+        closed.ask(&mut second, |ends| {
+            questions.insert(ends);
+            Ok((ends.1.port() == 3).then(|| connection(ends)))
+        });
+        assert_eq!(questions, asked([1, 3]), "the second was gone");
+        assert_eq!(second.farewells, [connection(ends(3))]);
+        assert_eq!(closed.asked, asked([3]), "now the first is gone, too");
+    }
+
+    #[test]
+    fn who_goes_on_with_a_checkpoint_asks_for_its_farewells() {
+        let farewells = vec![connection(ends(1)), connection(mapped(ends(2)))];
+        let state = State { farewells, ..State::default() };
+        let closed = Closed::of("store", 1, Closed::restored(&state));
+        assert_eq!(closed.asked, asked(1..=2));
     }
 }
