@@ -238,6 +238,40 @@ fn one_that_both_sides_have_closed() {
     }
 }
 
+/// What waits in a queue is bounded, not what was written.
+#[test]
+fn eight_mebibytes_are_read_and_one_byte_more_is_an_error() {
+    const MOST: usize = 8 << 20;
+    let Some(mut orphans) = opened() else { return };
+    alone();
+    for more in [0, 1] {
+        let pair = Pair::narrow();
+        set(pair.writer.as_fd(), SOCKET, libc::SO_SNDBUFFORCE, 32 << 20);
+        let mut all = data(DATA);
+        (&pair.writer).write_all(&all).expect("written");
+        until_acknowledged(&pair);
+        let left = sockopt::out_queue(pair.writer.as_fd()).expect("asked");
+        all.extend(data(MOST + more - left));
+        (&pair.writer).write_all(&all[DATA..]).expect("written");
+        let Pair { writer, mut reader, local, remote } = pair;
+        assert_eq!(sockopt::out_queue(writer.as_fd()).expect("asked"), MOST + more);
+        drop(writer);
+        let mut read = Vec::new();
+        if more > 0 {
+            wait_until("it is looked at in a quiet moment", || {
+                let error = orphans.find(local, remote).expect_err("it is too much").code();
+                assert!(error == libc::EFBIG || error == libc::EAGAIN, "{error}");
+                error == libc::EFBIG
+            });
+            // It is little enough again as soon as the peer has taken some.
+            read.resize(50_000, 0);
+            reader.read_exact(&mut read).expect("read");
+        }
+        let found = settled(&mut orphans, (local, remote), &reader, read.len(), &all);
+        assert_eq!(found.send_queue.len() == MOST, more == 0);
+    }
+}
+
 /// Two networks with a cable between them; the calling thread is in the first.
 struct Cable {
     names: [String; 2],
