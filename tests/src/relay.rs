@@ -2,8 +2,11 @@
 //! ways: the test writes the requests and reads the answers.
 
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::AsFd;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::command::binary;
 
@@ -70,6 +73,12 @@ impl Relay {
         self.from.read_to_end(&mut bytes).expect("bytes");
         assert!(self.child.wait().expect("its end").success(), "the connection was broken");
         bytes
+    }
+
+    /// Whether there is something of an answer that was not read yet, or the connection is over.
+    pub fn has_more(&self) -> bool {
+        let mut fds = [PollFd::new(self.from.get_ref().as_fd(), PollFlags::POLLIN)];
+        !self.from.buffer().is_empty() || poll(&mut fds, PollTimeout::ZERO).expect("poll") > 0
     }
 
     /// Sends a line and returns the line that answers it.
