@@ -145,6 +145,11 @@ fn an_idle_container_is_taken_over_and_serves_who_comes_then() {
     assert_eq!((before.ask("GET a"), before.line()), ("$1".to_owned(), "1".to_owned()));
     let store = bed.until_store("it runs at its backup", |store| store["primary"] == "beta");
     assert_eq!(store["generation"], 2, "{store:#}");
+    // By the pulses that did not come: a connection that says nothing is given up after two seconds.
+    let record = std::fs::read_to_string(bed.state().join("beta.store.failover")).expect("one");
+    let record = serde_json::from_str(&record).expect("a record");
+    let silence = number(&record, "/phases_ms/silence");
+    assert!((50.0..1500.0).contains(&silence), "{record:#}");
     drop((before, after));
     bed.destroy();
 }

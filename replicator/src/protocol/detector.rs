@@ -333,7 +333,9 @@ mod tests {
 
     /// Calls as often as asked until `until`; gives the first suspicion and its time.
     fn run(d: &mut Detector, until: Duration) -> Option<(Duration, Suspicion)> {
+        let mut before = None;
         while let Some(at) = d.next_deadline().filter(|at| *at <= until) {
+            assert!(before.replace(at) < Some(at), "it was called at {at:?} for nothing");
             if let Some(s) = d.tick(at) {
                 return Some((at, s));
             }
