@@ -7,17 +7,17 @@ use serde_json::Value;
 const RELAY: &str = env!("CARGO_BIN_EXE_relay");
 const STORE: &str = "10.77.0.10:6379";
 
-/// A drill of one run with this fault, on a bed whose container fails over when it is killed.
-fn drill(tag: &str, fault: &str) {
-    drill_with(tag, fault, "on-container-loss: failover");
-}
-
-/// The same with this policy.
-fn drill_with(tag: &str, fault: &str, policy: &str) {
+/// Load on twenty connections, and others that come and go, with this policy.
+fn sketch(policy: &str) -> Sketch {
     let mut sketch = Sketch::of(EMBEDDED).loaded();
     sketch.clients[0] = sketch.clients[0].replace(" }", ", churn: 100 }");
     sketch.protection = policy.to_owned();
-    let bed = Bed::new(tag, &sketch);
+    sketch
+}
+
+/// A drill of one run with this fault, on a bed whose container fails over when it is killed.
+fn drill(tag: &str, fault: &str) {
+    let bed = Bed::new(tag, &sketch("on-container-loss: failover"));
     let line = ["--runs", "1", "--seed", "3", "--duration", "5s", "--fault", fault, "-o", "json"];
     let report = bed.run("drill", &line).expect_success().json();
     // That it is protected again is part of this.
@@ -72,9 +72,27 @@ fn a_killed_container_goes_on_at_its_backup() {
     drill("killed", "kill-container");
 }
 
+/// There and back under load. Its backup is told that it was killed, and need not find out.
 #[test]
 fn a_killed_container_goes_back_and_nothing_is_lost() {
-    drill_with("killback", "kill-container", "on-container-loss: restart");
+    let bed = Bed::new("killback", &sketch("on-container-loss: restart"));
+    let line = ["--duration", "9s", "--fault", "kill-container:alpha@2s", "-o", "json"];
+    let report = bed.run("run", &line).expect_success().json();
+    assert_eq!((&report["recovered"], &report["why"]), (&true.into(), &Value::Null), "{report:#}");
+    let client = &report["clients"][0];
+    for figure in ["lost_writes", "wrong_replies", "broken_connections", "resets"] {
+        assert_eq!(client[figure], 0, "{figure}: {report:#}");
+    }
+    assert!(client["churned"].as_u64().is_some_and(|n| n > 100), "{report:#}");
+    let failovers = report["failovers"].as_array().expect("failovers");
+    let hosts: Vec<_> = failovers.iter().map(|f| (&f["host"], &f["generation"])).collect();
+    assert_eq!(hosts, [(&"beta".into(), &2.into()), (&"alpha".into(), &3.into())], "{report:#}");
+    // One that is silent for so long is told of by nobody.
+    let detected = failovers[0]["detect_ms"].as_f64().expect("a time");
+    assert!(detected < 1500.0, "{report:#}");
+    let store = &report["containers"][0];
+    assert_eq!((&store["primary"], &store["protected"]), (&"alpha".into(), &true.into()));
+    bed.expect_gone();
 }
 
 /// A bed with this policy, and a client that has been answered.
