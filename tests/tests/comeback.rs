@@ -138,6 +138,26 @@ fn deploying_again_after_a_failover_protects_again() {
     bed.destroy();
 }
 
+/// Both agents are lost while nobody had a whole copy. The container begins anew, and in a generation that
+/// is newer than any before: what is left of an older one counts no more.
+#[test]
+fn a_new_life_is_of_a_newer_generation_than_any_before() {
+    let bed = Bed::new("anew", &Sketch::of(EMBEDDED));
+    bed.deploy();
+    let mut client = bed.connect(RELAY, "client", STORE);
+    assert_eq!(client.ask("SET a 1"), "+OK");
+    bed.fault("kill-agent:alpha");
+    bed.until_store("beta takes over", |store| store["primary"] == "beta");
+    drop(client);
+    bed.fault("kill-agent:beta");
+    bed.fault("restart-agent:alpha");
+    bed.fault("restart-agent:beta");
+    let store = bed.until_store("it is protected again", |store| store["protected"] == true);
+    assert_eq!(store["primary"], "alpha", "{store:#}");
+    assert!(store["generation"].as_u64() > Some(2), "{store:#}");
+    bed.destroy();
+}
+
 /// The agent of the old primary comes back where it cannot hear of the failover. It must not
 /// answer for the container: that would be a second, empty one.
 #[test]

@@ -1,12 +1,14 @@
 //! Volumes that cannot be as the topology says: a disk that is full, a backup's directory that cannot be
-//! written, by its mount or by its own rights, a damaged journal, read-only files that differ, a file that is in no volume. Each is one clear error,
-//! and what `inspect` says of protection is true meanwhile and afterwards.
+//! written, by its mount or by its own rights, a damaged journal, read-only files that differ, a file that
+//! is in no volume, files that are older than the other host's. Each is one clear error, and what `inspect`
+//! says of protection is true meanwhile and afterwards.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use nilicon_tests::{Bed, Sketch, is_installed, until};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use serde_json::Value;
 
 /// A server that keeps what it is told in a file; the test puts its directory for `@`.
 const KEEPER: &str = "\
@@ -268,6 +270,45 @@ except OSError as error:
     bed.fault("kill-host:alpha");
     bed.until_store("it runs on beta", |s| s["primary"] == "beta" && s["phase"] != "promoting");
     assert_eq!(tell(&bed, 5), 12);
+    bed.destroy();
+}
+
+/// Both hosts have lost power, and the files of one of them are older. It does not begin with them, though
+/// it is the primary, and says what to do. Where the newer ones are it begins with these.
+#[test]
+fn of_two_hosts_that_begin_again_the_one_with_the_newer_files_may() {
+    if !is_installed("python3") {
+        return;
+    }
+    let bed = bed("older", KEEPER, &["{ path: @/seen, kind: replicated }"], "");
+    bed.deploy();
+    assert_eq!(tell(&bed, 1000), 1000);
+    bed.fault("kill-host:alpha");
+    bed.until_store("it runs on beta", |s| s["primary"] == "beta" && s["phase"] != "promoting");
+    assert_eq!(tell(&bed, 5), 1005);
+    bed.fault("kill-host:beta");
+    for host in ["alpha", "beta"] {
+        // What is in /run is gone as well.
+        let noted = bed.state().join(format!("{host}.store.generation"));
+        fs::remove_file(noted).expect("it was noted there");
+        bed.fault(&format!("revive-host:{host}"));
+    }
+    until_said(&bed, &["are of generation 1", "has run elsewhere in generation 2"]);
+    let store = bed.store().expect("it is known");
+    assert_eq!((&store["primary"], &store["phase"]), (&Value::Null, &"failed".into()), "{store:#}");
+    bed.destroy();
+
+    let hosts = "primary: alpha\n    backup: beta";
+    assert!(bed.text().contains(hosts));
+    bed.write(&bed.text().replace(hosts, "primary: beta\n    backup: alpha"));
+    bed.deploy();
+    assert_eq!(tell(&bed, 5), 1010);
+    let store = bed.until_store("it is protected", |store| store["protected"] == true);
+    assert_eq!((&store["primary"], &store["generation"]), (&"beta".into(), &3.into()), "{store:#}");
+    // Its copy is as new now.
+    bed.fault("kill-host:beta");
+    bed.until_store("it runs on alpha", |s| s["primary"] == "alpha" && s["phase"] != "promoting");
+    assert_eq!(tell(&bed, 5), 1015);
     bed.destroy();
 }
 
