@@ -1,6 +1,9 @@
 //! Against a real etcd-server, where one is installed.
 
 use super::*;
+use crate::agent::AgentOptions;
+use crate::agent::judge::Judge;
+use netns_tools::topology::{ArbiterKind, Topology};
 use proptest::prelude::*;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
@@ -152,6 +155,36 @@ fn what_has_changed_since_it_was_read_is_not_overwritten() {
     etcd.ask("put", &put).unwrap();
     let error = etcd.decide(&claim("beta", 1, 2)).unwrap_err().to_string();
     assert!(error.contains("holds no grant"), "{error}");
+}
+
+/// A protection that names an etcd is decided by it, and by nobody while it is away.
+#[test]
+fn who_may_act_alone_is_asked_where_the_topology_says() {
+    let Some(mut server) = Server::start("judge") else { return };
+    let text = include_str!("../../../../topologies/embedded.topo.yml");
+    let mut topology = Topology::parse("embedded", text).unwrap();
+    topology.protect[0].arbiter = ArbiterKind::Etcd(vec![server.address()]);
+    let judge = |host: &str| {
+        let options = AgentOptions {
+            topology: topology.clone(),
+            host: host.into(),
+            pki: PathBuf::new(),
+            output_commit: true,
+        };
+        Judge::of(&options, &topology.protect[0]).unwrap()
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let (alpha, beta) = (judge("alpha"), judge("beta"));
+    assert_eq!(beta.at_once(&claim("beta", 1, 2)), None);
+    assert_eq!(runtime.block_on(beta.ask(claim("beta", 1, 2))), Verdict::Granted);
+    assert_eq!(runtime.block_on(alpha.ask(claim("alpha", 1, 2))), denied(2));
+    server.kill();
+    let asked = async {
+        tokio::time::timeout(Duration::from_secs(1), alpha.ask(claim("alpha", 2, 3))).await
+    };
+    assert!(runtime.block_on(asked).is_err(), "nobody was there to say so");
+    server.run();
+    assert_eq!(runtime.block_on(alpha.ask(claim("alpha", 2, 3))), Verdict::Granted);
 }
 
 #[test]
