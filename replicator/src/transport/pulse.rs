@@ -367,6 +367,14 @@ mod tests {
 
     const PATIENCE: Duration = Duration::from_secs(60);
 
+    /// Waits for a pulse that says this.
+    fn until(heard: &Receiver<(LinkId, Marks)>, says: impl Fn(Marks) -> bool) {
+        let begin = Instant::now();
+        while !says(heard.recv_timeout(PATIENCE / 2).expect("a pulse").1) {
+            assert!(begin.elapsed() < PATIENCE, "none says so");
+        }
+    }
+
     #[test]
     fn two_ends_hear_each_other_and_how_far_they_are() {
         let bind = SocketAddr::from(([127, 0, 0, 1], 0));
@@ -380,7 +388,7 @@ mod tests {
         a.vitals().ran();
         a.vitals().takes_long(true);
         let changed = Marks { work: 1, runtime: 1, long: true, pace: Pace::Usual };
-        while at_b.recv_timeout(PATIENCE).unwrap().1 != changed {}
+        until(&at_b, |marks| marks == changed);
         // Of another session: heard by nobody any longer.
         let at_b = side(&[6; MATERIAL], End::Called, &b, a.port());
         while b.refused() == 0 {
@@ -393,7 +401,7 @@ mod tests {
     #[test]
     fn who_rests_beats_seldom_and_is_woken() {
         let bind = SocketAddr::from(([127, 0, 0, 1], 0));
-        let (interval, notice) = (Duration::from_millis(2), Duration::from_millis(20));
+        let (interval, notice) = (Duration::from_millis(2), Duration::from_millis(100));
         let rhythm = Rhythm { interval, rest: PATIENCE, notice };
         let (a, b) = [(); 2].map(|()| Pulse::start(bind, rhythm).unwrap()).into();
         let (at_a, a_rests) = side_that_may_rest(&[5; MATERIAL], End::Caller, &a, b.port());
@@ -402,17 +410,36 @@ mod tests {
             heard.recv_timeout(PATIENCE / 2).expect("a pulse").1.pace
         };
         a_rests.store(true, Ordering::Relaxed);
-        while pace(&at_b) != Pace::Rests {}
+        until(&at_b, |marks| marks.pace == Pace::Rests);
         b_rests.store(true, Ordering::Relaxed);
         // Until it has said so for as long as it must.
-        while at_b.recv_timeout(Duration::from_millis(500)).is_ok() {}
+        let (begin, mut said) = (Instant::now(), 0);
+        while at_b.recv_timeout(Duration::from_millis(500)).is_ok() {
+            assert!(begin.elapsed() < PATIENCE, "it does not rest");
+            said += 1;
+        }
+        assert!(said > 3, "{said} of some fifty: two lost ones would be missed");
         std::thread::sleep(Duration::from_millis(200));
         assert_eq!(at_b.try_iter().count(), 0, "a hundred, if it did not rest");
+        // What is no pulse is not answered. The caller reads answers when it is woken the next time.
+        let answers = || {
+            a.stir();
+            std::thread::sleep(Duration::from_millis(100));
+            at_a.try_iter().count()
+        };
+        answers();
+        let stranger = UdpSocket::bind(bind).expect("a socket");
+        stranger.send_to(b"a pulse", (bind.ip(), b.port())).expect("sent");
+        while b.refused() == 0 {
+            assert!(begin.elapsed() < PATIENCE * 2, "it was not looked at");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert_eq!(answers(), 1, "that to the pulse before");
 
         a_rests.store(false, Ordering::Relaxed);
         a.stir();
-        assert_eq!(pace(&at_b), Pace::Usual);
-        while pace(&at_a) != Pace::Rests {}
+        until(&at_b, |marks| marks.pace == Pace::Usual);
+        until(&at_a, |marks| marks.pace == Pace::Rests);
         at_a.try_iter().for_each(drop);
         assert_eq!(pace(&at_a), Pace::Rests, "what comes is answered, also by one that rests");
     }
