@@ -161,5 +161,11 @@ fn a_spare_that_gets_no_memory_is_made_anew() {
     };
     assert!(said.contains("the warm spare cannot follow"), "{said}");
     assert!(said.contains("Cannot allocate memory"), "{said}");
+    // Until the primary has noticed, it says that it is protected still.
+    nilicon_tests::until("the primary to come back", || {
+        let said = log(&bed, "beta");
+        let since = said.rsplit("the warm spare cannot follow").next()?;
+        since.contains("a primary presents itself").then_some(())
+    });
     expect_all(&bed, client);
 }
