@@ -4,7 +4,7 @@ use nilicon_tests::{Bed, EMBEDDED, Running, Sketch};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const RELAY: &str = env!("CARGO_BIN_EXE_relay");
 const STORE: &str = "10.77.0.10:6379";
@@ -155,6 +155,12 @@ fn a_new_life_is_of_a_newer_generation_than_any_before() {
     let store = bed.until_store("it is protected again", |store| store["protected"] == true);
     assert_eq!(store["primary"], "alpha", "{store:#}");
     assert!(store["generation"].as_u64() > Some(2), "{store:#}");
+    // Who had learned that it is at beta was told that it is not.
+    let begun = Instant::now();
+    let mut client = bed.connect(RELAY, "client", STORE);
+    assert_eq!(client.ask("GET a"), "$-1");
+    assert!(begun.elapsed() < Duration::from_secs(20), "its neighbours look for it elsewhere");
+    drop(client);
     bed.destroy();
 }
 

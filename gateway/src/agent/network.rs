@@ -2,6 +2,8 @@
 //! bridge port that leads to its clients.
 
 use crate::frames::Mac;
+use crate::frames::announce::Announcer;
+use crate::frames::gate::Gate;
 use crate::frames::resume::LocalNet;
 use anyhow::{Context, Result};
 use netns_tools::links::Network;
@@ -9,7 +11,8 @@ use netns_tools::namespace::Namespace;
 use netns_tools::topology::{Cidr, Container, Topology};
 use replicator::sys::tap::{LinkSetup, Tap, TapOptions};
 use std::net::{IpAddr, Ipv6Addr};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 /// The container's own name of its device.
 pub(super) const INNER: &str = "eth0";
@@ -17,6 +20,9 @@ pub(super) const INNER: &str = "eth0";
 const QUEUE: u32 = 16_384;
 /// The kernel's limit of an interface name, without the terminating zero.
 const NAME_MAX: usize = 15;
+/// Announcements, and the pause between them.
+const ANNOUNCEMENTS: u32 = 3;
+const ANNOUNCE_PAUSE: Duration = Duration::from_millis(100);
 
 /// A container's place in the network, from the topology.
 #[derive(Clone, Debug)]
@@ -34,6 +40,27 @@ pub(super) struct Place {
 }
 
 impl Place {
+    /// Says at once that the container is here now, and again a little later from a thread of its own:
+    /// it may have been elsewhere before, and its neighbours and switches remember that.
+    pub(super) fn announce(&self, gate: Arc<Gate>) -> Result<()> {
+        let addresses: Vec<_> = self.all_addresses().iter().map(|a| a.ip).collect();
+        let mut announcer = Announcer::new(self.mac, &addresses, ANNOUNCEMENTS, ANNOUNCE_PAUSE);
+        for frame in announcer.due(Instant::now()) {
+            gate.send(frame)?;
+        }
+        std::thread::Builder::new().name("announce".into()).spawn(move || {
+            while let Some(at) = announcer.next_deadline() {
+                std::thread::sleep(at.saturating_duration_since(Instant::now()));
+                for frame in announcer.due(Instant::now()) {
+                    if let Err(error) = gate.send(frame) {
+                        tracing::debug!(%error, "announcement");
+                    }
+                }
+            }
+        })?;
+        Ok(())
+    }
+
     /// Of a container of a topology.
     pub(super) fn of(topology: &Topology, name: &str, container: &Container) -> Result<Self> {
         let mac = topology.mac_of(name).context("the container has no MAC address")?;

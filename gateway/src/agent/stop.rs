@@ -8,6 +8,7 @@
 //! buffers go round between the two threads; when both are with the shipper no stop begins, which
 //! bounds what waits (RB-1).
 
+use super::network::Place;
 use super::orphans::Closed;
 use super::pace::{self, Look, Pacer};
 use super::primary::{Next, Shell};
@@ -214,6 +215,7 @@ pub(super) struct StopLoop {
     pub(super) on_unprotectable: OnUnprotectable,
     /// Whether the container is connected to its clients.
     pub(super) plugged: bool,
+    pub(super) network: Place,
     pub(super) buffers: Vec<Taken>,
     /// The last checkpoint of a switchover: the container stands still.
     pub(super) still: Option<Standing>,
@@ -282,6 +284,9 @@ impl StopLoop {
                 CaptureError::Transient("the gate does not open")
             })?;
             self.plugged = true;
+            if let Err(error) = self.network.announce(self.gate.clone()) {
+                tracing::warn!(%error, "its neighbours are not told where it is");
+            }
         }
         self.capturer.let_go_after(NO_STOP);
         if let Some(volumes) = self.volumes.as_ref().filter(|_| self.shell.begins_anew()) {

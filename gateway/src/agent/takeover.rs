@@ -14,7 +14,6 @@ use super::network::Place;
 use super::status::{FailoverPhases, FailoverRecord};
 use super::young;
 use crate::frames::Mac;
-use crate::frames::announce::Announcer;
 use crate::frames::gate::Gate;
 use crate::frames::resume::{Answer, Connection, PeerProbe, PeerSegment};
 use anyhow::{Result, anyhow};
@@ -30,9 +29,6 @@ use std::time::{Duration, Instant};
 /// How long the takeover waits for peers to say where they are. One that is silent gets what it
 /// may lack by retransmission.
 const PROBE_PATIENCE: Duration = Duration::from_millis(40);
-/// Announcements, and the pause between them.
-const ANNOUNCEMENTS: u32 = 3;
-const ANNOUNCE_PAUSE: Duration = Duration::from_millis(100);
 
 /// What a takeover is about.
 pub(super) struct Takeover<'a> {
@@ -58,7 +54,7 @@ pub(super) fn run(
     let gate = warm.gate.clone();
     let mut phases = takeover.phases;
     let mut lap = Instant::now();
-    announce(takeover.place, gate.clone())?;
+    takeover.place.announce(gate.clone())?;
 
     let connections: Vec<Connection> = live_connections(&checkpoint.state)
         .map(|c| Connection::of_checkpoint(c, received.elapsed()))
@@ -163,26 +159,6 @@ fn probe(gate: &Gate, place: &Place, connections: Vec<Connection>) -> Result<(An
         })
         .collect();
     Ok((answers, ms(start.elapsed())))
-}
-
-/// Says at once where the container is now, and again a little later from a thread of its own.
-fn announce(place: &Place, gate: std::sync::Arc<Gate>) -> Result<()> {
-    let addresses: Vec<_> = place.all_addresses().iter().map(|a| a.ip).collect();
-    let mut announcer = Announcer::new(place.mac, &addresses, ANNOUNCEMENTS, ANNOUNCE_PAUSE);
-    for frame in announcer.due(Instant::now()) {
-        gate.send(frame)?;
-    }
-    std::thread::Builder::new().name("announce".into()).spawn(move || {
-        while let Some(at) = announcer.next_deadline() {
-            std::thread::sleep(at.saturating_duration_since(Instant::now()));
-            for frame in announcer.due(Instant::now()) {
-                if let Err(error) = gate.send(frame) {
-                    tracing::debug!(%error, "announcement");
-                }
-            }
-        }
-    })?;
-    Ok(())
 }
 
 /// Tells the container what it knew of a peer, in the peer's name.

@@ -174,6 +174,10 @@ impl Place {
         if plugged {
             gate.plug()?;
         }
+        // A takeover has said so before.
+        if plugged && from.is_none() {
+            self.network.announce(gate.clone())?;
+        }
         {
             let mut status = lock(&self.status);
             status.phase = if plugged { Phase::Unprotected } else { Phase::Waiting };
@@ -213,6 +217,7 @@ impl Place {
             stirred: (Duration::ZERO, false),
             on_unprotectable: self.on_unprotectable(),
             plugged,
+            network: self.network.clone(),
             buffers: (0..BUFFERS).map(|_| Taken::default()).collect(),
             still: None,
             volumes: files.as_ref().map(|files| files.volumes.clone()),
