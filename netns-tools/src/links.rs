@@ -12,7 +12,7 @@ use std::os::fd::{AsFd, AsRawFd};
 
 use futures_util::{StreamExt, TryStreamExt};
 use netlink_packet_route::RouteNetlinkMessage;
-use netlink_packet_route::address::AddressAttribute;
+use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags};
 use netlink_packet_route::link::{
     BridgePortState, BridgeStpState, InfoBridgePort, InfoData, InfoPortData, InfoVeth, State,
 };
@@ -352,7 +352,8 @@ impl Network {
         self.change("move to another namespace", name, |link| link.setns_by_fd(fd))
     }
 
-    /// Adds an address.
+    /// Adds an address, which can be used at once: nobody is asked whether it is free, not even by
+    /// a kernel that would ask for no time but has not come to it yet.
     ///
     /// # Errors
     /// The interface is missing, or the address is used by another one.
@@ -361,7 +362,8 @@ impl Network {
         if interface.addresses.contains(&address) {
             return Ok(());
         }
-        let request = self.handle.address().add(interface.index, address.ip, address.prefix);
+        let mut request = self.handle.address().add(interface.index, address.ip, address.prefix);
+        request.message_mut().header.flags |= AddressHeaderFlags::Nodad;
         self.request(&format!("add the address {address} to"), name, request.execute())
     }
 
