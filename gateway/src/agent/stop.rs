@@ -66,7 +66,7 @@ const FILES_KEPT: usize = 1 << 20;
 const MAX_ROUNDS: usize = 4;
 /// A container that has computed less than this since the last stop has answered somebody and sleeps
 /// again.
-const LITTLE: Duration = Duration::from_micros(250);
+const HARDLY: Duration = Duration::from_micros(250);
 
 /// A checkpoint on its way to the shipper, or empty buffers on their way back.
 #[derive(Debug, Default)]
@@ -408,7 +408,7 @@ impl StopLoop {
                 volumes.begin_full();
             }
         }
-        let idle = !full && self.pacer.busy(self.capturer.cpu_time()) < LITTLE;
+        let idle = !full && self.pacer.busy(self.capturer.cpu_time()) < HARDLY;
         let result = self.prepare_and_stop(&mut taken, last, idle);
         if let Some(error) = self.seal_failed.take() {
             if last {

@@ -61,7 +61,7 @@ use crate::image::pages::PageSet;
 use crate::sys::ptrace::Status;
 use crate::sys::remote::Batch;
 use crate::sys::unix_diag::UnixDiag;
-use memory::{AddressSpace, Job, Written};
+use memory::{AddressSpace, Job};
 use process::Attributes;
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
@@ -141,15 +141,16 @@ impl Tracked {
         objects: &mut objects::Objects,
         job: Option<&Job>,
     ) -> Result<(), CaptureError> {
-        if let Some(job) = job {
-            return self.space.round(pages, objects, false, Written::FoundBy(job), None);
+        let mut sequence = None;
+        if job.is_none() {
+            sequence = self.threads.glance()?;
+            self.direct.round(|| self.threads.reads(pid));
         }
-        let sequence = self.threads.glance()?;
-        self.direct.round(|| self.threads.reads(pid));
-        self.space.round(pages, objects, false, Written::Taken, sequence)
+        self.space.round(pages, objects, false, job, sequence)
     }
 
-    /// All threads stand still, and a glance was taken: whether it may have read past the page cache while a round took its pages.
+    /// All threads stand still, and a glance was taken: whether it may have read past the page cache
+    /// while a round took its pages.
     fn may_have_read_directly(&mut self, pid: i32) -> bool {
         let seen = self.files.have_shown_direct();
         self.direct.was_possible(self.threads.reads(pid), seen)

@@ -194,8 +194,7 @@ impl Capturer {
                     times.again += tracked.space.take_again(&mut self.pages, self.settled.0)?;
                     self.objects.take_again();
                 }
-                let written = memory::Written::FoundBy(job);
-                tracked.space.round(&mut self.pages, &mut self.objects, true, written, None)?;
+                tracked.space.round(&mut self.pages, &mut self.objects, true, Some(job), None)?;
             }
             let volumes = self.tmpfs.volumes();
             refuse_mappings(*pid, tracked.space.vmas(), volumes, &mut self.refusals)?;

@@ -30,15 +30,6 @@ use maps::Vma;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-/// What a round does about the pages that were written.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Written<'a> {
-    /// Takes them.
-    Taken,
-    /// Takes what this job has found of them, see [`AddressSpace::begin`].
-    FoundBy(&'a Job),
-}
-
 /// The tracked address space of one process.
 #[derive(Debug)]
 pub(super) struct AddressSpace {
@@ -114,18 +105,19 @@ impl AddressSpace {
         })
     }
 
-    /// Takes the pages written since the last round, as `written` says, and copies them into `pages`.
-    /// `stopped` says that no thread runs: then what cannot be copied is an error. `sequence` is what
-    /// stood for the state of the mappings before the call.
+    /// Takes the pages written since the last round and copies them into `pages`. `stopped` says
+    /// that no thread runs: then what cannot be copied is an error. What a job was given of it by
+    /// [`AddressSpace::begin`] is that job's. `sequence` is what stood for the state of the mappings
+    /// before the call.
     pub(super) fn round(
         &mut self,
         pages: &mut PageSet,
         objects: &mut Objects,
         stopped: bool,
-        written: Written<'_>,
+        job: Option<&Job>,
         sequence: Option<u64>,
     ) -> Result<(), CaptureError> {
-        let result = self.try_round(pages, objects, stopped, written, sequence);
+        let result = self.try_round(pages, objects, stopped, job, sequence);
         if result.is_err() {
             objects.suspect_all();
             self.keep();
@@ -181,17 +173,17 @@ impl AddressSpace {
         pages: &mut PageSet,
         objects: &mut Objects,
         stopped: bool,
-        written: Written<'_>,
+        job: Option<&Job>,
         sequence: Option<u64>,
     ) -> Result<(), CaptureError> {
         self.regions.clear();
         self.regions.append(&mut self.carry);
-        let scanned = match written {
-            Written::FoundBy(job) if std::mem::take(&mut self.begun) => {
+        let scanned = match job.filter(|_| std::mem::take(&mut self.begun)) {
+            Some(job) => {
                 let scan = job.collect(self.pid, &mut self.buffer, &mut self.regions)?;
                 scan == Scan::Complete && self.scan_shared(objects)? == Scan::Complete
             }
-            Written::Taken | Written::FoundBy(_) => {
+            None => {
                 self.is_as_listed(sequence)?
                     && !self.spans.is_empty()
                     && self.scan_shared(objects)? == Scan::Complete

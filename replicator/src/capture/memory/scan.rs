@@ -319,7 +319,7 @@ mod tests {
             set.set(cpu).expect("a processor");
             set
         };
-        let mut child = std::process::Command::new("sleep").arg("600").spawn().expect("a child");
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().expect("a child");
         let root = child.id() as i32;
         let place = |pid: Pid, cpu| sched_setaffinity(pid, &only(cpu)).expect("placed");
         place(me, first);
