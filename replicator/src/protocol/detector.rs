@@ -8,8 +8,9 @@
 //! the pause it had asked for. A host that is always slow notices a death later, by the share of the
 //! time that it runs; it never fails to notice one.
 //!
-//! The threshold is the timeout, and more for a peer that was late and lived: twice its longest
-//! pause of the last [`MEMORY`], up to [`Config::most`].
+//! The threshold is the timeout, and more for a peer that was late and lived: three times its longest
+//! pause of the last [`MEMORY`], up to [`Config::most`]; five times while it is known for less than
+//! [`YOUNG`], in which the longest pause to be expected may not have come yet.
 //!
 //! A heart may go on beating when the rest is dead. So a pulse tells how far the peer's work is
 //! ([`Marks`]); marks that stand still for [`Config::stall`] make it suspect, and further pulses do
@@ -27,6 +28,12 @@ use std::time::Duration;
 
 /// How long a pause of a peer that lived is remembered, at least.
 pub const MEMORY: Duration = Duration::from_secs(10);
+
+/// For how long the pauses of a connection are few.
+pub const YOUNG: Duration = Duration::from_secs(3);
+
+/// The threshold in longest pauses: of a peer that is known, and of one that is not.
+const LATE: [u32; 2] = [3, 5];
 
 /// How many times longer work may stand still that was announced to be long.
 const LONG: u32 = 10;
@@ -142,6 +149,8 @@ impl Still {
 #[derive(Clone, Debug)]
 pub struct Detector {
     config: Config,
+    /// When this connection began.
+    since: Duration,
     last_life: Duration,
     last_call: Duration,
     /// Silence that was listened to; starts again with each sign of life.
@@ -170,6 +179,7 @@ impl Detector {
     pub fn new(config: Config, now: Duration) -> Self {
         Self {
             config,
+            since: now,
             last_life: now,
             last_call: now,
             listened: Duration::ZERO,
@@ -281,7 +291,10 @@ impl Detector {
     pub fn threshold(&self) -> Duration {
         let Config { timeout, most, first, .. } = self.config;
         let usual = if self.pulsed {
-            (self.pauses.0.max(self.pauses.1) * 2).clamp(timeout, most.max(timeout))
+            let [known, young] = LATE;
+            let times =
+                if self.last_call.saturating_sub(self.since) < YOUNG { young } else { known };
+            (self.pauses.0.max(self.pauses.1) * times).clamp(timeout, most.max(timeout))
         } else {
             first.max(timeout)
         };
@@ -413,19 +426,29 @@ mod tests {
     #[test]
     fn a_peer_that_is_often_late_is_waited_for_longer_and_not_for_ever() {
         let mut d = Detector::new(pulses(), ms(0));
+        assert_eq!(beat(&mut d, 0, 3100, marks), None);
+        assert_eq!(d.threshold(), ms(25), "one that is in time");
+        assert_eq!(run(&mut d, ms(3118)), None);
+        d.pulse(ms(3118), marks(3118));
+        assert_eq!(d.threshold(), ms(60), "three times its pause of 20 ms");
+        // As late as it may be.
+        assert_eq!(run(&mut d, ms(3176)), None);
+        d.pulse(ms(3176), marks(3176));
+        assert_eq!(d.threshold(), ms(100), "the most");
+        assert_eq!(beat(&mut d, 3178, 33_000, marks), None);
+        assert_eq!(d.threshold(), ms(25), "that was long ago");
+    }
+
+    #[test]
+    fn a_peer_that_is_hardly_known_is_waited_for_longer_if_it_is_late_at_all() {
+        let mut d = Detector::new(pulses(), ms(0));
         assert_eq!(beat(&mut d, 0, 100, marks), None);
         assert_eq!(d.threshold(), ms(25), "one that is in time");
-        assert_eq!(run(&mut d, ms(118)), None);
-        d.pulse(ms(118), marks(118));
-        assert_eq!(d.threshold(), ms(40), "twice its pause of 20 ms");
-        // Each time as late as it may be.
-        for at in [156, 230] {
-            assert_eq!(run(&mut d, ms(at)), None);
-            d.pulse(ms(at), marks(at));
-        }
-        assert_eq!(d.threshold(), ms(100), "the most");
-        assert_eq!(beat(&mut d, 232, 30_000, marks), None);
-        assert_eq!(d.threshold(), ms(25), "that was long ago");
+        assert_eq!(run(&mut d, ms(106)), None);
+        d.pulse(ms(108), marks(108));
+        assert_eq!(d.threshold(), ms(50), "five times its pause of 10 ms");
+        assert_eq!(beat(&mut d, 110, 3100, marks), None);
+        assert_eq!(d.threshold(), ms(30), "three times");
     }
 
     #[test]
