@@ -133,6 +133,13 @@ pub(super) fn count(server: SocketAddr) -> anyhow::Result<Arc<AtomicU64>> {
         while let Ok(packet) = heard.next(&mut buffer) {
             if resets.heard(packet) {
                 counter.fetch_add(1, Relaxed);
+                // It counts all the same: what was missed may have been its end in good order, or not.
+                if let Ok(missed @ 1..) = heard.missed() {
+                    tracing::warn!(
+                        missed,
+                        "not all packets of clients were heard; resets may be none"
+                    );
+                }
             }
         }
     })?;

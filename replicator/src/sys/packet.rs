@@ -3,7 +3,9 @@
 
 use super::error::{SysError, SysResult, check};
 use nix::errno::Errno;
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, socket};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockType, recv, setsockopt, socket, sockopt,
+};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 /// FIN | SYN | RST
@@ -36,6 +38,9 @@ const FILTER: [libc::sock_filter; 17] = [
 
 /// Bytes of a packet that are kept.
 pub const KEPT: usize = 256;
+
+/// Bytes of packets that wait to be read.
+const BUFFER: usize = 64 << 20;
 
 /// Hears them; packets begin with their IP header.
 #[derive(Debug)]
@@ -73,10 +78,34 @@ impl Handshakes {
             )
         };
         check(r.into(), "bind", || "AF_PACKET".into())?;
+        // Whoever listens may wait for a processor while a link lets go of hundreds of them at once.
+        if setsockopt(&socket, sockopt::RcvBufForce, &BUFFER).is_err() {
+            let _ = setsockopt(&socket, sockopt::RcvBuf, &BUFFER);
+        }
         Ok(Self(socket))
     }
 
-    /// Waits for the next packet; gives its first bytes. ENOBUFS never: what does not fit is lost.
+    /// How many packets did not fit since this was last asked.
+    pub fn missed(&self) -> SysResult<u32> {
+        // struct tpacket_stats: packets, drops.
+        let mut stats = [0u32; 2];
+        let mut len = size_of_val(&stats) as u32;
+        // SAFETY: the kernel writes at most `len` bytes, which is what there is.
+        let r = unsafe {
+            libc::getsockopt(
+                self.0.as_raw_fd(),
+                libc::SOL_PACKET,
+                libc::PACKET_STATISTICS,
+                (&raw mut stats).cast(),
+                &raw mut len,
+            )
+        };
+        check(r.into(), "getsockopt(PACKET_STATISTICS)", || "AF_PACKET".into())?;
+        Ok(stats[1])
+    }
+
+    /// Waits for the next packet; gives its first bytes. ENOBUFS never: what does not fit is lost, see
+    /// [`Handshakes::missed`].
     pub fn next<'a>(&self, buffer: &'a mut [u8; KEPT]) -> SysResult<&'a [u8]> {
         loop {
             match recv(self.0.as_raw_fd(), buffer, MsgFlags::empty()) {
