@@ -329,13 +329,27 @@ impl Tracer {
                 }
                 continue;
             }
-            if tries % 25 == 0 && is_zombie(tid)? {
+            if tries % 25 == 0 && self.has_ended_alone(tid)? {
                 return Err(leader_has_ended(tid));
             }
             self.give_up_on_vfork(begin)?;
             std::thread::sleep(PAUSE);
         }
         Ok(())
+    }
+
+    /// Whether a leader has ended and the other threads of its process live on: stopped, as they were. A
+    /// kill lets them run, to their end.
+    fn has_ended_alone(&self, leader: i32) -> SysResult<bool> {
+        if !state_of(leader)?.is_none_or(|s| s == 'Z') {
+            return Ok(false);
+        }
+        for tid in self.threads_of(leader).into_iter().filter(|tid| *tid != leader) {
+            if state_of(tid)? != Some('t') {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// A thread may have called vfork before we came: then it waits for a child that we have stopped.
@@ -437,7 +451,7 @@ impl Tracer {
                     Some((_, Status::Stopped { signal, event: 0 })) => signal,
                     Some(_) => 0,
                     // The end of a main thread is not told while others run.
-                    None if is_zombie(tid)? => 0,
+                    None if state_of(tid)?.is_none_or(|s| s == 'Z') => 0,
                     None => {
                         left.push(tid);
                         continue;
@@ -479,11 +493,14 @@ fn halt(tid: i32) -> SysResult<()> {
 }
 
 /// Whether a thread has ended and is kept by the kernel.
-fn is_zombie(tid: i32) -> SysResult<bool> {
+/// The letter of a thread's state in /proc/TID/stat; none if it is gone.
+fn state_of(tid: i32) -> SysResult<Option<char>> {
     let path = format!("/proc/{tid}/stat");
     match fs::read_to_string(&path) {
-        Ok(text) => Ok(text.rfind(')').is_some_and(|at| text[at + 2..].starts_with('Z'))),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(true),
+        Ok(text) => Ok(text.rfind(')').and_then(|at| text[at + 2..].chars().next())),
+        // Its end may also come while it is read.
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Ok(None),
         Err(source) => Err(SysError { call: "read", object: path, source }),
     }
 }
