@@ -6,7 +6,7 @@ use crate::frames::input_log::LogReader;
 use replicator::image::Clocks;
 use replicator::protocol::LinkId;
 use replicator::protocol::detector::{Marks, Pace};
-use replicator::protocol::primary::Input;
+use replicator::protocol::primary::{Input, State as Stand};
 use replicator::transport::link::PrimaryConfig;
 use replicator::transport::pulse::Listener;
 use replicator::transport::{LinkError, PrimaryEvent, PrimaryLink};
@@ -42,7 +42,11 @@ impl Listener for Ear {
     }
 
     fn pace(&self) -> Pace {
-        self.0.upgrade().map_or(Pace::Usual, |shell| lock(&shell.core).pace())
+        self.0.upgrade().map_or(Pace::Usual, |shell| {
+            let core = lock(&shell.core);
+            // Whoever was given up, and may be dead, need not hear more.
+            if matches!(core.state(), Stand::Alone { .. }) { Pace::Rests } else { core.pace() }
+        })
     }
 }
 
