@@ -175,7 +175,6 @@ impl Shared {
             self.totals.kept_out.fetch_add(1, Relaxed);
             return;
         }
-        self.log(frame, log);
         self.young.inbound(frame);
         let counter = match self.inner.write(frame) {
             Ok(()) => &self.totals.in_frames,
@@ -183,6 +182,9 @@ impl Shared {
             Err(_) => &self.totals.in_dropped,
         };
         counter.fetch_add(1, Relaxed);
+        // Afterwards: this wakes whoever sends it, while the container is at work already. No epoch ends
+        // in between, as input is locked.
+        self.log(frame, log);
     }
 
     fn log(&self, frame: &[u8], log: Option<&mut LogWriter>) {
