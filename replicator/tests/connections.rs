@@ -353,7 +353,7 @@ fn connections_go_on_in_every_state_that_has_a_descriptor() {
     original.pump_until("it is quiet", || console(&path).contains("quiet"));
     original.checkpoint();
     let mut spare = original.spare();
-    spare.apply(&original.state, &original.pages).expect("full checkpoint");
+    original.bring(&mut spare);
     lan.connect(spare.pid(), "second");
 
     // From now on the container's frames reach nobody, while it hears its peers.

@@ -25,7 +25,7 @@ fn fail_over(program: &str, kinds: &[Kind]) {
     original.pump_until("all is set up", || says("ready"));
     original.checkpoint();
     let mut spare = original.spare();
-    spare.apply(&original.state, &original.pages).expect("full checkpoint");
+    original.bring(&mut spare);
     std::fs::write(dir.0.join(kinds::CHANGE), "").expect("written");
     original.pump_until("all is changed", || says("changed"));
     for _ in 0..3 {

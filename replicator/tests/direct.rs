@@ -70,7 +70,7 @@ impl Subject {
         original.capturer.begin_full();
         original.checkpoint();
         let mut spare = original.spare();
-        spare.apply(&original.state, &original.pages).expect("full checkpoint");
+        original.bring(&mut spare);
         // Nothing of the first copy is left to be taken.
         original.follow(&mut spare);
         Some(Self { original, spare, _disk: disk, late, dir })
@@ -96,7 +96,7 @@ impl Subject {
     /// The next checkpoint, with a round before it. Gives the number of pages that were read again.
     fn checkpoint(&mut self) -> usize {
         let times = self.original.checkpoint();
-        self.spare.apply(&self.original.state, &self.original.pages).expect("folded in");
+        self.original.bring(&mut self.spare);
         times.again
     }
 
@@ -229,6 +229,6 @@ fn much_is_read_again_before_the_stop() {
     println!("{again} of {all} pages were read again in the stop");
     assert!(all > 4096 && again < all / 4, "{again} of {all}");
     subject.spare = subject.original.spare();
-    subject.spare.apply(&subject.original.state, &subject.original.pages).expect("folded in");
+    subject.original.bring(&mut subject.spare);
     assert_eq!(subject.finds(), "found all");
 }

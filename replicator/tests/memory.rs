@@ -74,7 +74,7 @@ fn program_survives(kind: &str, dir: &Scratch, command: &[&str]) {
                     original.capturer.begin_full();
                     original.checkpoint();
                     let mut fresh = original.spare();
-                    fresh.apply(&original.state, &original.pages).expect("full checkpoint");
+                    original.bring(&mut fresh);
                     spare = Some(fresh);
                 }
             }
@@ -113,7 +113,7 @@ fn what_a_child_wrote_that_was_hardly_seen_is_captured() {
     original.capturer.begin_full();
     original.checkpoint();
     let mut spare = original.spare();
-    spare.apply(&original.state, &original.pages).expect("full checkpoint");
+    original.bring(&mut spare);
     tell("fork");
     original.pump_until("the child is there", || read(&console).contains("born"));
     original.capturer.prepare().expect("it is found");

@@ -116,7 +116,7 @@ fn nginx_goes_on_with_master_workers_and_keep_alive_clients() {
             None => {
                 original.checkpoint();
                 let mut fresh = original.spare();
-                fresh.apply(&original.state, &original.pages).expect("full");
+                original.bring(&mut fresh);
                 lan.connect(fresh.pid(), "second");
                 spare = Some(fresh);
             }

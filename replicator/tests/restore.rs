@@ -23,12 +23,12 @@ fn a_counter_goes_on_where_the_last_checkpoint_was_taken() {
 
     original.checkpoint();
     let mut spare = original.spare();
-    spare.apply(&original.state, &original.pages).expect("full checkpoint");
+    original.bring(&mut spare);
     for _ in 0..5 {
         let before = numbers(&console).len();
         original.pump_until("it counts on", || numbers(&console).len() > before + 100);
         original.checkpoint();
-        spare.apply(&original.state, &original.pages).expect("delta");
+        original.bring(&mut spare);
     }
     let at_checkpoint = numbers(&console).len() as u64;
     original.kill();
@@ -60,7 +60,7 @@ fn a_file_that_is_only_written_may_be_gone() {
     original.pump_until("it counts", || numbers(&console).len() > 100);
     original.checkpoint();
     let mut spare = original.spare();
-    spare.apply(&original.state, &original.pages).expect("full checkpoint");
+    original.bring(&mut spare);
     original.kill();
     let (first, second) = (dir.0.join("dump"), dir.0.join("dump.whole"));
     std::fs::rename(&first, &second).expect("renamed");
@@ -92,7 +92,7 @@ fn a_file_that_is_read_must_be_there() {
         original.pump_until("it sleeps", || !numbers(&console).is_empty());
         original.checkpoint();
         let mut spare = original.spare();
-        spare.apply(&original.state, &original.pages).expect("full checkpoint");
+        original.bring(&mut spare);
         original.kill();
         std::fs::remove_file(&file).expect("removed");
         if strict {
@@ -160,7 +160,7 @@ fn redis_goes_on_with_its_memory_threads_and_fifty_connections() {
                 original.checkpoint();
                 let mut fresh = original.spare();
                 let begin = Instant::now();
-                fresh.apply(&original.state, &original.pages).expect("full");
+                original.bring(&mut fresh);
                 println!("full: {} pages in {:?}", original.pages.pages(), begin.elapsed());
                 lan.connect(fresh.pid(), "second");
                 spare = Some(fresh);
@@ -243,7 +243,7 @@ fn a_program_with_one_of_everything_goes_on() {
     original.pump_until("it ticks", || last(&console, "tick") > 5);
     original.checkpoint();
     let mut spare = original.spare();
-    spare.apply(&original.state, &original.pages).expect("full checkpoint");
+    original.bring(&mut spare);
     for _ in 0..5 {
         let before = last(&console, "tick");
         original.pump_until("it ticks on", || last(&console, "tick") > before + 2);

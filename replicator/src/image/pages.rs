@@ -49,3 +49,45 @@ impl PageSet {
         self.bytes.len() / PAGE
     }
 }
+
+/// Some bytes of a page, against its version in the checkpoint before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Edit {
+    /// As in a [`Run`]. Only processes are edited, no objects.
+    pub process: u32,
+    /// Address of the first byte; no edit reaches beyond its page.
+    pub start: u64,
+    /// Where its bytes begin in [`Edits::bytes`].
+    pub at: usize,
+    /// Number of bytes. None: the page is as before.
+    pub len: usize,
+}
+
+/// Pages of one checkpoint of which little has changed. Edits of one page stand in the order in which they
+/// were taken, and all before what a [`PageSet`] of the same checkpoint says.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Edits {
+    /// The edits.
+    pub list: Vec<Edit>,
+    /// Contents of all of them.
+    pub bytes: Vec<u8>,
+}
+
+impl Edits {
+    /// The bytes of an edit of the list.
+    pub fn of(&self, edit: &Edit) -> &[u8] {
+        &self.bytes[edit.at..][..edit.len]
+    }
+}
+
+impl Edit {
+    /// Address of its page.
+    pub fn page(&self) -> u64 {
+        self.start - self.start % PAGE as u64
+    }
+
+    /// Its place in the page.
+    pub fn offset(&self) -> usize {
+        self.start as usize % PAGE
+    }
+}

@@ -66,7 +66,8 @@ fn span(run: &Run) -> Span {
     (run.start, run.start + u64::from(run.count) * PAGE as u64)
 }
 
-fn way(m: &Mapping) -> Option<Way> {
+/// How pages get into this mapping; not at all if they are not the process's own.
+pub(super) fn way(m: &Mapping) -> Option<Way> {
     match &m.source {
         Source::Vdso(_) => None,
         // The file or object itself holds what a shared mapping shows.

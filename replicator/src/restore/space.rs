@@ -4,11 +4,11 @@
 //! scratch area and behind it the kernel's own mappings (vdso, vvar), moved aside until the end.
 
 use super::error::{Doing, RestoreError};
-use super::pages::{Way, arrange};
+use super::pages::{Way, arrange, way};
 use super::plan::{Step, plan};
 use super::script::Script;
 use super::shared::Held;
-use crate::image::pages::{PAGE, Run};
+use crate::image::pages::{Edit, Edits, PAGE, Run};
 use crate::image::{Mapping, Source, VdsoPart};
 use crate::sys::memory::{self, ForcedMemory};
 use crate::sys::remote::{SCRATCH, SCRATCH_LEN};
@@ -121,6 +121,9 @@ pub(super) fn remap(
     const DOING: &str = "change the memory mappings";
     let mut passed = 0;
     for step in plan(old, new) {
+        if let Step::Map(m) = &step {
+            check_new(target.pid, m, old)?;
+        }
         if !script.has_room(libc::PATH_MAX as usize, 3) || passed == MAX_PASSED {
             script.run_ok(target.host).doing(target.pid, DOING)?;
             passed = 0;
@@ -134,6 +137,26 @@ pub(super) fn remap(
         return Ok(());
     }
     script.run_ok(target.host).doing(target.pid, DOING).map(drop)
+}
+
+/// A mapping that takes the place of another brings its pages along if it is said to be new. Else those that
+/// are only here would be lost: then everything must be sent again.
+fn check_new(pid: i32, m: &Mapping, old: &[Mapping]) -> Result<(), RestoreError> {
+    let private = match m.source {
+        Source::File { shared, .. } | Source::Object { shared, .. } => !shared,
+        Source::Anonymous => true,
+        Source::Vdso(_) => false,
+    };
+    let at = old.partition_point(|o| o.end <= m.start);
+    if m.fresh || !private || old.get(at).is_none_or(|o| o.start >= m.end) {
+        return Ok(());
+    }
+    Err(RestoreError::Impossible {
+        pid,
+        object: format!("mapping {:#x}-{:#x}", m.start, m.end),
+        reason: "it is another than before, and what was written to it is not in the checkpoint"
+            .into(),
+    })
 }
 
 /// Maps parts of these objects again, which are other files now.
@@ -226,6 +249,29 @@ fn attach(script: &mut Script, m: &Mapping, segment: i32) {
         let args = [m.start, m.end - m.start, u64::from(m.prot)];
         script.call("mprotect", libc::SYS_mprotect, &args);
     }
+}
+
+/// Brings edits of this process's pages in, whose mappings are these by now.
+pub(super) fn edit(
+    target: &Target<'_>,
+    mappings: &[Mapping],
+    list: &[Edit],
+    edits: &Edits,
+) -> Result<(), RestoreError> {
+    const DOING: &str = "write what has changed of pages";
+    let mut pieces: Vec<(u64, &[u8])> = Vec::with_capacity(list.len());
+    for edit in list {
+        let at = mappings.partition_point(|m| m.end <= edit.start);
+        let Some(mapping) = mappings.get(at).filter(|m| m.start <= edit.start) else { continue };
+        match way(mapping) {
+            None => {}
+            Some(Way::Plain) => pieces.push((edit.start, edits.of(edit))),
+            Some(Way::Forced) => {
+                target.forced.write(edit.start, edits.of(edit)).doing(target.pid, DOING)?;
+            }
+        }
+    }
+    memory::write_scattered(target.host, &pieces).doing(target.pid, DOING)
 }
 
 /// Brings a checkpoint's pages of this process in.

@@ -9,7 +9,7 @@ use super::shared::Held;
 use super::space::{self, ASIDE, Givers, Special, Target};
 use super::terminals::Terminals;
 use crate::container::Launched;
-use crate::image::pages::PageSet;
+use crate::image::pages::{Edits, PageSet};
 use crate::image::{Process, State, VdsoPart};
 use crate::sys::memory::ForcedMemory;
 use crate::sys::remote::{self, Call};
@@ -136,6 +136,16 @@ impl Spare {
     /// Folds one complete checkpoint in. `pages` are those that changed since the checkpoint that
     /// was folded in before (all of them, the first time).
     pub fn apply(&mut self, state: &State, pages: &PageSet) -> Result<(), RestoreError> {
+        self.apply_edited(state, &Edits::default(), pages)
+    }
+
+    /// As [`Spare::apply`], after these edits of the pages of the checkpoint before.
+    pub fn apply_edited(
+        &mut self,
+        state: &State,
+        edits: &Edits,
+        pages: &PageSet,
+    ) -> Result<(), RestoreError> {
         check(state, self.launched.root())?;
         if state.vdso != 0 && state.vdso != self.vdso {
             return Err(RestoreError::Refused {
@@ -144,7 +154,7 @@ impl Spare {
                 reason: "this host's kernel has another one; run the same kernel on both".into(),
             });
         }
-        self.attempt(|spare| spare.fold(state, pages))
+        self.attempt(|spare| spare.fold(state, edits, pages))
     }
 
     /// Brings in more pages of the checkpoint that was folded in last.
@@ -181,7 +191,7 @@ impl Spare {
         result
     }
 
-    fn fold(&mut self, state: &State, pages: &PageSet) -> Result<(), RestoreError> {
+    fn fold(&mut self, state: &State, edits: &Edits, pages: &PageSet) -> Result<(), RestoreError> {
         self.follow_terminals(state).doing(1, "make a terminal")?;
         self.follow_tree(state)?;
         self.held.follow(self.launched.pid, &state.objects).doing(1, "make the memory objects")?;
@@ -194,6 +204,13 @@ impl Spare {
             sorted.sort_by_key(|r| r.process);
             runs = &sorted;
         }
+        let mut changes = edits.list.as_slice();
+        let mut in_order;
+        if !changes.is_sorted_by_key(|e| e.process) {
+            in_order = changes.to_vec();
+            in_order.sort_by_key(|e| e.process);
+            changes = &in_order;
+        }
         for (index, (process, at)) in state.processes.iter().zip(order).enumerate() {
             let stub = &self.stubs[at];
             let target = Target { pid: stub.pid, host: stub.host, forced: &stub.forced };
@@ -201,6 +218,10 @@ impl Spare {
             let old = known.map_or(&[][..], |p| &p.mappings);
             let givers = Givers { held: &self.held, channel: self.launched.control() };
             space::remap(&target, &mut self.script, &givers, old, &process.mappings)?;
+            let count = changes.partition_point(|e| e.process <= index as u32);
+            let (mine, rest) = changes.split_at(count);
+            changes = rest;
+            space::edit(&target, &process.mappings, mine, edits)?;
             let count = runs.partition_point(|r| r.process <= index as u32);
             let (mine, rest) = runs.split_at(count);
             runs = rest;

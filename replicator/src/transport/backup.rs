@@ -28,6 +28,8 @@ use tokio::task::block_in_place;
 /// 0.1 ms): then another thread takes over the runtime's part meanwhile.
 const LONG_CHUNK: usize = 64 << 10;
 const LONG_FOLD: usize = 128;
+/// So many edits take as long as a page.
+const EDITS_OF_A_PAGE: usize = 8;
 
 /// How long a peer may take from its first datagram to its hello.
 const INTRODUCTION: Duration = Duration::from_secs(5);
@@ -259,7 +261,8 @@ impl Session {
                 _ => assembly.push(&frame),
             }?;
             if let Progress::Complete(receipt, checkpoint) = progress {
-                let pages = checkpoint.pages.pages();
+                let pages =
+                    checkpoint.pages.pages() + checkpoint.edits.list.len() / EDITS_OF_A_PAGE;
                 if self.offer(link, receipt, checkpoint).await? {
                     let Receipt { generation, epoch, digest, .. } = receipt;
                     let ack = encode(generation, epoch, &Message::Ack { digest })?;

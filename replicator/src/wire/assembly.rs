@@ -9,16 +9,20 @@
 //!
 //! Pages are decoded as they arrive, into the checkpoint's own buffer; the shadow is only read
 //! until the checkpoint is complete, so an incomplete one leaves no trace in it.
+//!
+//! Of a page in which little has changed only that is kept, as edits ([`Edits`]): neither is the rest of it
+//! copied here, nor into the shadow, nor into the spare. Edits stand on what the spare holds. So pages of
+//! mappings that are new, which the spare makes anew, are put together from the shadow.
 
 use super::builder::{RUN_DATA, RUN_DROPPED, RUN_PREFIX};
 use super::codec::{Fault, Frame, WireError};
-use super::delta::{Coding, Page, decode_onto};
+use super::delta::{Coding, Page, decode_edits, decode_onto};
 use super::files;
 use super::message::{CheckpointEnd, Kind, Message};
 use super::shadow::{PageKey, PageMap, Shadow};
 use super::state::decode_piece;
 use crate::image::State;
-use crate::image::pages::{Content, PAGE, PageSet, Run};
+use crate::image::pages::{Content, Edit, Edits, PAGE, PageSet, Run};
 use crate::{Epoch, Generation};
 use std::sync::Arc;
 use xxhash_rust::xxh3::Xxh3;
@@ -54,7 +58,9 @@ pub struct Checkpoint {
     pub full: bool,
     /// The state.
     pub state: State,
-    /// The pages that changed; a page stands in it once.
+    /// The pages that changed a little: against the checkpoint before, and before `pages`.
+    pub edits: Edits,
+    /// The pages that changed. Where two runs hold a page, the later says what it is.
     pub pages: PageSet,
     /// What it says of volumes, for [`crate::volume::Volumes`]; empty if no file has changed.
     pub files: Vec<u8>,
@@ -91,11 +97,25 @@ struct Open {
     digest: Xxh3,
     sums: CheckpointEnd,
     state: Vec<u8>,
+    edits: Edits,
     pages: PageSet,
     files: Vec<u8>,
-    /// Where a page of this checkpoint stands in `pages.bytes`; `None`: it was dropped.
-    placed: PageMap<Option<usize>>,
+    placed: PageMap<Placed>,
 }
+
+/// What is there of a page of a checkpoint that arrives.
+#[derive(Clone, Copy, Debug)]
+enum Placed {
+    /// It stands at this offset of the set's bytes.
+    At(usize),
+    /// The version before, with edits.
+    Edited,
+    /// It was dropped.
+    Dropped,
+}
+
+/// Most edits of one page that are kept as such: to write more of them takes longer than to write the page.
+const MAX_EDITS: usize = 8;
 
 /// Collects the checkpoints of one connection.
 pub struct Assembly {
@@ -160,8 +180,14 @@ impl Assembly {
     /// completion (a copy of each page) and not needed for the acknowledgement.
     pub fn fold(&mut self) {
         let Some(checkpoint) = self.complete.take() else { return };
-        let Checkpoint { state, pages, .. } = &*checkpoint;
+        let Checkpoint { state, pages, edits, .. } = &*checkpoint;
         let owners = state.owners();
+        self.shadow.begin();
+        for edit in &edits.list {
+            let Some(&pid) = owners.get(edit.process as usize) else { continue };
+            let key = PageKey { pid, address: edit.page() };
+            self.shadow.edit(key, edit.offset(), edits.of(edit));
+        }
         for run in &pages.runs {
             let Some(&pid) = owners.get(run.process as usize) else { continue };
             match run.content {
@@ -229,6 +255,7 @@ impl Assembly {
             digest,
             sums: CheckpointEnd::default(),
             state: Vec::new(),
+            edits: Edits::default(),
             pages: PageSet::default(),
             files: Vec::new(),
             placed: PageMap::default(),
@@ -272,12 +299,23 @@ impl Assembly {
         };
         let Some(open) = self.open.take() else { return Ok(Progress::Partial) };
         let Open {
-            generation, epoch, full, provisional, mut pages, files, sums, state: bytes, ..
+            generation,
+            epoch,
+            full,
+            provisional,
+            mut edits,
+            mut pages,
+            files,
+            sums,
+            state: bytes,
+            ..
         } = *open;
-        by_index(&mut pages, &state);
+        by_index(&mut edits, &mut pages, &state);
+        put_together(&self.shadow, &state, &mut edits, &mut pages);
         self.state = bytes;
         self.last = Some((generation, epoch));
-        let checkpoint = Arc::new(Checkpoint { generation, epoch, full, state, pages, files });
+        let checkpoint = Checkpoint { generation, epoch, full, state, edits, pages, files };
+        let checkpoint = Arc::new(checkpoint);
         self.complete = Some(checkpoint.clone());
         let receipt = Receipt { generation, epoch, digest: sums.digest, provisional };
         Ok(Progress::Complete(receipt, checkpoint))
@@ -304,19 +342,59 @@ fn expect_open<'a>(
 
 /// While a checkpoint arrives, runs name their owner by its key; now the order of owners is
 /// known. Pages of those that ended before the stop fall away.
-fn by_index(pages: &mut PageSet, state: &State) {
+fn by_index(edits: &mut Edits, pages: &mut PageSet, state: &State) {
     let owners = state.owners();
     let mut last = None;
-    pages.runs.retain_mut(|run| {
-        let pid = run.process as i32;
+    let mut name = |process: &mut u32| {
+        let pid = *process as i32;
         let index = match last {
             Some((p, index)) if p == pid => index,
             _ => owners.iter().position(|p| *p == pid),
         };
         last = Some((pid, index));
-        run.process = index.unwrap_or(0) as u32;
+        *process = index.unwrap_or(0) as u32;
         index.is_some()
-    });
+    };
+    pages.runs.retain_mut(|run| name(&mut run.process));
+    edits.list.retain_mut(|edit| name(&mut edit.process));
+}
+
+/// Makes whole pages of the edited ones that lie in new mappings, where the spare does not hold the version
+/// before. Edits that change nothing are dropped.
+fn put_together(shadow: &Shadow, state: &State, edits: &mut Edits, pages: &mut PageSet) {
+    let is_new = |edit: &Edit| {
+        let process = state.processes.get(edit.process as usize);
+        let mappings = process.map_or(&[][..], |p| &p.mappings);
+        let at = mappings.partition_point(|m| m.end <= edit.start);
+        mappings.get(at).is_some_and(|m| m.start <= edit.start && m.fresh)
+    };
+    let mut whole: Vec<Edit> = Vec::new();
+    if state.processes.iter().any(|p| p.mappings.iter().any(|m| m.fresh)) {
+        edits.list.retain(|edit| {
+            let new = is_new(edit);
+            if new {
+                whole.push(*edit);
+            }
+            !new
+        });
+    }
+    edits.list.retain(|edit| edit.len > 0);
+    // In a stable order: of one page, as they were.
+    whole.sort_by_key(|edit| (edit.process, edit.page()));
+    let mut runs = Vec::new();
+    for of_page in whole.chunk_by(|a, b| (a.process, a.page()) == (b.process, b.page())) {
+        let Edit { process, .. } = of_page[0];
+        let (pid, address) = (state.processes[process as usize].pid, of_page[0].page());
+        let Some(version) = shadow.get(PageKey { pid, address }) else { continue };
+        let at = pages.bytes.len();
+        pages.bytes.extend_from_slice(version);
+        for edit in of_page {
+            pages.bytes[at + edit.offset()..][..edit.len].copy_from_slice(edits.of(edit));
+        }
+        runs.push(Run { process, start: address, count: 1, content: Content::Data(at) });
+    }
+    // What was said of these pages otherwise came later.
+    pages.runs.splice(..0, runs);
 }
 
 /// What decoding reads of the checkpoints before.
@@ -385,7 +463,7 @@ impl PageReader<'_> {
             return Err(self.error("more dropped pages than allowed"));
         }
         for i in 0..u64::from(count) {
-            open.placed.insert(PageKey { pid, address: start + i * PAGE as u64 }, None);
+            open.placed.insert(PageKey { pid, address: start + i * PAGE as u64 }, Placed::Dropped);
         }
         let content = Content::Dropped;
         open.pages.runs.push(Run { process: pid as u32, start, count, content });
@@ -408,29 +486,80 @@ impl PageReader<'_> {
             return Err(self.error("ends within a page"));
         };
         let held = open.placed.get(&key).copied();
-        let (offset, has_previous) = match held {
-            Some(Some(offset)) => (offset, true),
-            _ => {
-                let offset = open.pages.bytes.len();
-                if offset >= shared.limits.pages.saturating_mul(PAGE) {
-                    return Err(self.error("more pages than allowed"));
-                }
-                let previous = if held.is_none() { shared.shadow.get(key) } else { None };
-                match previous {
-                    Some(page) => open.pages.bytes.extend_from_slice(page),
-                    None => open.pages.bytes.resize(offset + PAGE, 0),
-                }
-                place(&mut open.pages.runs, key, offset);
-                open.placed.insert(key, Some(offset));
-                (offset, previous.is_some())
-            }
+        let previous = match held {
+            Some(Placed::At(_) | Placed::Dropped) => None,
+            Some(Placed::Edited) | None => shared.shadow.get(key),
         };
-        let page: &mut Page =
-            (&mut open.pages.bytes[offset..offset + PAGE]).try_into().expect("a page long");
-        decode_onto(page, has_previous, coding, body).map_err(|e| self.error(e))?;
+        let edits = matches!(coding, Coding::Same | Coding::Delta)
+            && previous.is_some()
+            && key.pid > 0
+            && self.edits(open, shared.limits, key, (coding, body), held.is_some())?;
+        if edits {
+            open.placed.insert(key, Placed::Edited);
+        } else {
+            let (offset, has_previous) = match held {
+                Some(Placed::At(offset)) => (offset, true),
+                _ => {
+                    let offset = self.room(open, shared)?;
+                    match previous {
+                        Some(page) => open.pages.bytes.extend_from_slice(page),
+                        None => open.pages.bytes.resize(offset + PAGE, 0),
+                    }
+                    place(&mut open.pages.runs, key, offset);
+                    open.placed.insert(key, Placed::At(offset));
+                    (offset, previous.is_some())
+                }
+            };
+            let page: &mut Page =
+                (&mut open.pages.bytes[offset..offset + PAGE]).try_into().expect("a page long");
+            decode_onto(page, has_previous, coding, body).map_err(|e| self.error(e))?;
+        }
         open.sums.pages += 1;
         self.rest = rest;
         Ok(())
+    }
+
+    /// Where the next whole page goes.
+    fn room(&self, open: &Open, shared: &Shared<'_>) -> Result<usize, WireError> {
+        let offset = open.pages.bytes.len();
+        if offset + open.edits.bytes.len() >= shared.limits.pages.saturating_mul(PAGE) {
+            return Err(self.error("more pages than allowed"));
+        }
+        Ok(offset)
+    }
+
+    /// Keeps what changes of a page as edits of the version before; says no, and keeps nothing, if that is
+    /// too much. What is edited already cannot be anything else.
+    fn edits(
+        &self,
+        open: &mut Open,
+        limits: Limits,
+        key: PageKey,
+        (coding, body): (Coding, &[u8]),
+        edited: bool,
+    ) -> Result<bool, WireError> {
+        let Edits { list, bytes } = &mut open.edits;
+        if list.len() >= limits.pages.saturating_mul(2) {
+            return Err(self.error("more edits than allowed"));
+        }
+        let (edits_before, bytes_before) = (list.len(), bytes.len());
+        let process = key.pid as u32;
+        if coding == Coding::Same && body.is_empty() {
+            list.push(Edit { process, start: key.address, at: bytes.len(), len: 0 });
+            return Ok(true);
+        }
+        let kept = decode_edits(body, |offset, words| {
+            let start = key.address + offset as u64;
+            list.push(Edit { process, start, at: bytes.len(), len: words.len() });
+            bytes.extend_from_slice(words);
+        });
+        kept.map_err(|e| self.error(e))?;
+        if !edited && list.len() - edits_before > MAX_EDITS {
+            list.truncate(edits_before);
+            bytes.truncate(bytes_before);
+            return Ok(false);
+        }
+        Ok(true)
     }
 }
 

@@ -144,6 +144,7 @@ impl CheckpointBuilder {
             self.shadow.clear();
             self.state.clear();
         }
+        self.shadow.begin();
         self.generation = generation;
         self.epoch = epoch;
         self.chunk.clear();

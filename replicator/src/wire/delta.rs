@@ -221,9 +221,10 @@ fn encode_delta(changed: &[u64; WORDS / 64], current: &Page, out: &mut Vec<u8>) 
     }
 }
 
-/// `None` if the delta is malformed. Deltas that [`PageCoder`] never makes (empty ones, empty
+/// Gives what a delta changes, in order: the place in the page and the bytes there. `None` if it is
+/// malformed. Deltas that [`PageCoder`] never makes (empty ones, empty
 /// runs) are refused too, so that each page has few codings.
-fn apply_delta(page: &mut Page, mut body: &[u8]) -> Option<()> {
+fn walk_delta<'a>(mut body: &'a [u8], mut each: impl FnMut(usize, &'a [u8])) -> Option<()> {
     let mut at = 0;
     while !body.is_empty() || at == 0 {
         let first = at + take_count(&mut body)?;
@@ -233,11 +234,25 @@ fn apply_delta(page: &mut Page, mut body: &[u8]) -> Option<()> {
             return None;
         }
         let (words, rest) = body.split_at_checked(count * WORD)?;
-        page[first * WORD..end * WORD].copy_from_slice(words);
+        each(first * WORD, words);
         body = rest;
         at = end;
     }
     Some(())
+}
+
+fn apply_delta(page: &mut Page, body: &[u8]) -> Option<()> {
+    walk_delta(body, |at, words| page[at..at + words.len()].copy_from_slice(words))
+}
+
+/// What a delta changes, see [`Coding::Delta`]: calls `each` with the place in the page and the bytes there,
+/// in order. On an error some of it was given already.
+pub fn decode_edits<'a>(
+    body: &'a [u8],
+    each: impl FnMut(usize, &'a [u8]),
+) -> Result<(), DeltaError> {
+    let malformed = DeltaError::Malformed { coding: Coding::Delta, len: body.len() };
+    walk_delta(body, each).ok_or(malformed)
 }
 
 /// A count below 2^14 in one or two bytes, low bits first.

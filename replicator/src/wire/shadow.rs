@@ -5,6 +5,9 @@
 //! memory as the container's pages that were ever sent and are still mapped (zero pages take
 //! none), and never more than its limit: at the limit a new page is not remembered, and is then
 //! sent without reference to an earlier version.
+//!
+//! Invariant: a page that is remembered is what the spare holds there. So of a mapping that is new only
+//! what the same checkpoint has brought is remembered; what another mapping at its place held is not.
 
 use super::delta::{Page, is_zero};
 use crate::image::State;
@@ -14,6 +17,9 @@ use std::hash::{BuildHasherDefault, Hasher};
 
 /// Pages that one slab of memory holds (1 MiB).
 const SLAB: usize = 256;
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
 
 /// The slot of a page that is all zero: no memory behind it.
 const ZERO: u32 = u32::MAX;
@@ -59,9 +65,18 @@ impl Hasher for KeyHasher {
 /// A map by page.
 pub type PageMap<T> = HashMap<PageKey, T, BuildHasherDefault<KeyHasher>>;
 
+/// Where a version lies, and in which checkpoint it was last said what it is.
+#[derive(Clone, Copy)]
+struct Place {
+    slot: u32,
+    told: u32,
+}
+
 /// The versions.
 pub struct Shadow {
-    index: PageMap<u32>,
+    index: PageMap<Place>,
+    /// Number of the checkpoint that is being sent, or folded in.
+    now: u32,
     slabs: Vec<Box<[Page]>>,
     free: Vec<u32>,
     limit: usize,
@@ -74,6 +89,7 @@ impl Shadow {
         let limit = limit.min(ZERO as usize - SLAB);
         Self {
             index: PageMap::default(),
+            now: 0,
             slabs: Vec::new(),
             free: Vec::new(),
             limit,
@@ -84,6 +100,11 @@ impl Shadow {
     /// Forgets all versions and gives their memory back.
     pub fn clear(&mut self) {
         *self = Self::new(self.limit);
+    }
+
+    /// What is said from now on belongs to another checkpoint than what was said before.
+    pub fn begin(&mut self) {
+        self.now = self.now.wrapping_add(1);
     }
 
     /// Number of pages remembered, zero pages included.
@@ -103,7 +124,7 @@ impl Shadow {
 
     /// The last version of a page.
     pub fn get(&self, key: PageKey) -> Option<&Page> {
-        self.index.get(&key).map(|slot| self.page(*slot))
+        self.index.get(&key).map(|place| self.page(place.slot))
     }
 
     /// Hands the last version of a page to `code`, then replaces it by `current`.
@@ -113,7 +134,7 @@ impl Shadow {
         current: &Page,
         code: impl FnOnce(Option<&Page>) -> T,
     ) -> T {
-        let slot = self.index.get(&key).copied();
+        let slot = self.tell(key);
         let result = code(slot.map(|slot| self.page(slot)));
         self.store(key, slot, current);
         result
@@ -121,37 +142,80 @@ impl Shadow {
 
     /// Replaces the version of a page.
     pub fn put(&mut self, key: PageKey, current: &Page) {
-        let slot = self.index.get(&key).copied();
+        let slot = self.tell(key);
         self.store(key, slot, current);
+    }
+
+    /// The slot of a page, of which something is said now.
+    fn tell(&mut self, key: PageKey) -> Option<u32> {
+        let place = self.index.get_mut(&key)?;
+        place.told = self.now;
+        Some(place.slot)
+    }
+
+    fn remember(&mut self, key: PageKey, slot: u32) -> Option<Place> {
+        self.index.insert(key, Place { slot, told: self.now })
+    }
+
+    /// Changes some bytes of a page that is remembered.
+    pub fn edit(&mut self, key: PageKey, at: usize, bytes: &[u8]) {
+        let Some(mut slot) = self.tell(key) else { return };
+        if slot == ZERO {
+            slot = self.take_slot();
+            *self.page_mut(slot) = ZERO_PAGE;
+            self.remember(key, slot);
+        }
+        self.page_mut(slot)[at..at + bytes.len()].copy_from_slice(bytes);
     }
 
     /// Forgets `count` pages from an address on.
     pub fn forget(&mut self, pid: i32, start: u64, count: u64) {
+        self.forget_if(pid, start, count, |_| true);
+    }
+
+    fn forget_if(&mut self, pid: i32, start: u64, count: u64, is_gone: impl Fn(Place) -> bool) {
+        let free = &mut self.free;
+        let mut leave = |place: Place| {
+            if place.slot != ZERO {
+                free.push(place.slot);
+            }
+        };
         if count > self.index.len() as u64 {
             let end = start.saturating_add(count.saturating_mul(PAGE as u64));
-            let free = &mut self.free;
-            self.index.retain(|key, slot| {
-                let gone = key.pid == pid && (start..end).contains(&key.address);
-                if gone && *slot != ZERO {
-                    free.push(*slot);
+            self.index.retain(|key, place| {
+                let within = key.pid == pid && (start..end).contains(&key.address);
+                let gone = within && is_gone(*place);
+                if gone {
+                    leave(*place);
                 }
                 !gone
             });
             return;
         }
         for i in 0..count {
-            let address = start.wrapping_add(i * PAGE as u64);
-            if let Some(slot) = self.index.remove(&PageKey { pid, address })
-                && slot != ZERO
+            let key = PageKey { pid, address: start.wrapping_add(i * PAGE as u64) };
+            if self.index.get(&key).is_some_and(|place| is_gone(*place))
+                && let Some(place) = self.index.remove(&key)
             {
-                self.free.push(slot);
+                leave(place);
             }
         }
     }
 
-    /// Forgets the pages that are no longer in a mapping of the container. Both sides call it
+    /// Forgets the pages that are no longer in a mapping of the container, and those of new mappings that
+    /// nothing was said of since [`Shadow::begin`]. Both sides call it
     /// with the state of the same checkpoint.
     pub fn follow(&mut self, state: &State) {
+        // In a first checkpoint all is new, and was just said.
+        if !self.layout.is_empty() {
+            let now = self.now;
+            for process in &state.processes {
+                for m in process.mappings.iter().filter(|m| m.fresh) {
+                    let count = (m.end - m.start).div_ceil(PAGE as u64);
+                    self.forget_if(process.pid, m.start, count, |place| place.told != now);
+                }
+            }
+        }
         let mut layout: Vec<(i32, u64, u64)> = Vec::with_capacity(self.layout.len());
         for process in &state.processes {
             for m in &process.mappings {
@@ -169,16 +233,32 @@ impl Shadow {
         if layout == self.layout {
             return;
         }
+        if self.layout.is_empty() {
+            self.keep_within(&layout);
+        }
         for (pid, start, end) in without(&self.layout, &layout) {
             self.forget(pid, start, end.saturating_sub(start).div_ceil(PAGE as u64));
         }
         self.layout = layout;
     }
 
+    /// What came with a first checkpoint and was unmapped before its stop is in no layout before.
+    fn keep_within(&mut self, layout: &[(i32, u64, u64)]) {
+        let free = &mut self.free;
+        self.index.retain(|key, place| {
+            let at = layout.partition_point(|l| (l.0, l.2) <= (key.pid, key.address));
+            let stays = layout.get(at).is_some_and(|l| l.0 == key.pid && l.1 <= key.address);
+            if !stays && place.slot != ZERO {
+                free.push(place.slot);
+            }
+            stays
+        });
+    }
+
     /// All versions in order of page, for tests.
     #[cfg(test)]
     pub(super) fn versions(&self) -> Vec<(PageKey, Page)> {
-        let mut all: Vec<_> = self.index.iter().map(|(k, slot)| (*k, *self.page(*slot))).collect();
+        let mut all: Vec<_> = self.index.iter().map(|(k, at)| (*k, *self.page(at.slot))).collect();
         all.sort_unstable_by_key(|(k, _)| *k);
         all
     }
@@ -195,21 +275,27 @@ impl Shadow {
             if slot == Some(ZERO) || (slot.is_none() && self.index.len() >= self.limit) {
                 return;
             }
-            if let Some(old) = self.index.insert(key, ZERO) {
-                self.free.push(old);
+            if let Some(old) = self.remember(key, ZERO) {
+                self.free.push(old.slot);
             }
             return;
         }
         let slot = match slot {
-            Some(slot) if slot != ZERO => slot,
+            // Most of it is as before, and what is not written need not go back to memory.
+            Some(slot) if slot != ZERO => return update(self.page_mut(slot), current),
             None if self.index.len() >= self.limit => return,
             _ => {
                 let slot = self.take_slot();
-                self.index.insert(key, slot);
+                self.remember(key, slot);
                 slot
             }
         };
-        self.slabs[slot as usize / SLAB][slot as usize % SLAB].copy_from_slice(current);
+        *self.page_mut(slot) = *current;
+    }
+
+    /// The memory of a slot that is not [`ZERO`].
+    fn page_mut(&mut self, slot: u32) -> &mut Page {
+        &mut self.slabs[slot as usize / SLAB][slot as usize % SLAB]
     }
 
     fn take_slot(&mut self) -> u32 {
@@ -220,6 +306,16 @@ impl Shadow {
         self.slabs.push(vec![[0; PAGE]; SLAB].into_boxed_slice());
         self.free.extend((first + 1..first + SLAB as u32).rev());
         first
+    }
+}
+
+/// Makes a version the current one, cache line by cache line.
+fn update(version: &mut Page, current: &Page) {
+    let lines = version.as_chunks_mut::<LINE>().0.iter_mut();
+    for (old, new) in lines.zip(current.as_chunks::<LINE>().0) {
+        if old != new {
+            *old = *new;
+        }
     }
 }
 

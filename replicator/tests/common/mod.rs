@@ -7,16 +7,21 @@ pub mod subject;
 use netns_tools::links::Network;
 use netns_tools::namespace::Namespace;
 use nix::sched::{CloneFlags, setns};
-use replicator::Epoch;
 use replicator::capture::{CaptureError, Capturer, NoBoundary, StopTimes};
 use replicator::container::{ContainerSpec, Launched, Role, launch};
-use replicator::image::State;
-use replicator::image::pages::PageSet;
+use replicator::image::pages::{Content, PAGE, PageSet};
+use replicator::image::{Source, State};
 use replicator::restore::Spare;
 use replicator::sys::tap::{Tap, TapOptions};
 use replicator::sys::unix_diag::UnixDiag;
+use replicator::wire::codec::Decoder;
+use replicator::wire::{Assembly, Checkpoint, CheckpointBuilder, Limits, Progress};
+use replicator::{Epoch, Generation};
+use std::collections::BTreeMap;
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Set in the environment of every container that a test makes.
@@ -82,6 +87,72 @@ pub fn network_of<T: Send>(pid: i32, f: impl FnOnce() -> T + Send) -> T {
     std::thread::scope(|scope| scope.spawn(inside).join().expect("no panic inside"))
 }
 
+/// The way of checkpoints to a spare.
+struct Wire {
+    builder: CheckpointBuilder,
+    decoder: Decoder,
+    assembly: Assembly,
+    epoch: Epoch,
+}
+
+impl Wire {
+    fn new() -> Self {
+        let limits = Limits::default();
+        let builder = CheckpointBuilder::new(limits);
+        let (decoder, assembly) = (Decoder::default(), Assembly::new(limits));
+        Self { builder, decoder, assembly, epoch: Epoch::NONE }
+    }
+
+    fn carry(&mut self, state: &State, pages: &PageSet) -> Arc<Checkpoint> {
+        let full = self.epoch == Epoch::NONE;
+        self.epoch = self.epoch.next();
+        let Self { builder, decoder, .. } = self;
+        decoder.feed(&builder.begin(Generation(1), self.epoch, full));
+        builder.pages(pages, &state.owners(), |b| decoder.feed(&b)).expect("pages");
+        let finished = builder.finish(state, |b| decoder.feed(&b)).expect("a state");
+        decoder.feed(&finished.end);
+        loop {
+            let frame = decoder.next().expect("well formed").expect("the end is not there yet");
+            if let Progress::Complete(_, checkpoint) = self.assembly.push(&frame).expect("in order")
+            {
+                return checkpoint;
+            }
+        }
+    }
+}
+
+/// The spare's first process has in its own memory what this checkpoint says.
+fn check_memory(spare: &Spare, state: &State, pages: &PageSet) {
+    let mut last = BTreeMap::new();
+    for run in pages.runs.iter().filter(|run| run.process == 0) {
+        for i in 0..run.count as usize {
+            let at = match run.content {
+                Content::Data(at) => Some(at + i * PAGE),
+                Content::Dropped => None,
+            };
+            last.insert(run.start + (i * PAGE) as u64, at);
+        }
+    }
+    let memory = File::open(format!("/proc/{}/mem", spare.pid())).expect("its memory");
+    let mut page = [0; PAGE];
+    for (address, at) in last {
+        let Some(at) = at else { continue };
+        let mappings = &state.processes[0].mappings;
+        let own = mappings.iter().any(|m| {
+            let private = match m.source {
+                Source::File { shared, .. } | Source::Object { shared, .. } => !shared,
+                Source::Anonymous => true,
+                Source::Vdso(_) => false,
+            };
+            private && (m.start..m.end).contains(&address)
+        });
+        if own {
+            memory.read_exact_at(&mut page, address).expect("read");
+            assert!(page == pages.bytes[at..at + PAGE], "page {address:#x} of the spare");
+        }
+    }
+}
+
 /// A running container that is captured.
 pub struct Original {
     pub dir: PathBuf,
@@ -90,6 +161,7 @@ pub struct Original {
     pub state: State,
     pub pages: PageSet,
     pub epoch: u64,
+    wire: Wire,
 }
 
 impl Original {
@@ -113,7 +185,7 @@ impl Original {
             going.join().expect("no panic").expect("runs");
         });
         let (state, pages) = Default::default();
-        Self { dir: dir.0.clone(), capturer, launched, state, pages, epoch: 0 }
+        Self { dir: dir.0.clone(), capturer, launched, state, pages, epoch: 0, wire: Wire::new() }
     }
 
     pub fn console(&self) -> PathBuf {
@@ -146,20 +218,32 @@ impl Original {
     }
 
     /// An empty spare with clocks that go on from the last checkpoint.
-    pub fn spare(&self) -> Spare {
+    pub fn spare(&mut self) -> Spare {
+        self.wire = Wire::new();
         let mut spec = spec(&self.dir, &[]);
         spec.clocks = Some(self.state.clocks);
         let launched = launch(&spec, Role::Spare).expect("launched");
         Spare::new(launched).expect("an empty spare")
     }
 
+    /// Folds the last checkpoint into the spare that was made last, as it comes out of the wire. Gives the
+    /// time that folding took.
+    pub fn bring(&mut self, spare: &mut Spare) -> Duration {
+        let checkpoint = self.wire.carry(&self.state, &self.pages);
+        let Checkpoint { state, edits, pages, .. } = &*checkpoint;
+        assert!(*state == self.state, "a state as it was sent");
+        let begin = Instant::now();
+        spare.apply_edited(state, edits, pages).expect("folded in");
+        let took = begin.elapsed();
+        check_memory(spare, &self.state, &self.pages);
+        took
+    }
+
     /// Takes the next checkpoint and
     /// folds it into the spare. Gives the time that folding took.
     pub fn follow(&mut self, spare: &mut Spare) -> Duration {
         self.checkpoint();
-        let begin = Instant::now();
-        spare.apply(&self.state, &self.pages).expect("folded in");
-        begin.elapsed()
+        self.bring(spare)
     }
 
     /// Handles events until something holds.

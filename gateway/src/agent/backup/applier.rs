@@ -235,7 +235,8 @@ impl Applier {
         {
             return self.give_up(checkpoint.epoch, &error);
         }
-        match warm.spare.apply(&checkpoint.state, &checkpoint.pages) {
+        let Checkpoint { state, edits, pages, .. } = &**checkpoint;
+        match warm.spare.apply_edited(state, edits, pages) {
             Ok(()) => {
                 metrics::histogram!("nilicon_apply_seconds", "container" => self.shell.name.clone())
                     .record(received.elapsed().as_secs_f64());

@@ -31,19 +31,15 @@ impl AddressSpace {
                 .iter()
                 .map(|r| Range { start: r.start, len: (r.end - r.start) as usize })
                 .collect();
-            let total: usize = ranges.iter().map(|r| r.len).sum();
-            let used = pages.bytes.len();
-            pages.bytes.resize(used + total, 0);
-            match memory::read_vectored(self.pid, &ranges, &mut pages.bytes[used..]) {
+            let mut at = pages.bytes.len();
+            match memory::read_appended(self.pid, &ranges, &mut pages.bytes) {
                 Ok(()) => {
-                    let mut at = used;
                     for r in &ranges {
                         pages.runs.push(self.run(r, at));
                         at += r.len;
                     }
                 }
                 Err(e) if e.code() == libc::EFAULT => {
-                    pages.bytes.truncate(used);
                     for region in chunk {
                         self.copy_region(*region, pages, stopped)?;
                     }
@@ -133,16 +129,12 @@ impl AddressSpace {
     fn try_copy(&self, region: Region, pages: &mut PageSet) -> SysResult<bool> {
         let used = pages.bytes.len();
         let range = Range { start: region.start, len: (region.end - region.start) as usize };
-        pages.bytes.resize(used + range.len, 0);
-        match memory::read_vectored(self.pid, &[range], &mut pages.bytes[used..]) {
+        match memory::read_appended(self.pid, &[range], &mut pages.bytes) {
             Ok(()) => {
                 pages.runs.push(self.run(&range, used));
                 Ok(true)
             }
-            Err(e) if e.code() == libc::EFAULT => {
-                pages.bytes.truncate(used);
-                Ok(false)
-            }
+            Err(e) if e.code() == libc::EFAULT => Ok(false),
             Err(e) => Err(e),
         }
     }
