@@ -384,8 +384,8 @@ pub struct Detector {
     /// nobody waits for the container. The backup is given four times as long, and half a second at
     /// least.
     pub timeout: Period,
-    /// The time-out grows up to this with a host that is often late: twice its longest pause of the
-    /// last 10 s. By default four time-outs; as `timeout`, it is fixed.
+    /// The time-out grows up to this with a host that is often late: three times its longest pause of the
+    /// last 10 s, five times in the first 3 s of a connection. By default four time-outs; as `timeout`, it is fixed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub most: Option<Period>,
     /// A primary that says that it is alive, but takes no step of its work for so long, counts as
