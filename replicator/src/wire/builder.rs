@@ -224,10 +224,11 @@ impl CheckpointBuilder {
         if encoded.len() > cap {
             return Err(BuildError::StateTooLarge { len: encoded.len(), cap });
         }
+        let mut at = 0;
         for offset in (0..encoded.len()).step_by(PIECE) {
             let mut out = Vec::with_capacity(codec::HEADER + PIECE + PIECE / 8);
             codec::open(&mut out);
-            encode_piece(&self.state, &encoded, offset, &mut out);
+            encode_piece(&self.state, &encoded, offset, &mut at, &mut out);
             let seal = self.seal(&mut out, Kind::StateChunk);
             self.count_chunk(&seal, out.len());
             send(out.into());

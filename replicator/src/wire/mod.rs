@@ -25,6 +25,7 @@ pub mod assembly;
 pub mod builder;
 pub mod codec;
 pub mod delta;
+mod edit;
 mod files;
 pub mod message;
 pub mod pulse;

@@ -1,10 +1,12 @@
 //! Coding of the state: pieces of its bytes, each against the same place of the state before.
 //!
 //! Two states in a row have most bytes in common (registers and queues differ), though not
-//! always at the same offset. Each piece of 32 KiB is an LZ4 block whose dictionary is what the
+//! always at the same offset. Each piece of 32 KiB is coded as edits of the state before ([`edit`]); where that
+//! does not make it much shorter, as an LZ4 block whose dictionary is what the
 //! state before held there and 16 KiB to either side.
 
 use super::codec::WireError;
+use super::edit;
 use super::message::Kind;
 use lz4_flex::block::{
     compress_into, compress_into_with_dict, decompress_into, decompress_into_with_dict,
@@ -23,18 +25,40 @@ const PREFIX: usize = 9;
 const RAW: u8 = 1;
 const LZ4: u8 = 2;
 const LZ4_BEFORE: u8 = 3;
+const EDITS: u8 = 4;
+
+/// Edits may take this part of a piece: of what is longer, LZ4 may make less.
+const SHORT: usize = 4;
 
 fn dictionary(before: &[u8], offset: usize) -> &[u8] {
     let end = (offset + PIECE + MARGIN).min(before.len());
     &before[offset.saturating_sub(MARGIN).min(end)..end]
 }
 
-/// Appends the payload of the chunk that holds the piece at `offset`.
-pub(super) fn encode_piece(before: &[u8], state: &[u8], offset: usize, out: &mut Vec<u8>) {
+/// Where edits of the piece at `offset` begin in the state before.
+fn origin(before: &[u8], offset: usize) -> usize {
+    offset.min(before.len())
+}
+
+/// Appends the payload of the chunk that holds the piece at `offset`. `at` is where the state before goes on
+/// with what follows the pieces so far, as far as that is known: 0 at first.
+pub(super) fn encode_piece(
+    before: &[u8],
+    state: &[u8],
+    offset: usize,
+    at: &mut usize,
+    out: &mut Vec<u8>,
+) {
     let piece = &state[offset..state.len().min(offset + PIECE)];
     out.extend_from_slice(&(state.len() as u32).to_le_bytes());
     out.extend_from_slice(&(offset as u32).to_le_bytes());
     let (tag, body) = (out.len(), out.len() + 1);
+    out.push(EDITS);
+    let origin = origin(before, offset);
+    if !before.is_empty() && edit::encode(before, origin, at, piece, piece.len() / SHORT, out) {
+        return;
+    }
+    *at = (origin + piece.len()).min(before.len());
     out.resize(body + get_maximum_output_size(piece.len()), 0);
     let dict = dictionary(before, offset);
     let packed = if dict.is_empty() {
@@ -85,6 +109,10 @@ pub(super) fn decode_piece(
         }
         LZ4 => decompress_into(body, piece),
         LZ4_BEFORE => decompress_into_with_dict(body, piece, dictionary(before, offset)),
+        EDITS => match edit::decode(before, origin(before, offset), body, piece) {
+            Some(()) => Ok(len),
+            None => return fail(PREFIX as u64, "is no edit of the state before"),
+        },
         _ => return fail(8, "unknown coding or wrong length"),
     };
     match done {
@@ -99,10 +127,10 @@ mod tests {
     use proptest::prelude::*;
 
     fn round_trip(before: &[u8], state: &[u8]) -> usize {
-        let (mut back, mut sent) = (Vec::new(), 0);
+        let (mut back, mut sent, mut at) = (Vec::new(), 0, 0);
         for offset in (0..state.len()).step_by(PIECE) {
             let mut out = Vec::new();
-            encode_piece(before, state, offset, &mut out);
+            encode_piece(before, state, offset, &mut at, &mut out);
             sent += out.len();
             assert!(out.len() <= Kind::StateChunk.cap());
             decode_piece(before, 0, &out, 1 << 20, &mut back).unwrap();
@@ -137,7 +165,7 @@ mod tests {
         #[test]
         fn hostile_pieces_never_panic(
             mut body in prop::collection::vec(any::<u8>(), 0..300),
-            coding in 0u8..5,
+            coding in 0u8..6,
         ) {
             if body.len() > PREFIX {
                 body[..8].copy_from_slice(&[200, 0, 0, 0, 0, 0, 0, 0]);
