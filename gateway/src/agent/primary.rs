@@ -32,7 +32,7 @@ use replicator::{Epoch, Generation};
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError, Weak};
 use std::time::Instant;
 use tokio::sync::mpsc;
 
@@ -89,6 +89,8 @@ pub(super) struct Shell {
     /// Processor time that the shipper has used, in nanoseconds.
     shipping: AtomicU64,
     progress: AtomicU64,
+    /// Pulses may come seldom.
+    rests: AtomicBool,
     end: AtomicBool,
     /// The operator wants the backup to take over.
     handing_over: AtomicBool,
@@ -146,6 +148,7 @@ impl Shell {
             unsent: AtomicUsize::new(0),
             shipping: AtomicU64::new(0),
             progress: AtomicU64::new(0),
+            rests: AtomicBool::new(false),
             end: AtomicBool::new(false),
             handing_over: AtomicBool::new(false),
             standby,
@@ -354,14 +357,29 @@ impl Shell {
 
     /// Gives the core an input and carries out its actions.
     pub(super) fn handle(&self, input: Input) {
+        self.handle_with(lock(&self.core), input);
+    }
+
+    /// The core, unless somebody else has it just now. For the thread that beats: who has it may wait for a
+    /// processor, and the pulses of a host that lives would wait with him.
+    fn core_if_free(&self) -> Option<MutexGuard<'_, Primary>> {
+        match self.core.try_lock() {
+            Ok(core) => Some(core),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
+    fn handle_with(&self, mut core: MutexGuard<'_, Primary>, input: Input) {
         let heard =
             matches!(input, Input::Heard(_) | Input::Pulse { .. } | Input::Quiet(_) | Input::Tick);
-        let (actions, stirs) = {
-            let mut core = lock(&self.core);
-            let rested = core.pace() == Pace::Rests;
-            let actions = core.handle(self.origin.elapsed(), input);
-            (actions, rested && core.pace() != Pace::Rests)
-        };
+        let rested = core.pace() == Pace::Rests;
+        let actions = core.handle(self.origin.elapsed(), input);
+        let stirs = rested && core.pace() != Pace::Rests;
+        // Whoever was given up, and may be dead, need not hear more.
+        let rests = core.pace() == Pace::Rests || matches!(core.state(), State::Alone { .. });
+        self.rests.store(rests, Ordering::Release);
+        drop(core);
         // Somebody waits from now on: the backup is to know, and to be judged as usual.
         if let Some(standby) = self.standby.as_ref().filter(|_| stirs) {
             standby.pulse.stir();

@@ -6,13 +6,13 @@ use crate::frames::input_log::LogReader;
 use replicator::image::Clocks;
 use replicator::protocol::LinkId;
 use replicator::protocol::detector::{Marks, Pace};
-use replicator::protocol::primary::{Input, State as Stand};
+use replicator::protocol::primary::{Input, Primary};
 use replicator::transport::link::PrimaryConfig;
 use replicator::transport::pulse::Listener;
 use replicator::transport::{LinkError, PrimaryEvent, PrimaryLink};
 use replicator::wire::message::{Bye, Hello};
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, MutexGuard, Weak};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
@@ -24,29 +24,33 @@ const GOODBYE: Duration = Duration::from_secs(1);
 /// For how long input that comes in here after a switchover follows the container.
 const LATE: Duration = Duration::from_millis(50);
 
-/// What the thread that beats tells a primary.
+/// What the thread that beats tells a primary. It waits for nobody: what comes while somebody else has the
+/// core counts as lost, and the next comes soon.
 struct Ear(Weak<Shell>);
 
 impl Listener for Ear {
     fn pulse(&self, link: LinkId, marks: Marks) {
-        if let Some(shell) = self.0.upgrade() {
-            shell.handle(Input::Pulse { link, pace: marks.pace });
+        if let Some(shell) = self.0.upgrade()
+            && let Some(core) = shell.core_if_free()
+        {
+            shell.handle_with(core, Input::Pulse { link, pace: marks.pace });
         }
     }
 
     /// Silence counts only as far as it was listened to: it is asked for as often as pulses come.
     fn tick(&self) {
-        if let Some(shell) = self.0.upgrade() {
-            shell.tick();
+        if let Some(shell) = self.0.upgrade()
+            && let Some(core) = shell.core_if_free()
+        {
+            shell.tick_with(core);
         }
     }
 
     fn pace(&self) -> Pace {
-        self.0.upgrade().map_or(Pace::Usual, |shell| {
-            let core = lock(&shell.core);
-            // Whoever was given up, and may be dead, need not hear more.
-            if matches!(core.state(), Stand::Alone { .. }) { Pace::Rests } else { core.pace() }
-        })
+        match self.0.upgrade().is_some_and(|shell| shell.rests.load(Ordering::Acquire)) {
+            true => Pace::Rests,
+            false => Pace::Usual,
+        }
     }
 }
 
@@ -63,9 +67,12 @@ impl Shell {
 
     /// Gives the core its time, if it wants it.
     fn tick(&self) {
-        let due = lock(&self.core).next_deadline().is_some_and(|d| d <= self.origin.elapsed());
-        if due {
-            self.handle(Input::Tick);
+        self.tick_with(lock(&self.core));
+    }
+
+    fn tick_with(&self, core: MutexGuard<'_, Primary>) {
+        if core.next_deadline().is_some_and(|d| d <= self.origin.elapsed()) {
+            self.handle_with(core, Input::Tick);
         }
     }
 
