@@ -341,7 +341,7 @@ impl Tracer {
     /// Whether a leader has ended and the other threads of its process live on: stopped, as they were. A
     /// kill lets them run, to their end.
     fn has_ended_alone(&self, leader: i32) -> SysResult<bool> {
-        if !state_of(leader)?.is_none_or(|s| s == 'Z') {
+        if state_of(leader)?.is_some_and(|s| s != 'Z') {
             return Ok(false);
         }
         for tid in self.threads_of(leader).into_iter().filter(|tid| *tid != leader) {

@@ -263,3 +263,47 @@ pub(in crate::agent) async fn say_goodbye(shell: &Shell, bye: Bye) -> bool {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::agent::journal::Journal;
+    use crate::agent::status::{ContainerStatus, Phase, Role};
+    use replicator::Generation;
+    use replicator::ack::AckLedger;
+    use replicator::protocol::primary::Config;
+    use std::sync::Mutex;
+    use std::sync::mpsc::channel;
+
+    #[test]
+    fn a_pulse_leaves_while_somebody_has_the_core() {
+        let ledger = AckLedger::new(Generation(1));
+        let core = Primary::new(Config::default(), Generation(1), ledger, Duration::ZERO);
+        let journal = Journal::open("none", "alpha", "web");
+        let status = ContainerStatus {
+            name: "web".into(),
+            address: String::new(),
+            role: Role::Primary,
+            phase: Phase::Starting,
+            protected: false,
+            generation: 1,
+            epoch: 0,
+            pid: None,
+            reason: None,
+        };
+        let status = Arc::new(Mutex::new(status));
+        let (shell, _wishes) =
+            Shell::new("web", core, false, status, journal, None).expect("a shell");
+        let ear = Ear(Arc::downgrade(&shell));
+        let held = lock(&shell.core);
+        let (done, left) = channel();
+        std::thread::spawn(move || {
+            ear.tick();
+            ear.pulse(LinkId(1), Marks::default());
+            let _ = done.send(ear.pace());
+        });
+        let pace = left.recv_timeout(Duration::from_secs(30)).expect("it waits for the core");
+        assert_eq!(pace, Pace::Usual);
+        drop(held);
+    }
+}
