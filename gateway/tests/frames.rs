@@ -352,6 +352,8 @@ fn talk(sent: usize, asked: usize) -> Talk {
         // The client's acknowledgement may be delayed: one more byte brings it.
         client.write_all(b"!").unwrap();
         server.read_exact(&mut [0]).unwrap();
+        // What the container has is in the log once nobody is at it any more.
+        drop(bed.gate.hold_input());
         let log: Vec<_> = reader.take();
         (server, client, log)
     });
