@@ -376,9 +376,7 @@ impl Shell {
         let rested = core.pace() == Pace::Rests;
         let actions = core.handle(self.origin.elapsed(), input);
         let stirs = rested && core.pace() != Pace::Rests;
-        // Whoever was given up, and may be dead, need not hear more.
-        let rests = core.pace() == Pace::Rests || matches!(core.state(), State::Alone { .. });
-        self.rests.store(rests, Ordering::Release);
+        self.rests.store(core.pace_of_pulses() == Pace::Rests, Ordering::Release);
         drop(core);
         // Somebody waits from now on: the backup is to know, and to be judged as usual.
         if let Some(standby) = self.standby.as_ref().filter(|_| stirs) {

@@ -345,7 +345,8 @@ impl Tracer {
             return Ok(false);
         }
         for tid in self.threads_of(leader).into_iter().filter(|tid| *tid != leader) {
-            if state_of(tid)? != Some('t') {
+            // Traced, or by job control as well.
+            if !matches!(state_of(tid)?, Some('t' | 'T')) {
                 return Ok(false);
             }
         }

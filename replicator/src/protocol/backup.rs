@@ -255,6 +255,11 @@ impl Backup {
         }
     }
 
+    /// As [`Backup::pace`], but for a primary that was given up, and may be dead: it need not hear more.
+    pub fn pace_of_pulses(&self) -> Pace {
+        if matches!(self.state, State::Promoted { .. }) { Pace::Rests } else { self.pace() }
+    }
+
     /// Whether pulses of this connection count.
     fn hears(&self, now: Duration, link: LinkId) -> bool {
         self.link == Some(link)

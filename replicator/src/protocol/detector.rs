@@ -32,8 +32,9 @@ pub const MEMORY: Duration = Duration::from_secs(10);
 /// For how long the pauses of a connection are few.
 pub const YOUNG: Duration = Duration::from_secs(3);
 
-/// The threshold in longest pauses: of a peer that is known, and of one that is not.
-const LATE: [u32; 2] = [3, 5];
+/// The threshold in longest pauses: of a peer that is known, and of one that hardly is.
+const LATE: u32 = 3;
+const LATE_AT_FIRST: u32 = 5;
 
 /// How many times longer work may stand still that was announced to be long.
 const LONG: u32 = 10;
@@ -291,9 +292,8 @@ impl Detector {
     pub fn threshold(&self) -> Duration {
         let Config { timeout, most, first, .. } = self.config;
         let usual = if self.pulsed {
-            let [known, young] = LATE;
-            let times =
-                if self.last_call.saturating_sub(self.since) < YOUNG { young } else { known };
+            let known = self.last_call.saturating_sub(self.since) >= YOUNG;
+            let times = if known { LATE } else { LATE_AT_FIRST };
             (self.pauses.0.max(self.pauses.1) * times).clamp(timeout, most.max(timeout))
         } else {
             first.max(timeout)

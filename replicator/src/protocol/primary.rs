@@ -352,6 +352,11 @@ impl Primary {
         self.pace
     }
 
+    /// As [`Primary::pace`], but for whoever was given up, and may be dead: he need not hear more.
+    pub fn pace_of_pulses(&self) -> Pace {
+        if matches!(self.state, State::Alone { .. }) { Pace::Rests } else { self.pace }
+    }
+
     /// Whether output needs no proof.
     pub fn is_alone(&self) -> bool {
         matches!(self.state, State::Alone { .. } | State::CatchingUp { .. })

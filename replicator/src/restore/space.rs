@@ -142,13 +142,8 @@ pub(super) fn remap(
 /// A mapping that takes the place of another brings its pages along if it is said to be new. Else those that
 /// are only here would be lost: then everything must be sent again.
 fn check_new(pid: i32, m: &Mapping, old: &[Mapping]) -> Result<(), RestoreError> {
-    let private = match m.source {
-        Source::File { shared, .. } | Source::Object { shared, .. } => !shared,
-        Source::Anonymous => true,
-        Source::Vdso(_) => false,
-    };
     let at = old.partition_point(|o| o.end <= m.start);
-    if m.fresh || !private || old.get(at).is_none_or(|o| o.start >= m.end) {
+    if m.fresh || way(m).is_none() || old.get(at).is_none_or(|o| o.start >= m.end) {
         return Ok(());
     }
     Err(RestoreError::Impossible {
@@ -318,4 +313,25 @@ pub(super) fn fill(
     }
     memory::write_scattered(target.host, &pieces).doing(target.pid, DOING)?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mapping(start: u64, end: u64, shared: bool, fresh: bool) -> Mapping {
+        let source = Source::File { path: "/f".into(), offset: 0, shared };
+        Mapping { start, end, prot: PROT_WRITE, grows_down: false, source, fresh }
+    }
+
+    #[test]
+    fn a_mapping_that_replaces_another_must_be_said_to_be_new() {
+        let old = [mapping(0x1000, 0x3000, false, false)];
+        let refused = |m: Mapping| check_new(1, &m, &old).is_err();
+        assert!(refused(mapping(0x2000, 0x4000, false, false)));
+        assert!(!refused(mapping(0x2000, 0x4000, false, true)), "it brings its pages");
+        assert!(!refused(mapping(0x2000, 0x4000, true, false)), "its pages are the file's");
+        assert!(!refused(mapping(0x3000, 0x4000, false, false)), "nothing was there");
+        assert!(!refused(mapping(0, 0x1000, false, false)), "nor here");
+    }
 }

@@ -16,6 +16,7 @@ use crate::sys::remote::{self, Call};
 use crate::sys::{SysError, SysResult, ptrace};
 use nix::sched::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
 use nix::unistd::Pid;
+use std::borrow::Cow;
 
 /// How every thread of a spare is traced: it dies with its tracer, and what it creates is traced
 /// too.
@@ -197,20 +198,9 @@ impl Spare {
         self.held.follow(self.launched.pid, &state.objects).doing(1, "make the memory objects")?;
         let place = |p: &Process| self.stubs.iter().position(|s| s.pid == p.pid);
         let order: Vec<usize> = state.processes.iter().filter_map(place).collect();
-        let mut runs = pages.runs.as_slice();
-        let mut sorted;
-        if !runs.is_sorted_by_key(|r| r.process) {
-            sorted = runs.to_vec();
-            sorted.sort_by_key(|r| r.process);
-            runs = &sorted;
-        }
-        let mut changes = edits.list.as_slice();
-        let mut in_order;
-        if !changes.is_sorted_by_key(|e| e.process) {
-            in_order = changes.to_vec();
-            in_order.sort_by_key(|e| e.process);
-            changes = &in_order;
-        }
+        let (runs, changes) =
+            (in_order(&pages.runs, |r| r.process), in_order(&edits.list, |e| e.process));
+        let (mut runs, mut changes) = (&*runs, &*changes);
         for (index, (process, at)) in state.processes.iter().zip(order).enumerate() {
             let stub = &self.stubs[at];
             let target = Target { pid: stub.pid, host: stub.host, forced: &stub.forced };
@@ -237,6 +227,16 @@ impl Spare {
         self.state.clone_from(state);
         Ok(())
     }
+}
+
+/// What belongs to processes, one process after the other, and otherwise as it was.
+fn in_order<T: Clone>(list: &[T], process: impl Fn(&T) -> u32) -> Cow<'_, [T]> {
+    if list.is_sorted_by_key(&process) {
+        return Cow::Borrowed(list);
+    }
+    let mut sorted = list.to_vec();
+    sorted.sort_by_key(process);
+    Cow::Owned(sorted)
 }
 
 /// Seizes and stops a fresh init, gives it the scratch area, and takes everything else away.

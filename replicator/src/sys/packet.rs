@@ -135,6 +135,18 @@ mod tests {
     use std::net::{TcpListener, TcpStream};
 
     #[test]
+    fn what_did_not_fit_is_told_once() {
+        let Ok(heard) = Handshakes::open() else { return };
+        setsockopt(&heard.0, sockopt::RcvBuf, &0).expect("as little as there can be");
+        let listener = TcpListener::bind("127.0.0.1:0").expect("bound");
+        for _ in 0..50 {
+            drop(TcpStream::connect(listener.local_addr().expect("bound")).expect("open"));
+            drop(listener.accept().expect("accepted"));
+        }
+        assert!(heard.missed().expect("told") > 0);
+    }
+
+    #[test]
     fn connections_are_heard_to_open_and_end_but_their_data_is_not() {
         let Ok(heard) = Handshakes::open() else { return };
         for address in ["127.0.0.1:0", "[::1]:0"] {

@@ -335,10 +335,6 @@ impl Listener for SharedBackup {
     }
 
     fn pace(&self) -> Pace {
-        self.with(|core, _| match core.state() {
-            // Its primary of before was given up, and may be dead.
-            State::Promoted { .. } => Pace::Rests,
-            _ => core.pace(),
-        })
+        self.with(|core, _| core.pace_of_pulses())
     }
 }

@@ -114,7 +114,8 @@ enum Placed {
     Dropped,
 }
 
-/// Most edits of one page that are kept as such: to write more of them takes longer than to write the page.
+/// Most edits of one page that are kept as such: each is a range of its own for the kernel, and at some
+/// number of them a whole page is written sooner.
 const MAX_EDITS: usize = 8;
 
 /// Collects the checkpoints of one connection.

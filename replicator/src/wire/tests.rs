@@ -387,6 +387,17 @@ fn caps_hold() {
     let mut assembly = Assembly::new(limits);
     let errors = sent.iter().filter_map(|f| assembly.push(f).err()).collect::<Vec<_>>();
     assert!(errors[0].to_string().contains("more pages than allowed"), "{}", errors[0]);
+    let run = Run { process: 0, start: 0x10000, count: 4, content: Content::Data(0) };
+    let set = PageSet { runs: vec![run], bytes: vec![7; 4 * PAGE] };
+    let mut builder = CheckpointBuilder::new(Limits::default());
+    let mut assembly = Assembly::new(Limits { pages: 4, ..Limits::default() });
+    let once = std::slice::from_ref(&set);
+    receive(&mut assembly, &send(&mut builder, 1, true, once, &model.state).0);
+    let again = vec![set; 3];
+    let sent = frames(&send(&mut builder, 2, false, &again, &model.state).0);
+    let errors = sent.iter().filter_map(|f| assembly.push(f).err()).collect::<Vec<_>>();
+    assert!(errors[0].to_string().contains("more edits than allowed"), "{}", errors[0]);
+    let mut builder = CheckpointBuilder::new(Limits::default());
     model.state.processes[0].auxv = vec![1; 5000];
     let limits = Limits { state_bytes: 4096, ..Limits::default() };
     let mut small = CheckpointBuilder::new(limits);

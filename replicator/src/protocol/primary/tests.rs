@@ -172,6 +172,7 @@ fn a_new_backup_that_goes_again_leaves_the_primary_alone_until_it_could_promote(
     assert_eq!(p.handle(at, ack(12)), [Action::Hold]);
     let actions = p.handle(at, Input::Lost(again));
     assert!(matches!(actions[..], [Action::Severed(..), Action::GoAlone(G)]), "{actions:?}");
+    assert_eq!((p.pace(), p.pace_of_pulses()), (Pace::Usual, Pace::Rests), "nobody listens");
     // A checkpoint for the old connection must not leave: the backup could promote from it.
     let late = Input::Sent { link: again, epoch: Epoch(13), digest: 1, provisional: false };
     assert_eq!(p.handle(at, late), []);
