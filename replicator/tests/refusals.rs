@@ -231,6 +231,7 @@ s.listen()" => "descriptor", "MD5";
 key = call(330, 0, 0)
 at = mapped(0x22)
 call(329, at, 4096, 3, key)" => "mapping", "protection key";
+    memory_that_grows_down: "mapped(0x122)" => "mapping", "grows down";
     perf: "
 attr = ctypes.create_string_buffer(struct.pack('IIQ', 1, 112, 0), 112)
 call(298, attr, 0, -1, -1, 0)" => "descriptor", "perf";

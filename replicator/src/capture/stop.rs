@@ -201,8 +201,9 @@ impl Capturer {
             let mappings = tracked.space.mappings();
             let stuck = guards::refuse_stuck(*pid, &threads, tracked.space.vmas());
             self.refusals.admit(stuck)?;
-            let mut advice =
-                tracked.advice.take(*pid, tracked.attributes.locked, tracked.space.is_changed())?;
+            let advice =
+                tracked.advice.take(*pid, tracked.attributes.locked, tracked.space.is_changed());
+            let mut advice = self.refusals.admit(advice)?.unwrap_or_default();
             tracked.space.guards().add_to(&mut advice);
             spent(&mut times.memory, &mut times.kinds.memory, lap);
             let a = &tracked.attributes;

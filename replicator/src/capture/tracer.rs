@@ -94,7 +94,11 @@ impl Tracer {
                         continue;
                     }
                     // Born of one that was seized already: its birth is still to be heard of.
-                    Err(e) if e.code() == libc::EPERM && is_ours(tid) => continue,
+                    Err(e)
+                        if e.code() == libc::EPERM && !self.threads.is_empty() && is_ours(tid) =>
+                    {
+                        continue;
+                    }
                     Err(e) => return Err(e),
                 }
                 self.insert(tid, pid);
@@ -493,7 +497,6 @@ fn halt(tid: i32) -> SysResult<()> {
     }
 }
 
-/// Whether a thread has ended and is kept by the kernel.
 /// The letter of a thread's state in /proc/TID/stat; none if it is gone.
 fn state_of(tid: i32) -> SysResult<Option<char>> {
     let path = format!("/proc/{tid}/stat");
