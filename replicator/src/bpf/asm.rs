@@ -36,6 +36,9 @@ pub(crate) enum If {
     Equal = 0x15,
     NotEqual = 0x55,
     AnyBit = 0x45,
+    /// As numbers without sign.
+    AtLeast = 0x35,
+    Above = 0x25,
 }
 
 type Label = &'static str;
@@ -75,6 +78,18 @@ impl Assembler {
         self.push(0x0f, dst, src, 0, 0);
     }
 
+    pub(crate) fn multiply(&mut self, dst: u8, value: i32) {
+        self.push(0x27, dst, 0, 0, value);
+    }
+
+    pub(crate) fn or_reg(&mut self, dst: u8, src: u8) {
+        self.push(0x4f, dst, src, 0, 0);
+    }
+
+    pub(crate) fn xor_reg(&mut self, dst: u8, src: u8) {
+        self.push(0xaf, dst, src, 0, 0);
+    }
+
     /// Keeps only these bits.
     pub(crate) fn mask(&mut self, dst: u8, bits: i32) {
         self.push(0x57, dst, 0, 0, bits);
@@ -86,6 +101,11 @@ impl Assembler {
 
     pub(crate) fn shift_right(&mut self, dst: u8, bits: i32) {
         self.push(0x77, dst, 0, 0, bits);
+    }
+
+    /// By as many bits as another register says.
+    pub(crate) fn shift_right_reg(&mut self, dst: u8, src: u8) {
+        self.push(0x7f, dst, src, 0, 0);
     }
 
     /// The address of a place on the stack.
@@ -120,6 +140,13 @@ impl Assembler {
     pub(crate) fn jump_reg(&mut self, when: If, reg: u8, other: u8, to: Label) {
         self.jumps.push((self.code.len(), to));
         self.push(when as u8 | 0x08, reg, other, 0, 0);
+    }
+
+    /// The head of a loop without a bound that the verifier knows: the kernel counts, and jumps when it
+    /// has had enough (eight million times).
+    pub(crate) fn patience(&mut self, or: Label) {
+        self.jumps.push((self.code.len(), or));
+        self.push(0xe5, 0, 0, 0, 0);
     }
 
     pub(crate) fn call(&mut self, helper: i32) {

@@ -10,9 +10,9 @@ use super::glance::Tcp;
 use super::{CaptureError, tcp};
 use crate::image::Kind;
 use crate::image::net::{SocketOptions, TcpConnection, TcpListener, TcpState};
-use crate::sys::SysResult;
 use crate::sys::sockopt::get;
 use crate::sys::unix_diag::UnixDiag;
+use crate::sys::{SysError, SysResult};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -154,6 +154,25 @@ impl Remembered {
             self.ready.get_or_insert_with(|| it.clone());
         }
         true
+    }
+
+    /// The connection as it is now, for which [`Remembered::is_of`] was true, if nothing is in its
+    /// queues. It counts, but for its timestamp, as long as a glance shows the same.
+    pub(super) fn at_rest(&mut self, seen: Tcp<'_>) -> Option<Box<TcpConnection>> {
+        let ((written, una), (next, copied)) = (seen.sent(), seen.received());
+        if written != una || next != copied || matches!(self.what, What::Listener(_)) {
+            return None;
+        }
+        let nothing = || Err(SysError::errno("open", "a queue without bytes", libc::ENODATA));
+        match self.take(seen, nothing) {
+            Ok(Kind::Tcp(connection)) => Some(connection),
+            _ => None,
+        }
+    }
+
+    /// Takes back what [`Remembered::at_rest`] gave.
+    pub(super) fn give_back(&mut self, connection: Box<TcpConnection>) {
+        self.ready = Some(connection);
     }
 
     /// The socket as it is in a stop, for which [`Remembered::is_of`] was true. `open` gives a

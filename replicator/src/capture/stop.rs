@@ -251,7 +251,7 @@ impl Capturer {
         state.ended = self.remains.capture(&inner_pids)?;
         let world =
             files::World { diag: &self.diag, objects: &mut self.objects, memory: &mut self.files };
-        times.glanced = builder.glanced;
+        (times.glanced, times.resting) = (builder.glanced, builder.resting);
         let finished = builder.finish(self.root, &mut state, world);
         if let Some(mut sockets) = self.refusals.admit(finished)? {
             let sending = std::mem::take(&mut sockets.sending);

@@ -49,6 +49,8 @@ pub struct StopTimes {
     pub again: usize,
     /// Descriptors that one glance told all of.
     pub glanced: usize,
+    /// Connections of these that were put together before the stop: nothing about them had changed.
+    pub resting: usize,
     /// Threads that were not asked: a glance told that they would answer as before.
     pub unasked: usize,
 }

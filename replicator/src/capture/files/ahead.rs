@@ -1,7 +1,7 @@
 //! What rarely changes of descriptors, read while the container runs so that the stop does not pay
 //! for it.
 
-use super::{Files, describe, numbers};
+use super::{Files, about, describe, numbers};
 use crate::capture::glance::Row;
 use crate::capture::objects::Objects;
 use crate::capture::{CaptureError, locks, options, remembered, tcp};
@@ -26,11 +26,21 @@ impl Files {
             return Ok(());
         };
         let looked = glance.look().map_err(CaptureError::from).and_then(|()| {
-            glance.rows().try_for_each(|row| {
+            self.heed(&glance);
+            if glance.changed().is_none() {
+                glance.learn();
+            }
+            self.learn_watchers(&glance);
+            (0..glance.len()).try_for_each(|nth| {
+                if self.renew(nth, &glance) {
+                    return Ok(());
+                }
+                let row = glance.nth(nth);
                 if !self.is_up_to_date(&row) {
                     self.look_ahead_at(pid, handle, row.number(), Some(&row), objects, diag)?;
                 }
                 self.note(row.number(), row.inode(), row.flags());
+                self.put_to_rest(nth, &glance);
                 Ok(())
             })
         });
@@ -81,7 +91,7 @@ impl Files {
             let _ = describe::deleted(name, dup, &info, objects, "");
             return Ok(());
         }
-        let what = format!("descriptor {number} of pid {pid}");
+        let what = about(number, pid);
         if let Some(tcp) = row.and_then(|r| r.tcp) {
             seen.remembered = remembered::remember(dup.as_fd(), tcp, &what, diag)?;
         } else if seen.is_tcp() {

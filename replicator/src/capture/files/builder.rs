@@ -1,10 +1,10 @@
 //! Descriptions as they are found in one checkpoint: each once, however many descriptors share it.
 
-use super::{Files, Holder, Memory, World};
-use crate::capture::fdinfo::{self, Info, Watched};
+use super::{Files, Holder, Memory, Watcher, World};
+use crate::capture::fdinfo::{self, Watched};
 use crate::capture::numbered::{ByNumber, Few};
 use crate::capture::{CaptureError, farewell, locks, pipes, terminals, unix};
-use crate::image::{Description, EpollTarget, Kind, State};
+use crate::image::{Description, Kind, State};
 use crate::sys::pidfd;
 use std::cmp::Ordering;
 use std::collections::{HashMap, HashSet};
@@ -32,10 +32,12 @@ pub(in crate::capture) struct Builder {
     pub(in crate::capture) watched: Vec<(u32, Vec<Watched>)>,
     /// The description of each file that a glance has shown.
     pub(in crate::capture) by_file: ByNumber<u64, u32>,
-    /// What glances have shown of epoll: the instance, the file watched, and how.
-    pub(super) watchers: Vec<(u64, u64, EpollTarget, u64)>,
+    /// What glances have shown of epoll.
+    pub(super) watchers: Vec<Watcher>,
     /// Descriptors that a glance has told all of.
     pub(in crate::capture) glanced: usize,
+    /// Those of them that had been put together before.
+    pub(in crate::capture) resting: usize,
     /// When the clocks of the image were read.
     clocks_read: Option<Instant>,
 }
@@ -80,7 +82,7 @@ impl Builder {
     }
 
     /// What glances have shown of one epoll instance.
-    pub(super) fn watchers_of(&self, instance: u64) -> &[(u64, u64, EpollTarget, u64)] {
+    pub(super) fn watchers_of(&self, instance: u64) -> &[Watcher] {
         let from = self.watchers.partition_point(|(by, ..)| *by < instance);
         let len = self.watchers[from..].partition_point(|(by, ..)| *by == instance);
         &self.watchers[from..from + len]
@@ -98,29 +100,47 @@ impl Builder {
         &mut self,
         first: (i32, i32),
         place: usize,
-        info: &Info,
+        inode: u64,
+        flags: i32,
         kind: Kind,
         state: &mut State,
     ) -> u32 {
-        let flags = info.flags & !libc::O_CLOEXEC;
+        let flags = flags & !libc::O_CLOEXEC;
         state.descriptions.push(Description { flags, kind });
+        self.index_last(first, place, inode, state)
+    }
+
+    /// Makes the last description known; gives its index.
+    pub(super) fn index_last(
+        &mut self,
+        first: (i32, i32),
+        place: usize,
+        inode: u64,
+        state: &State,
+    ) -> u32 {
         self.first.push(first);
         let at = state.descriptions.len() as u32 - 1;
-        self.by_inode
-            .entry(info.inode)
-            .and_modify(|all| all.insert(place, at))
-            .or_insert(Few::One(at));
+        self.by_inode.entry(inode).and_modify(|all| all.insert(place, at)).or_insert(Few::One(at));
         at
     }
 
     /// The description that this descriptor shares with one captured before, or its place among
-    /// those with the same inode.
-    pub(super) fn find(
+    /// those with the same inode. `file` is what stands for it in a glance.
+    pub(super) fn known(
         &self,
         pid: i32,
         number: i32,
+        file: Option<u64>,
         inode: u64,
     ) -> Result<Result<u32, usize>, CaptureError> {
+        match file.and_then(|file| self.by_file.get(&file)) {
+            Some(known) => Ok(Ok(*known)),
+            None => self.find(pid, number, inode),
+        }
+    }
+
+    /// The same for a descriptor that no glance has shown.
+    fn find(&self, pid: i32, number: i32, inode: u64) -> Result<Result<u32, usize>, CaptureError> {
         let Some(candidates) = self.by_inode.get(&inode).map(Few::all) else { return Ok(Err(0)) };
         let (mut low, mut high) = (0, candidates.len());
         while low < high {
@@ -202,7 +222,7 @@ impl Builder {
         }
         let told = locks::told(fd.as_fd())?;
         self.held.push(fd);
-        let at = self.add((me, number), place, &info, kind, state);
+        let at = self.add((me, number), place, info.inode, info.flags, kind, state);
         if let Some(told) = told {
             locks::add_owner(told, at, &self.inner, what, state)?;
         }

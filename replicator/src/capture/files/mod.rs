@@ -7,11 +7,13 @@
 //!
 //! Where the kernel can show all descriptors at one [`glance`](super::glance), fdinfo is read only
 //! of those that it says too little of, and TCP connections with nothing new in their queues cost
-//! no system call at all ([`remembered`](super::remembered)).
+//! no system call at all ([`remembered`](super::remembered)); those about which nothing at all is new cost
+//! next to nothing ([`resting`]).
 
 mod ahead;
 mod builder;
 mod describe;
+mod resting;
 mod seen;
 
 use super::fdinfo::{self, Info, Watched};
@@ -25,6 +27,7 @@ use super::{CaptureError, Glances, farewell, homes, inotify, locks, tcp};
 use crate::image::{EpollTarget, Fd, Kind, State};
 use crate::sys::unix_diag::UnixDiag;
 use crate::sys::{SysError, pidfd};
+use resting::Resting;
 use seen::Seen;
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -40,6 +43,11 @@ pub(super) struct Files {
     /// The numbers that the last stop found, until the others are forgotten.
     found: Option<Vec<i32>>,
     glance: Option<Glance>,
+    /// Of each row of the glance.
+    resting: Vec<Option<Resting>>,
+    /// What the glance shows of epoll, in order, if that is known.
+    watchers: Vec<Watcher>,
+    knows_watchers: bool,
     /// What a glance tells is compared with what there is.
     checked: bool,
     /// Whether looks have shown a descriptor that is read past the page cache: since the last checkpoint,
@@ -90,6 +98,12 @@ struct Holder<'a> {
     place: i32,
 }
 
+/// What a glance shows of epoll: the instance, the file that it watches, how, and the inode of that.
+type Watcher = (u64, u64, EpollTarget, u64);
+
+/// What a stop puts a checkpoint together from.
+type Build<'a, 'b> = (&'a mut Builder, &'a mut State, World<'b>, &'a mut Refusals);
+
 /// What a checkpoint knows besides the state.
 pub(super) struct World<'a> {
     pub(super) diag: &'a UnixDiag,
@@ -122,7 +136,11 @@ struct Glanced {
 impl Files {
     /// For the process with this host pid.
     pub(super) fn open(pid: i32, glances: Glances, uncached: &Arc<[u64]>) -> Self {
-        let glance = if glances == Glances::Off { None } else { Glance::open(pid) };
+        let glance = match glances {
+            Glances::Off => None,
+            Glances::On => Glance::open(pid),
+            Glances::Checked => Glance::open(pid).map(Glance::always_again),
+        };
         let (checked, uncached) = (glances == Glances::Checked, uncached.clone());
         Self { glance, checked, uncached, ..Self::default() }
     }
@@ -130,15 +148,15 @@ impl Files {
     /// In a stop: looks at all descriptors at once, if that is possible, and tells what epoll
     /// instances watch.
     pub(super) fn glance(&mut self, builder: &mut Builder) -> Result<(), CaptureError> {
-        let Some(glance) = &mut self.glance else { return Ok(()) };
-        glance.look()?;
-        for row in glance.rows() {
-            if let Some((by, fd, events, data)) = row.watcher() {
-                let target = EpollTarget { fd, events, data };
-                builder.watchers.push((by, row.file(), target, row.inode()));
-            }
+        let Some(mut glance) = self.glance.take() else { return Ok(()) };
+        let looked = glance.look();
+        self.heed(&glance);
+        match self.knows_watchers {
+            true => builder.watchers.extend_from_slice(&self.watchers),
+            false => resting::add_watchers(&glance, &mut builder.watchers),
         }
-        Ok(())
+        self.glance = Some(glance);
+        Ok(looked?)
     }
 
     /// In a stop, after [`Files::glance`]: reads all at once what connections with the world have under way and
@@ -148,7 +166,12 @@ impl Files {
         let (numbers, asked) = &mut memory.asked;
         numbers.clear();
         asked.clear();
-        for row in glance.rows() {
+        for nth in 0..glance.len() {
+            // Nothing is in its queues.
+            if self.rests(nth) {
+                continue;
+            }
+            let row = glance.nth(nth);
             let Some(tcp) = row.tcp.filter(|tcp| !tcp.is_local()) else { continue };
             let seen = self.seen.get_mut(&row.number()).filter(|s| s.is_of(&row));
             let remembered = seen.and_then(|s| s.remembered.as_ref()).filter(|r| r.is_of(tcp));
@@ -266,12 +289,7 @@ impl Files {
         let glance = self.glance.take();
         let mut whole = (builder, state, world, refusals);
         let captured = match &glance {
-            Some(glance) => glance
-                .rows()
-                .filter_map(|row| {
-                    self.capture_one(holder, row.number(), Some(&row), &mut whole).transpose()
-                })
-                .collect(),
+            Some(glance) => self.capture_rows(holder, glance, &mut whole),
             None => numbers(pid).and_then(|numbers| {
                 let one = |number| self.capture_one(holder, number, None, &mut whole).transpose();
                 numbers.into_iter().filter_map(one).collect()
@@ -291,21 +309,35 @@ impl Files {
         }
     }
 
+    /// Captures the descriptors that a glance has shown.
+    fn capture_rows(
+        &mut self,
+        holder: Holder<'_>,
+        glance: &Glance,
+        whole: &mut Build<'_, '_>,
+    ) -> Result<Vec<Fd>, CaptureError> {
+        let mut fds = Vec::with_capacity(glance.len());
+        for nth in 0..glance.len() {
+            if let Some(time) = glance.time().filter(|_| self.rests(nth)) {
+                fds.extend(self.capture_resting(holder, nth, time, whole)?);
+            } else {
+                let row = glance.nth(nth);
+                fds.extend(self.capture_one(holder, row.number(), Some(&row), whole)?);
+            }
+        }
+        Ok(fds)
+    }
+
     /// Captures a descriptor; none if it was refused and the survey goes on.
     fn capture_one(
         &mut self,
         holder: Holder<'_>,
         number: i32,
         row: Option<&Row<'_>>,
-        (builder, state, world, refusals): &mut (
-            &mut Builder,
-            &mut State,
-            World<'_>,
-            &mut Refusals,
-        ),
+        (builder, state, world, refusals): &mut Build<'_, '_>,
     ) -> Result<Option<Fd>, CaptureError> {
         let Holder { pid, handle, .. } = holder;
-        let what = || format!("descriptor {number} of pid {pid}");
+        let what = || about(number, pid);
         let ready = match row {
             Some(row) => self.glanced(handle, row, builder).map(|found| {
                 found.map(|Glanced { kind, watched }| {
@@ -316,18 +348,12 @@ impl Files {
             None => self.connection(handle, number, what, builder, world.diag),
         };
         let Some(ready) = refusals.admit(ready)? else { return Ok(None) };
-        let (info, ready) = match ready {
+        let (mut info, ready) = match ready {
             Some((info, kind)) => (info, Some(kind)),
             None => (self.info(pid, number, row)?, None),
         };
-        let known = row.and_then(|row| builder.by_file.get(&row.file()).copied());
-        // Only where there is another of the same inode is its place among them to be found.
-        let found = match (known, row) {
-            (Some(known), _) => Ok(known),
-            (None, Some(_)) if !builder.by_inode.contains_key(&info.inode) => Err(0),
-            _ => builder.find(pid, number, info.inode)?,
-        };
-        let description = match found {
+        let file = row.map(Row::file);
+        let description = match builder.known(pid, number, file, info.inode)? {
             Ok(known) => known,
             Err(place) => {
                 if self.checked
@@ -344,12 +370,12 @@ impl Files {
                     }
                 };
                 let Some(kind) = refusals.admit(kind)? else { return Ok(None) };
-                let at = builder.add((pid, number), place, &info, kind, state);
-                if let Some(row) = row {
-                    builder.by_file.insert(row.file(), at);
+                let at = builder.add((pid, number), place, info.inode, info.flags, kind, state);
+                if let Some(file) = file {
+                    builder.by_file.insert(file, at);
                 }
                 if !info.watched.is_empty() {
-                    builder.watched.push((at, info.watched.clone()));
+                    builder.watched.push((at, std::mem::take(&mut info.watched)));
                 }
                 let told = match row {
                     Some(row) if !row.may_tell() => None,
@@ -405,6 +431,10 @@ impl Files {
             _ => locks::told(pidfd::get_fd(handle, number)?.as_fd()),
         }
     }
+}
+
+fn about(number: i32, pid: i32) -> String {
+    format!("descriptor {number} of pid {pid}")
 }
 
 /// Whether two looks at one thing agree, but for what passes between them.

@@ -117,6 +117,16 @@ impl Layout {
         }
     }
 
+    /// Of each field: the structure, where it is in that, its bytes, and its place in a record.
+    pub(super) fn places(&self) -> impl Iterator<Item = (usize, usize, usize, usize)> {
+        self.slots.iter().map(|s| (s.source, s.member.offset, s.member.size, s.place))
+    }
+
+    /// Where a field is in its structure.
+    pub(super) fn offset(&self, field: usize) -> usize {
+        self.slots[field].member.offset
+    }
+
     /// A record from the bytes of one structure; fields of others are zero in it.
     pub(super) fn record(&self, source: usize, structure: &[u8]) -> Vec<u8> {
         let mut record = vec![0; self.len];

@@ -10,13 +10,19 @@
 //! another one knows other numbers, would find no row of any process, and must not take that for a
 //! process without descriptors: there are no glances then.
 
+mod again;
 mod descriptors;
+mod head;
 mod layout;
 mod mappings;
+mod row;
+mod sockets;
 mod tasks;
 
-pub(super) use descriptors::{Descriptors, Glance, Row, Tcp, TcpLayout};
+pub(super) use descriptors::{Descriptors, Glance};
 pub(super) use mappings::MappingGlance;
+pub(super) use row::Row;
+pub(super) use sockets::{Clock, Tcp, TcpLayout};
 pub(super) use tasks::{Task, TaskGlance};
 
 use crate::bpf::asm::{Assembler, FP, Size, helper};
