@@ -324,10 +324,11 @@ impl Again {
         self.shared.bytes()[at..at + 4].copy_from_slice(&word.to_ne_bytes());
     }
 
-    /// Runs a program for the first entries.
-    fn run(&mut self, count: usize) -> SysResult<()> {
+    /// Looks at the first entries. Says whether the program has come to the last of them.
+    fn run(&mut self, count: usize) -> SysResult<bool> {
         self.put(COUNT, count as u32);
-        self.shared.run(self.look.as_fd(), LOOPBACK)
+        self.shared.run(self.look.as_fd(), LOOPBACK)?;
+        Ok(u32_at(self.shared.bytes(), NEXT) as usize == count)
     }
 
     /// Whether the table is that of the process and has the same numbers in it.
@@ -364,7 +365,7 @@ impl Again {
                 *place = address.to_ne_bytes();
             }
         }
-        self.run(rows.len())?;
+        let is_whole = self.run(rows.len())?;
         let shared = self.shared.bytes();
         let len = u32_at(shared, TABLE_LEN);
         let mut open = vec![0u8; (len / 8) as usize];
@@ -379,7 +380,7 @@ impl Again {
         self.open = (len, open);
         changed.clear();
         changed.extend(0..rows.len() as u32);
-        let told = self.is_same_table() && self.show(shape, tcp, rows, bytes, changed).is_some();
+        let told = is_whole && self.is_same_table() && self.show(shape, tcp, rows, bytes, changed).is_some();
         self.known = if told { rows.len() } else { 0 };
         Ok(told.then(|| (u64_at(self.shared.bytes(), TIME), true)))
     }
@@ -404,8 +405,7 @@ impl Again {
         }
         let (from, to) = (self.places.changed, self.places.changed + self.known);
         self.shared.bytes()[from..to].fill(0);
-        self.run(self.known)?;
-        if !self.is_same_table() {
+        if !self.run(self.known)? || !self.is_same_table() {
             return Ok(None);
         }
         let marks = &self.shared.bytes()[from..to];
@@ -459,7 +459,8 @@ impl Again {
         self.put(MOVED, 0);
         self.put(COUNT, self.known as u32);
         self.shared.run(self.still.as_fd(), LOOPBACK)?;
-        Ok(u32_at(self.shared.bytes(), MOVED) == 0)
+        let bytes = self.shared.bytes();
+        Ok(u32_at(bytes, MOVED) == 0 && u32_at(bytes, NEXT) as usize == self.known)
     }
 }
 
