@@ -4,14 +4,15 @@
 //!
 //! The answer to a byte is the same byte. Pages are written in an order that visits all of them.
 
+use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::os::fd::AsFd;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result};
 use memmap2::MmapMut;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
 use clap::Args;
 use netns_tools::topology::Size;
@@ -91,23 +92,37 @@ pub(super) fn shape(args: &ShapeArgs) -> Result<()> {
     serve(TcpListener::bind(args.listen)?, &mut memory, args.dirty)
 }
 
+/// What an event of the listener says.
+const LISTENER: u64 = u64::MAX;
+
+/// Waits with epoll(7), as servers of many connections do: what waits with poll(2) takes itself off the queue of each
+/// connection whenever it is stopped.
 fn serve(listener: TcpListener, memory: &mut [u8], dirty: usize) -> Result<()> {
     let pages = memory.len() / PAGE;
-    let (mut next, mut count) = (0_usize, 0_u8);
-    let mut connections: Vec<TcpStream> = Vec::new();
+    let (mut next, mut count, mut accepted) = (0_usize, 0_u8, 0_u64);
+    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+    let readable = |data| EpollEvent::new(EpollFlags::EPOLLIN, data);
+    epoll.add(&listener, readable(LISTENER))?;
+    let mut connections: HashMap<u64, TcpStream> = HashMap::new();
+    let mut events = [EpollEvent::empty(); 64];
     loop {
-        let mut wanted: Vec<PollFd<'_>> = std::iter::once(listener.as_fd())
-            .chain(connections.iter().map(AsFd::as_fd))
-            .map(|fd| PollFd::new(fd, PollFlags::POLLIN))
-            .collect();
-        poll(&mut wanted, PollTimeout::NONE)?;
-        let ready: Vec<bool> = wanted.iter().map(|fd| fd.any().unwrap_or(false)).collect();
-        let mut ended = Vec::new();
-        for (index, _) in ready[1..].iter().enumerate().filter(|(_, ready)| **ready) {
+        let ready = match epoll.wait(&mut events, EpollTimeout::NONE) {
+            Err(Errno::EINTR) => continue,
+            other => other?,
+        };
+        for event in &events[..ready] {
+            if event.data() == LISTENER {
+                let (connection, _) = listener.accept()?;
+                connection.set_nodelay(true)?;
+                epoll.add(&connection, readable(accepted))?;
+                connections.insert(accepted, connection);
+                accepted += 1;
+                continue;
+            }
+            let Some(connection) = connections.get_mut(&event.data()) else { continue };
             let mut byte = [0];
-            let connection = &mut connections[index];
             if !matches!(connection.read(&mut byte), Ok(1)) {
-                ended.push(index);
+                connections.remove(&event.data());
                 continue;
             }
             count = count.wrapping_add(1);
@@ -116,16 +131,8 @@ fn serve(listener: TcpListener, memory: &mut [u8], dirty: usize) -> Result<()> {
                 next = (next + STRIDE) % pages;
             }
             if connection.write_all(&byte).is_err() {
-                ended.push(index);
+                connections.remove(&event.data());
             }
-        }
-        for index in ended.into_iter().rev() {
-            connections.swap_remove(index);
-        }
-        if ready[0] {
-            let (connection, _) = listener.accept()?;
-            connection.set_nodelay(true)?;
-            connections.push(connection);
         }
     }
 }

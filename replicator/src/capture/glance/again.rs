@@ -380,7 +380,9 @@ impl Again {
         self.open = (len, open);
         changed.clear();
         changed.extend(0..rows.len() as u32);
-        let told = is_whole && self.is_same_table() && self.show(shape, tcp, rows, bytes, changed).is_some();
+        let told = is_whole
+            && self.is_same_table()
+            && self.show(shape, tcp, rows, bytes, changed).is_some();
         self.known = if told { rows.len() } else { 0 };
         Ok(told.then(|| (u64_at(self.shared.bytes(), TIME), true)))
     }
