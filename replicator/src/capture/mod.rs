@@ -133,6 +133,21 @@ impl Tracked {
         Ok(())
     }
 
+    /// Takes a glance at its threads. If they are `running`, a window of notes begins, which a scan of all
+    /// memory must follow.
+    fn glance(&mut self, running: bool) -> Result<Option<u64>, CaptureError> {
+        let noted = self.space.noted();
+        if running {
+            noted.before_glance();
+        }
+        let sequence = self.threads.glance()?;
+        self.threads.count_faults(noted.counts());
+        if running {
+            noted.after_glance(sequence);
+        }
+        Ok(sequence)
+    }
+
     /// A round of pre-copy, which a job may have begun. `look_ahead` has looked at the descriptors.
     fn round(
         &mut self,
@@ -143,7 +158,7 @@ impl Tracked {
     ) -> Result<(), CaptureError> {
         let mut sequence = None;
         if job.is_none() {
-            sequence = self.threads.glance()?;
+            sequence = self.glance(true)?;
             self.direct.round(|| self.threads.reads(pid));
         }
         self.space.round(pages, objects, false, job, sequence)

@@ -85,14 +85,20 @@ impl Capturer {
     /// (`running`) may end meanwhile.
     pub(super) fn begin_scan(&mut self, running: bool) -> Result<Arc<Job>, CaptureError> {
         let mut job = Job::default();
+        for (tid, address) in self.interrupted.take_written() {
+            let process = self.tracer.process_of(tid).and_then(|pid| self.processes.get_mut(&pid));
+            if let Some(tracked) = process {
+                tracked.space.noted().wrote(address);
+            }
+        }
         for (pid, tracked) in &mut self.processes {
-            let begun = tracked.threads.glance().and_then(|sequence| {
+            let begun = tracked.glance(running).and_then(|sequence| {
                 if running {
                     tracked.direct.round(|| tracked.threads.reads(*pid));
                 }
                 match self.refusals.collecting() {
                     true => Ok(()),
-                    false => tracked.space.begin(&mut job, sequence),
+                    false => Ok(tracked.space.begin(&mut job, sequence, running)?),
                 }
             });
             match begun {
@@ -195,6 +201,11 @@ impl Capturer {
                     self.objects.take_again();
                 }
                 tracked.space.round(&mut self.pages, &mut self.objects, true, Some(job), None)?;
+                match tracked.space.noted().was_trusted() {
+                    Some(true) => times.noted += 1,
+                    Some(false) => times.doubted += 1,
+                    None => {}
+                }
             }
             let volumes = self.tmpfs.volumes();
             refuse_mappings(*pid, tracked.space.vmas(), volumes, &mut self.refusals)?;

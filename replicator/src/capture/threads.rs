@@ -5,6 +5,7 @@
 
 use super::direct::Reads;
 use super::glance::{Task, TaskGlance};
+use super::memory::Counts;
 use super::waits::Interrupted;
 use super::{CaptureError, Glances, process};
 use crate::image::task::{Filter, IntervalTimer, Scheduling, ThreadSettings};
@@ -116,6 +117,15 @@ impl Threads {
     /// none.
     pub(super) fn reads(&self, pid: i32) -> Option<Reads> {
         self.glance.as_ref().and_then(TaskGlance::reads).or_else(|| process::reads(pid))
+    }
+
+    /// Puts what the kernel has counted of the process's faults by the last glance into `out`, if there was
+    /// one that shows it.
+    pub(super) fn count_faults(&self, out: &mut Counts) {
+        match &self.glance {
+            Some(glance) => glance.count_faults(out),
+            None => out.memory = 0,
+        }
     }
 
     /// Captures all threads of a process, leader first, and what the leader says of the process.

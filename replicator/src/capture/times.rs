@@ -47,6 +47,10 @@ pub struct StopTimes {
     /// Pages of processes that pre-copy had taken and that were read again, as a read past the page cache
     /// may have been under way then.
     pub again: usize,
+    /// Processes whose written pages were looked for around the faults that were noted, and nowhere else.
+    pub noted: usize,
+    /// Processes whose faults were noted and that were looked through all the same, as some may be missing.
+    pub doubted: usize,
     /// Descriptors that one glance told all of.
     pub glanced: usize,
     /// Connections of these that were put together before the stop: nothing about them had changed.

@@ -12,8 +12,11 @@
 
 use super::glance::MappingGlance;
 mod copy;
+mod noted;
 mod scan;
 
+pub(super) use noted::Counts;
+use noted::Noted;
 pub(super) use scan::{Helpers, Job};
 
 use super::guards::Guards;
@@ -61,6 +64,9 @@ pub(super) struct AddressSpace {
     changed: bool,
     /// The mappings are those of the last round, and a job scans their pages.
     begun: bool,
+    noted: Noted,
+    /// How often the scans of this round have flushed translations at least.
+    flushes: u64,
 }
 
 /// A mapping of an object.
@@ -102,7 +108,14 @@ impl AddressSpace {
             guards: Guards::default(),
             changed: true,
             begun: false,
+            noted: Noted::new(glances != Glances::Off),
+            flushes: 0,
         })
+    }
+
+    /// The notes of its faults.
+    pub(super) fn noted(&mut self) -> &mut Noted {
+        &mut self.noted
     }
 
     /// Takes the pages written since the last round and copies them into `pages`. `stopped` says
@@ -117,12 +130,20 @@ impl AddressSpace {
         job: Option<&Job>,
         sequence: Option<u64>,
     ) -> Result<(), CaptureError> {
+        self.flushes = 0;
         let result = self.try_round(pages, objects, stopped, job, sequence);
+        match &result {
+            Ok(true) if !stopped => self.noted.scanned(self.flushes),
+            _ => self.noted.shut(),
+        }
         if result.is_err() {
             objects.suspect_all();
             self.keep();
         }
-        result
+        if !stopped {
+            self.noted.consider(self.spans.iter().map(|(start, end)| end - start).sum());
+        }
+        result.map(drop)
     }
 
     /// What was scanned counts as clean from now on, so it must not be forgotten.
@@ -131,14 +152,21 @@ impl AddressSpace {
         self.extents.clear();
     }
 
-    /// Begins a round of a stop, whose scan is left to a job if the mappings are still the same.
-    /// `sequence` is what stands for their state now.
-    pub(super) fn begin(&mut self, job: &mut Job, sequence: Option<u64>) -> SysResult<()> {
+    /// Begins a round, of a stop or (`running`) before it, whose scan is left to a job if the mappings are
+    /// still the same. `sequence` is what stands for their state now.
+    pub(super) fn begin(
+        &mut self,
+        job: &mut Job,
+        sequence: Option<u64>,
+        running: bool,
+    ) -> SysResult<()> {
         self.begun = self.is_as_listed(sequence)? && !self.spans.is_empty();
+        let Self { noted, spans, extents, guards, .. } = self;
+        let sequence = sequence.filter(|_| self.begun);
+        let knows = !running && noted.judge(self.pid, sequence, extents, guards, spans);
         if self.begun {
-            self.spans
-                .iter()
-                .for_each(|(start, end)| job.add(&self.pagemap, self.pid, *start, *end));
+            let some = if knows && !self.checked { noted.parts() } else { spans };
+            some.iter().for_each(|(start, end)| job.add(&self.pagemap, self.pid, *start, *end));
         }
         Ok(())
     }
@@ -175,9 +203,10 @@ impl AddressSpace {
         stopped: bool,
         job: Option<&Job>,
         sequence: Option<u64>,
-    ) -> Result<(), CaptureError> {
+    ) -> Result<bool, CaptureError> {
         self.regions.clear();
         self.regions.append(&mut self.carry);
+        let carried = self.regions.len();
         let scanned = match job.filter(|_| std::mem::take(&mut self.begun)) {
             Some(job) => {
                 let scan = job.collect(self.pid, &mut self.buffer, &mut self.regions)?;
@@ -192,11 +221,31 @@ impl AddressSpace {
         };
         if !scanned {
             self.relist(pages, objects, stopped)?;
+        } else if self.noted.is_beginning() {
+            self.flushes += noted::flushes(&self.regions[carried..], &self.extents);
+        } else if stopped && self.scan_later()? == Scan::Complete && self.checked {
+            self.check_notes(carried)?;
         }
         for region in &self.regions {
             self.guards.remove(region.start, region.end);
         }
-        self.copy(pages, stopped)
+        self.copy(pages, stopped)?;
+        Ok(scanned)
+    }
+
+    /// Compares what a scan of all memory has found, behind what was `carried`, with what notes tell of.
+    /// Pages that were never there may count as written again, and are zero (MADV_DONTNEED).
+    fn check_notes(&mut self, carried: usize) -> SysResult<()> {
+        let mut page = [0; PAGE];
+        for region in self.noted.unexplained(&self.regions[carried..]) {
+            for address in (region.start..region.end).step_by(PAGE) {
+                if self.forced.read(address, &mut page).is_ok() && page.iter().any(|b| *b != 0) {
+                    let what = format!("pid {}, {address:#x}, written but not noted", self.pid);
+                    return Err(SysError::errno("a note of faults", what, libc::EIO));
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Appends what was written in a range to the regions, see [`Pagemap::take_written`].
@@ -221,6 +270,18 @@ impl AddressSpace {
         Ok(Scan::Complete)
     }
 
+    /// The same in a stop, of what calls in the process have written since its scan began.
+    fn scan_later(&mut self) -> SysResult<Scan> {
+        let Self { noted, spans, pagemap, buffer, regions, .. } = self;
+        for (start, end) in noted.later(spans) {
+            let scan = pagemap.take_written(*start, *end, pagemap::WRITTEN, buffer, regions)?;
+            if scan != Scan::Complete {
+                return Ok(scan);
+            }
+        }
+        Ok(Scan::Complete)
+    }
+
     /// Tells the objects what was written through mappings of this process.
     fn scan_shared(&mut self, objects: &mut Objects) -> SysResult<Scan> {
         let mut found = Vec::new();
@@ -230,6 +291,9 @@ impl AddressSpace {
             let scan = self.take_into(start, end, &mut found)?;
             objects.written(id, start, offset, &found);
             found.iter().for_each(|r| self.guards.remove(r.start, r.end));
+            if self.noted.is_beginning() {
+                self.flushes += noted::flushes(&found, &self.extents);
+            }
             if scan != Scan::Complete {
                 return Ok(scan);
             }

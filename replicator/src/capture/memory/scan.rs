@@ -62,8 +62,9 @@ impl Job {
     /// Adds memory of a process.
     pub(super) fn add(&mut self, pagemap: &Arc<Pagemap>, process: i32, start: u64, end: u64) {
         self.bytes += end - start;
-        for start in (start..end).step_by(PIECE as usize) {
-            let end = end.min(start + PIECE);
+        // No page of page tables lies in two pieces, so that translations are flushed once for it.
+        let borders = (start / PIECE * PIECE..end).step_by(PIECE as usize);
+        for (start, end) in borders.map(|at| (at.max(start), end.min(at + PIECE))) {
             let (pagemap, found) = (pagemap.clone(), Mutex::default());
             self.pieces.push(Piece { pagemap, process, start, end, found });
         }
