@@ -198,10 +198,12 @@ fn new_threads_and_children_are_doubted() {
     });
 }
 
-/// Guards in memory that nobody has touched are made and unmade without a fault or a flush.
+/// Guards in memory that nobody has touched are made and unmade without a fault or a flush. Not compared
+/// with a list of mappings: a flag of theirs changes without the count of changes.
 #[test]
 fn guards_are_doubted() {
-    in_both_modes("guards", |subject| {
+    let started = Subject::start("guards", Glances::On);
+    let of = |subject: &mut Subject| {
         let guards = |subject: &Subject| -> Vec<(u64, u64)> {
             let all = subject.original.state.processes[0].advice.iter();
             all.filter(|a| a.bits == Advice::GUARD).map(|a| (a.start, a.end)).collect()
@@ -216,7 +218,10 @@ fn guards_are_doubted() {
         subject.does("3 1 no guard", Everywhere);
         assert_eq!(guards(subject), before);
         subject.does("9 2 store", AroundNotes);
-    });
+    };
+    if let Some(mut subject) = started {
+        of(&mut subject);
+    }
 }
 
 /// Without a round before it, and after a stop that was, a stop looks everywhere.
