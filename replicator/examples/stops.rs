@@ -160,4 +160,6 @@ fn table(all: &[(Duration, StopTimes)]) {
     let mut pages: Vec<usize> = all.iter().map(|x| x.1.pages).collect();
     pages.sort_unstable();
     println!("  pages        {:>7}", pages[pages.len() / 2]);
+    let noted = all.iter().filter(|x| x.1.noted > 0 && x.1.doubted == 0).count();
+    println!("  noted        {noted:>7} of {}", all.len());
 }
