@@ -7,15 +7,12 @@ use common::shadow::{Shadow, Snapshot};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent};
 use replicator::Epoch;
 use replicator::capture::{Boundary, CaptureError, Capturer, NoBoundary, StopTimes};
-use replicator::image::pages::{PAGE, PageSet};
-use replicator::image::{Kind, Source, State};
+use replicator::image::pages::PageSet;
+use replicator::image::{Kind, State};
 use replicator::sys::ptrace;
 use replicator::sys::unix_diag::UnixDiag;
-use std::collections::HashMap;
-use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::os::unix::fs::FileExt;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
