@@ -127,7 +127,7 @@ fn said(console: &Path) -> String {
 
 /// Each both with a comparison of notes and pages, and without.
 fn in_both_modes(name: &str, of: impl Fn(&mut Subject)) {
-    for glances in [Glances::Checked, Glances::On] {
+    for glances in [Glances::Checked, Glances::Noted] {
         if let Some(mut subject) = Subject::start(name, glances) {
             of(&mut subject);
         }
@@ -202,7 +202,7 @@ fn new_threads_and_children_are_doubted() {
 /// with a list of mappings: a flag of theirs changes without the count of changes.
 #[test]
 fn guards_are_doubted() {
-    let started = Subject::start("guards", Glances::On);
+    let started = Subject::start("guards", Glances::Noted);
     let of = |subject: &mut Subject| {
         let guards = |subject: &Subject| -> Vec<(u64, u64)> {
             let all = subject.original.state.processes[0].advice.iter();

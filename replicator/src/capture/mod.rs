@@ -178,9 +178,12 @@ pub enum Glances {
     /// All at once, where the kernel can.
     #[default]
     On,
+    /// As that; and a stop looks for written pages only where the program has faulted, if that can be told.
+    /// For measurements: nothing else relies on it before it is known what it costs others on the host.
+    Noted,
     /// One by one, as on a kernel that cannot; for comparison.
     Off,
-    /// At once and one by one; a difference is an error.
+    /// At once and one by one, and all memory as well as where faults were noted; a difference is an error.
     Checked,
 }
 

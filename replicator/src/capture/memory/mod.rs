@@ -84,7 +84,7 @@ impl AddressSpace {
         uffd::enable_async_wp(uffd.as_fd())?;
         let glance = match glances {
             Glances::Off => None,
-            Glances::On | Glances::Checked => MappingGlance::open(pid),
+            Glances::On | Glances::Noted | Glances::Checked => MappingGlance::open(pid),
         };
         Ok(Self {
             glance,
@@ -108,7 +108,7 @@ impl AddressSpace {
             guards: Guards::default(),
             changed: true,
             begun: false,
-            noted: Noted::new(glances != Glances::Off),
+            noted: Noted::new(matches!(glances, Glances::Noted | Glances::Checked)),
             flushes: 0,
         })
     }
