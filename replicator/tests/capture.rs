@@ -86,7 +86,7 @@ fn memory_rebuilt_from_deltas_is_the_real_memory() {
 
     let (mut state, mut pages) = (State::default(), PageSet::default());
     let mut shadow = Shadow::default();
-    let mut snapshot = Snapshot { pid, wanted: false, memory: Vec::new() };
+    let mut snapshot = Snapshot { pid, ..Snapshot::default() };
     let mut stops: Vec<StopTimes> = Vec::new();
     let mut connections = 0;
     let begin = Instant::now();
@@ -178,6 +178,7 @@ struct RealMaps(i32, Vec<(u64, u64, u8)>);
 impl Boundary for RealMaps {
     fn hold_input(&mut self) {}
     fn release_input(&mut self) {}
+    fn take_back(&mut self, _: Epoch) {}
     fn seal(&mut self, _: Epoch) {
         let text = std::fs::read_to_string(format!("/proc/{}/maps", self.0)).expect("maps");
         self.1 = merged(text.lines().filter(|l| !l.ends_with("[vsyscall]")).map(|line| {

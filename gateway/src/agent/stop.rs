@@ -189,6 +189,15 @@ impl Boundary for GateBoundary<'_> {
         self.partings = self.gate.partings();
     }
 
+    fn take_back(&mut self, epoch: Epoch) {
+        if self.sealed.take().is_some()
+            && !self.control
+            && let Err(error) = self.gate.take_back(epoch)
+        {
+            self.error = Some(error);
+        }
+    }
+
     fn release_input(&mut self) {
         if let Some(hold) = self.hold.as_mut().filter(|_| self.last && self.sealed.is_some()) {
             hold.divert();

@@ -88,6 +88,10 @@ pub trait Boundary {
     fn seal(&mut self, epoch: Epoch);
     /// Ends the hold. Called after each [`Boundary::hold_input`], also when the stop failed.
     fn release_input(&mut self);
+    /// There is no checkpoint of `epoch`, though it was sealed: what belongs to it belongs to the next one that is
+    /// sealed, which may have the same number. Called after [`Boundary::release_input`], while the
+    /// container runs.
+    fn take_back(&mut self, epoch: Epoch);
 }
 
 /// A boundary without a network: for one-shot checkpoints and tests.
@@ -98,6 +102,7 @@ impl Boundary for NoBoundary {
     fn hold_input(&mut self) {}
     fn seal(&mut self, _: Epoch) {}
     fn release_input(&mut self) {}
+    fn take_back(&mut self, _: Epoch) {}
 }
 
 struct Tracked {
@@ -148,6 +153,28 @@ impl Tracked {
         Ok(sequence)
     }
 
+    /// After a stop, while its threads run: whether the stop has looked everywhere, or what it has not looked at
+    /// shows that it need not.
+    fn confirm(&mut self) -> Result<bool, CaptureError> {
+        if self.space.noted().was_trusted() != Some(true) {
+            return Ok(true);
+        }
+        let found = self.space.see_rest()?;
+        let sequence = match self.threads.glance() {
+            Err(e) if e.is_gone() => None,
+            other => other?,
+        };
+        let noted = self.space.noted();
+        self.threads.count_faults(noted.counts());
+        Ok(match found {
+            Some(found) => noted.confirm(&found, sequence),
+            None => {
+                noted.disbelieve();
+                false
+            }
+        })
+    }
+
     /// A round of pre-copy, which a job may have begun. `look_ahead` has looked at the descriptors.
     fn round(
         &mut self,
@@ -178,8 +205,7 @@ pub enum Glances {
     /// All at once, where the kernel can.
     #[default]
     On,
-    /// As that; and a stop looks for written pages only where the program has faulted, if that can be told.
-    /// For measurements: nothing else relies on it before it is known what it costs others on the host.
+    /// As that, with notes of page faults of smaller programs as well.
     Noted,
     /// One by one, as on a kernel that cannot; for comparison.
     Off,

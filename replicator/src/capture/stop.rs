@@ -52,13 +52,30 @@ impl Capturer {
         });
         times.total = begin.elapsed();
         boundary.release_input();
-        *state = result?;
+        let result = result?;
+        let confirmed = self.confirm();
+        times.confirm = begin.elapsed() - times.total;
+        if !matches!(confirmed, Ok(true)) {
+            boundary.take_back(epoch);
+            confirmed?;
+            return Err(CaptureError::Transient("a page was written and not noted"));
+        }
+        *state = result;
         times.stop_pages = self.pages.pages() - before;
         times.pages = self.pages.pages();
         self.finish_pages(state);
         std::mem::swap(pages, &mut self.pages);
         self.pages.clear();
         Ok(times)
+    }
+
+    /// Whether the last stop has looked everywhere where it had to.
+    fn confirm(&mut self) -> Result<bool, CaptureError> {
+        let mut all = true;
+        for tracked in self.processes.values_mut() {
+            all &= tracked.confirm()?;
+        }
+        Ok(all)
     }
 
     pub(super) fn capture(
@@ -92,6 +109,10 @@ impl Capturer {
             }
         }
         for (pid, tracked) in &mut self.processes {
+            if self.still {
+                // What stands still cannot be taken back.
+                tracked.space.noted().shut();
+            }
             let begun = tracked.glance(running).and_then(|sequence| {
                 if running {
                     tracked.direct.round(|| tracked.threads.reads(*pid));

@@ -40,6 +40,8 @@ pub struct StopTimes {
     pub thaw: Duration,
     /// From the hold to the thaw: the stop time.
     pub total: Duration,
+    /// After it, while the container ran: looking at the memory that the stop has not looked at.
+    pub confirm: Duration,
     /// Pages copied in the stop.
     pub stop_pages: usize,
     /// Pages copied in all, pre-copy included.

@@ -9,15 +9,27 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 /// Copies the real memory while the container is frozen.
+#[derive(Default)]
 pub struct Snapshot {
     pub pid: i32,
     pub wanted: bool,
     pub memory: Vec<(u64, Vec<u8>)>,
+    /// The epochs that were taken back.
+    pub taken_back: Vec<Epoch>,
+    /// What happens once, as soon as the container runs again.
+    pub afterwards: Option<Box<dyn FnOnce()>>,
 }
 
 impl Boundary for Snapshot {
     fn hold_input(&mut self) {}
-    fn release_input(&mut self) {}
+    fn release_input(&mut self) {
+        if let Some(afterwards) = self.afterwards.take() {
+            afterwards();
+        }
+    }
+    fn take_back(&mut self, epoch: Epoch) {
+        self.taken_back.push(epoch);
+    }
     fn seal(&mut self, _: Epoch) {
         if !self.wanted {
             return;

@@ -63,6 +63,17 @@ static void *work(void *at)
 	return NULL;
 }
 
+/* Stores into one page after the other, with pauses, for ever. */
+static void *steady(void *at)
+{
+	struct order *o = at;
+	for (long i = 0;; i++) {
+		*(volatile long *)(area + (o->place + i % o->count * 61) % PAGES * PAGE + 64) = i;
+		usleep(200);
+	}
+	return NULL;
+}
+
 /* Its time-out is written below its stack at each stop. */
 static void *wait_long(void *unused)
 {
@@ -132,6 +143,12 @@ static void do_it(const char *how, struct order o)
 	} else if (!strcmp(how, "threads")) {
 		for (int i = 0; i < WORKERS; i++)
 			tell(i, (struct order){ o.place + 1000 * i, o.count, o.value });
+	} else if (!strcmp(how, "steady")) {
+		static struct order all;
+		pthread_t thread;
+		all = o;
+		if (pthread_create(&thread, NULL, steady, &all))
+			die("thread");
 	} else if (!strcmp(how, "new thread")) {
 		pthread_t thread;
 		int once[2];

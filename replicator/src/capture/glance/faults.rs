@@ -37,8 +37,8 @@ const LAST_KNOWN: (u32, u32) = (6, 18);
 /// Processes and threads that can be noted at the same time; powers of two.
 const SLOTS: usize = 64;
 const THREADS: usize = 4096;
-/// Notes of one process in one window.
-const NOTES: usize = 256;
+/// Notes of one process from the beginning of a window to the end of its confirmation; a power of two.
+const NOTES: usize = 4096;
 /// Words of the shared memory. Of a thread: faults that must have been counted at its next, and
 /// whether the fault it is in may take the lock.
 const OF_THREAD: usize = 2;

@@ -108,7 +108,11 @@ impl AddressSpace {
             guards: Guards::default(),
             changed: true,
             begun: false,
-            noted: Noted::new(matches!(glances, Glances::Noted | Glances::Checked)),
+            noted: Noted::new(match glances {
+                Glances::Off => None,
+                Glances::On => Some(noted::WORTH),
+                Glances::Noted | Glances::Checked => Some(noted::WORTH / 4),
+            }),
             flushes: 0,
         })
     }
@@ -280,6 +284,22 @@ impl AddressSpace {
             }
         }
         Ok(Scan::Complete)
+    }
+
+    /// After a stop, while the process runs: finds what is written where the stop has not looked. None:
+    /// it cannot be told.
+    pub(super) fn see_rest(&mut self) -> SysResult<Option<Vec<Region>>> {
+        let Self { noted, spans, pagemap, buffer, .. } = self;
+        let mut found = Vec::new();
+        for (start, end) in noted.rest(spans) {
+            match pagemap.see_written(*start, *end, buffer, &mut found) {
+                Ok(Scan::Complete) => {}
+                Ok(_) => return Ok(None),
+                Err(e) if e.is_gone() => return Ok(None),
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(Some(found))
     }
 
     /// Tells the objects what was written through mappings of this process.

@@ -2,8 +2,8 @@
 //! before it, if they can be all; else everywhere.
 //!
 //! ```text
-//! threads run | glance, notes begin | scan of the round (protects) | notes  ...  | stop: glance, judgement |
-//!             |<------------------------ the window ----------------------------->| scan of parts, or of all
+//! threads run | glance, notes begin | scan of the round (protects) | notes  ...  | stop: glance, judgement | run again
+//!             |<------------------------ the window ----------------------------->| scan of parts, or of all | confirmation
 //! ```
 //! After the scan of a round every page that it has passed is protected, so that whoever writes to one
 //! must fault there first. Invariant: unless [`Window::judge`] doubts, each page whose contents
@@ -24,15 +24,28 @@
 //!
 //! A window does not begin while a fault is under way that was noted before it, nor where there is swap space:
 //! pages that are swapped out go without a flush, too.
+//!
+//! All that is knowledge of one kernel, which may be wrong, so no checkpoint rests on it alone: it is
+//! **confirmed** before anybody gets it. When the threads run again, all memory that the stop has
+//! not looked at is looked at, without protecting anything: whoever finds a page written there that was not
+//! noted since the stop ([`Noted::confirm`]) has found one that the stop has missed, or one that the
+//! program has just changed in a way that nothing notes. Both times the epoch is taken back, and the
+//! notes are not believed for a while.
 
 use crate::capture::glance::{Note, Notes};
 use crate::capture::guards::Guards;
+use crate::image::pages::PAGE;
 use crate::sys::pagemap::Region;
 use crate::sys::procmap::Extent;
 use std::time::{Duration, Instant};
 
-/// Memory of fewer bytes is scanned at once sooner than it is worth notes.
-const WORTH: u64 = 64 << 20;
+/// Memory of fewer bytes is scanned at once sooner than it is worth notes and their confirmation.
+pub(super) const WORTH: u64 = 256 << 20;
+/// Around more notes than this a stop does not look.
+const MANY: usize = 256;
+/// For how long notes are not believed once they were refuted; each time for twice as long, up to the second.
+const DISBELIEF: Duration = Duration::from_secs(1);
+const MOST_DISBELIEF: Duration = Duration::from_secs(64);
 /// What one page of page tables translates.
 const PART: u64 = 2 << 20;
 /// A page is being moved for a shorter time than this.
@@ -235,7 +248,8 @@ fn parts(addresses: &[u64], spans: &[(u64, u64)], out: &mut Vec<(u64, u64)>) {
 /// The notes of one process, if it has any, and what is made of them.
 #[derive(Debug)]
 pub(in crate::capture) struct Noted {
-    is_wanted: bool,
+    /// Of how many bytes its memory must be; none: nothing is to be noted.
+    worth: Option<u64>,
     notes: Option<Notes>,
     window: Window,
     counts: Counts,
@@ -249,15 +263,22 @@ pub(in crate::capture) struct Noted {
     later: Vec<(u64, u64)>,
     /// What the last stop did, if it had notes: look around them.
     trusted: Option<bool>,
+    /// Of a stop that did: the memory that it looked at, the state of its mappings, and how many notes there
+    /// were.
+    stopped: (u64, Option<u64>, usize),
+    /// What it has not looked at.
+    rest: Vec<(u64, u64)>,
+    /// Until when notes are not believed, and for how long that was.
+    disbelieved: Option<(Instant, Duration)>,
     /// When pages were last moved, as the kernel said and when we heard it.
     moved: (Duration, Instant),
 }
 
 impl Noted {
     /// For a process of which nothing is known yet.
-    pub(super) fn new(is_wanted: bool) -> Self {
+    pub(super) fn new(worth: Option<u64>) -> Self {
         Self {
-            is_wanted,
+            worth,
             notes: None,
             window: Window::Shut,
             counts: Counts::default(),
@@ -268,6 +289,9 @@ impl Noted {
             parts: Vec::new(),
             later: Vec::new(),
             trusted: None,
+            stopped: (0, None, 0),
+            rest: Vec::new(),
+            disbelieved: None,
             moved: (Duration::MAX, Instant::now()),
         }
     }
@@ -288,7 +312,8 @@ impl Noted {
     /// The glance was taken, and has shown the state of the mappings.
     pub(in crate::capture) fn after_glance(&mut self, sequence: Option<u64>) {
         if self.notes.as_ref().is_some_and(|notes| notes.memory() == self.counts.memory) {
-            let is_quiet = self.is_quiet() && has_no_swap();
+            let is_believed = self.disbelieved.is_none_or(|(until, _)| Instant::now() >= until);
+            let is_quiet = self.is_quiet() && is_believed && has_no_swap();
             self.window = Window::begin(&self.counts, &self.expected, sequence, is_quiet);
         }
     }
@@ -320,14 +345,15 @@ impl Noted {
 
     /// Between rounds: begins to note faults of a process with so much memory, or ends it.
     pub(super) fn consider(&mut self, bytes: u64) {
-        let has = |notes: &Notes| notes.memory() == self.counts.memory && bytes >= WORTH / 2;
+        let Some(worth) = self.worth else { return };
+        let has = |notes: &Notes| notes.memory() == self.counts.memory && bytes >= worth / 2;
         if self.notes.as_ref().is_some_and(|notes| !has(notes)) {
             self.notes = None;
             self.shut();
         }
-        if self.notes.is_none() && self.is_wanted && bytes >= WORTH && self.counts.memory != 0 {
+        if self.notes.is_none() && bytes >= worth && self.counts.memory != 0 {
             self.notes = Notes::open(self.counts.memory);
-            self.is_wanted = self.notes.is_some();
+            self.worth = self.notes.is_some().then_some(worth);
             self.moved = (Duration::MAX, Instant::now());
         }
     }
@@ -357,7 +383,7 @@ impl Noted {
             return false;
         };
         notes.expected(&mut self.expected);
-        let are_all = notes.read(&mut self.list);
+        let are_all = notes.read(&mut self.list) && self.list.len() <= MANY;
         let seen = Seen {
             counts: &self.counts,
             expected: &self.expected,
@@ -376,6 +402,7 @@ impl Noted {
             }
         }
         self.trusted = Some(judged.is_ok());
+        self.stopped = (self.counts.memory, sequence, self.list.len());
         self.addresses.clear();
         self.addresses.extend(self.list.iter().map(|note| note.address));
         self.addresses.append(&mut self.ours);
@@ -395,7 +422,9 @@ impl Noted {
         self.later.clear();
         let judged = self.list.len();
         if let Some(notes) = self.notes.as_ref().filter(|_| self.trusted.is_some()) {
-            match notes.read(&mut self.list) {
+            let are_all = notes.read(&mut self.list);
+            self.stopped.2 = self.list.len();
+            match are_all {
                 true => {
                     self.addresses.clear();
                     let newer = self.list[judged.min(self.list.len())..].iter();
@@ -407,6 +436,61 @@ impl Noted {
             }
         }
         &self.later
+    }
+
+    /// What of these spans the last stop has not looked at, if it looked around notes.
+    pub(super) fn rest(&mut self, spans: &[(u64, u64)]) -> &[(u64, u64)] {
+        self.rest.clear();
+        if self.trusted == Some(true) {
+            let Self { parts, later, rest, .. } = self;
+            let mut looked: Vec<(u64, u64)> = parts.iter().chain(&*later).copied().collect();
+            looked.sort_unstable();
+            let mut looked = looked.into_iter().peekable();
+            for &(mut start, end) in spans {
+                while let Some((from, to)) = looked.next_if(|(from, _)| *from < end) {
+                    if start < from {
+                        rest.push((start, from));
+                    }
+                    start = start.max(to);
+                }
+                if start < end {
+                    rest.push((start, end));
+                }
+            }
+        }
+        &self.rest
+    }
+
+    /// Whether each page that was `found` written in [`Noted::rest`] after the last stop was noted since then, and
+    /// it is still the same memory with the same mappings, by a glance that was taken after the look.
+    /// Else notes are not believed for a while.
+    pub(in crate::capture) fn confirm(&mut self, found: &[Region], sequence: Option<u64>) -> bool {
+        let (memory, mapped, before) = self.stopped;
+        let is_same = (self.counts.memory, sequence) == (memory, mapped);
+        let mut is_noted = || {
+            let Some(notes) = &self.notes else { return false };
+            if !notes.read(&mut self.list) {
+                return false;
+            }
+            self.addresses.clear();
+            let newer = self.list.iter().skip(before);
+            self.addresses.extend(newer.map(|note| note.address / PAGE as u64 * PAGE as u64));
+            self.addresses.sort_unstable();
+            let mut pages = found.iter().flat_map(|r| (r.start..r.end).step_by(PAGE));
+            pages.all(|page| self.addresses.binary_search(&page).is_ok())
+        };
+        let is_confirmed = is_same && (found.is_empty() || is_noted());
+        if !is_confirmed {
+            self.disbelieve();
+        }
+        is_confirmed
+    }
+
+    /// Notes are not believed for a while.
+    pub(in crate::capture) fn disbelieve(&mut self) {
+        let time = self.disbelieved.map_or(DISBELIEF, |(_, last)| (last * 2).min(MOST_DISBELIEF));
+        self.disbelieved = Some((Instant::now() + time, time));
+        self.trusted = None;
     }
 
     /// What of these written pages is explained by no note.
@@ -575,6 +659,43 @@ mod tests {
         assert_eq!(count(&[region(PART / 2, PART)]), 1);
         // What lies in no mapping counts nothing.
         assert_eq!(count(&[region(0, 0x1000), region(6 * PART, 7 * PART)]), 0);
+    }
+
+    #[test]
+    fn the_rest_is_what_a_stop_has_not_looked_at() {
+        let spans = [(0x1000, 0x9000), (0xa000, 0xc000), (0xd000, 0xe000)];
+        let mut noted = Noted::new(None);
+        assert_eq!(noted.rest(&spans), [], "it has looked everywhere");
+        noted.trusted = Some(true);
+        assert_eq!(noted.rest(&spans), spans);
+        noted.parts = vec![(0x1000, 0x2000), (0x4000, 0x5000), (0xa000, 0xc000)];
+        noted.later = vec![(0x4000, 0x5000), (0x8000, 0x9000)];
+        assert_eq!(noted.rest(&spans), [(0x2000, 0x4000), (0x5000, 0x8000), (0xd000, 0xe000)]);
+    }
+
+    #[test]
+    fn other_memory_other_mappings_and_pages_without_a_note_refute() {
+        let confirmed = |memory, sequence, found: &[Region]| {
+            let mut noted = Noted::new(None);
+            (noted.trusted, noted.stopped) = (Some(true), (77, Some(8), 0));
+            noted.counts.memory = memory;
+            let confirmed = noted.confirm(found, sequence);
+            assert_eq!(noted.disbelieved.is_none(), confirmed);
+            confirmed
+        };
+        assert!(confirmed(77, Some(8), &[]));
+        assert!(!confirmed(78, Some(8), &[]));
+        assert!(!confirmed(77, Some(9), &[]));
+        assert!(!confirmed(77, None, &[]));
+        assert!(!confirmed(77, Some(8), &[Region { start: 0x1000, end: 0x2000, categories: 2 }]));
+        let mut noted = Noted::new(None);
+        let times: Vec<u64> = (0..8)
+            .map(|_| {
+                noted.disbelieve();
+                noted.disbelieved.expect("for a while").1.as_secs()
+            })
+            .collect();
+        assert_eq!(times, [1, 2, 4, 8, 16, 32, 64, 64]);
     }
 
     #[test]
