@@ -157,6 +157,7 @@ fn table(all: &[(Duration, StopTimes)]) {
     tell("threads", &|x| x.1.threads);
     tell("files", &|x| x.1.files);
     tell("thaw", &|x| x.1.thaw);
+    tell("confirm", &|x| x.1.confirm);
     tell("k:memory", &|x| x.1.kinds.memory);
     tell("k:objects", &|x| x.1.kinds.objects);
     tell("k:threads", &|x| x.1.kinds.threads);
