@@ -178,7 +178,6 @@ struct RealMaps(i32, Vec<(u64, u64, u8)>);
 impl Boundary for RealMaps {
     fn hold_input(&mut self) {}
     fn release_input(&mut self) {}
-    fn take_back(&mut self, _: Epoch) {}
     fn seal(&mut self, _: Epoch) {
         let text = std::fs::read_to_string(format!("/proc/{}/maps", self.0)).expect("maps");
         self.1 = merged(text.lines().filter(|l| !l.ends_with("[vsyscall]")).map(|line| {

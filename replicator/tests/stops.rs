@@ -74,9 +74,6 @@ impl Boundary for Recorder {
     fn release_input(&mut self) {
         self.seen.push(("release", is_stopped(self.pid)));
     }
-    fn take_back(&mut self, _: Epoch) {
-        self.seen.push(("take back", is_stopped(self.pid)));
-    }
 }
 
 #[test]

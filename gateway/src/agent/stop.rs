@@ -158,6 +158,8 @@ struct GateBoundary<'a> {
     last: bool,
     sealed: Option<Instant>,
     error: Option<crate::frames::gate::GateError>,
+    /// Until the container runs again.
+    real_time: Option<RealTime>,
     young: Vec<Young>,
     partings: Vec<Parting>,
 }
@@ -189,16 +191,8 @@ impl Boundary for GateBoundary<'_> {
         self.partings = self.gate.partings();
     }
 
-    fn take_back(&mut self, epoch: Epoch) {
-        if self.sealed.take().is_some()
-            && !self.control
-            && let Err(error) = self.gate.take_back(epoch)
-        {
-            self.error = Some(error);
-        }
-    }
-
     fn release_input(&mut self) {
+        self.real_time = None;
         if let Some(hold) = self.hold.as_mut().filter(|_| self.last && self.sealed.is_some()) {
             hold.divert();
         }
@@ -451,7 +445,8 @@ impl StopLoop {
         taken.interval = self.pacer.since(now);
         // A full copy says nothing about the next epoch.
         if !full {
-            self.pacer.prepared((now - begun).saturating_sub(taken.times.total));
+            let stop = taken.times.total + taken.times.confirm;
+            self.pacer.prepared((now - begun).saturating_sub(stop));
         }
         let (stop, pages) = (taken.times.total, if full { 0 } else { taken.times.pages });
         self.pacer.stopped(now, self.capturer.cpu_time(), stop, pages);
@@ -511,17 +506,23 @@ impl StopLoop {
             last,
             sealed: None,
             error: None,
+            real_time: Some(RealTime::start()),
             young: Vec::new(),
             partings: Vec::new(),
         };
-        let real_time = RealTime::start();
-        taken.times =
-            self.capturer.stop(self.epoch, &mut boundary, &mut taken.state, &mut taken.pages)?;
-        drop(real_time);
+        let stopped =
+            self.capturer.stop(self.epoch, &mut boundary, &mut taken.state, &mut taken.pages);
         if let Some(error) = boundary.volumes_failed {
             self.seal_failed = Some(error);
             return Err(CaptureError::Transient("volumes cannot be read"));
         }
+        if stopped.is_err() && boundary.sealed.is_some() {
+            // No checkpoint of it will be sent. The next one has a number of its own, and says what this one
+            // would have said, also of those to whom something was said.
+            self.closed.hear(&self.gate);
+            self.epoch = self.epoch.next();
+        }
+        taken.times = stopped?;
         taken.volumes = boundary.volumes_took;
         if let Some(error) = boundary.error {
             tracing::error!(%error, "output cannot be sealed");

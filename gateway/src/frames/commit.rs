@@ -136,18 +136,6 @@ impl EpochBuffer<Open> {
         &mut self.chunks[last][self.used..self.used + MAX_FRAME]
     }
 
-    /// Puts the frames of a later buffer behind its own.
-    fn append(&mut self, later: Self) {
-        let first = self.chunks.len() as u32;
-        if !later.chunks.is_empty() {
-            self.used = later.used;
-        }
-        self.chunks.extend(later.chunks);
-        let behind = |f: FrameRef| FrameRef { chunk: f.chunk + first, ..f };
-        self.frames.extend(later.frames.into_iter().map(behind));
-        self.bytes += later.bytes;
-    }
-
     /// The frame that was written to the start of [`EpochBuffer::room`] belongs to the epoch.
     fn keep(&mut self, len: usize) {
         let (chunk, at) = (self.chunks.len() as u32 - 1, self.used as u32);
@@ -242,7 +230,7 @@ pub enum CommitError {
     /// Nothing is held, so nothing can be sealed or released.
     #[error("epoch {0}: the output is not protected; start protection first")]
     NotProtected(Epoch),
-    /// The epoch is not after the last one sealed; or, to be taken back, is not that one.
+    /// The epoch is not after the last one sealed.
     #[error("cannot seal epoch {asked} after epoch {last}")]
     Order {
         /// What was to be sealed.
@@ -419,22 +407,6 @@ impl CommitCore {
         self.sealed.push_back(sealed);
         self.counters.held_epochs += 1;
         Ok(summary)
-    }
-
-    /// No checkpoint of `epoch`, which was sealed last, will be sent: its output is open again, before what
-    /// was pushed since, and the same number may be sealed once more. Nothing happens in pass-through.
-    pub fn take_back(&mut self, epoch: Epoch) -> Result<(), CommitError> {
-        let Mode::Protected { last_sealed, .. } = &mut self.mode else { return Ok(()) };
-        let order = CommitError::Order { asked: epoch, last: *last_sealed };
-        if self.sealed.back().is_none_or(|b| b.epoch() != epoch) {
-            return Err(order);
-        }
-        let Some(sealed) = self.sealed.pop_back() else { return Err(order) };
-        *last_sealed = Epoch(epoch.0.saturating_sub(1));
-        let later = std::mem::replace(&mut self.open, sealed.into_state(Open(())));
-        self.open.append(later);
-        self.counters.held_epochs -= 1;
-        Ok(())
     }
 
     /// Lets go the output of every sealed epoch that the proof covers, oldest first.

@@ -88,10 +88,6 @@ pub trait Boundary {
     fn seal(&mut self, epoch: Epoch);
     /// Ends the hold. Called after each [`Boundary::hold_input`], also when the stop failed.
     fn release_input(&mut self);
-    /// There is no checkpoint of `epoch`, though it was sealed: what belongs to it belongs to the next one that is
-    /// sealed, which may have the same number. Called after [`Boundary::release_input`], while the
-    /// container runs.
-    fn take_back(&mut self, epoch: Epoch);
 }
 
 /// A boundary without a network: for one-shot checkpoints and tests.
@@ -102,7 +98,6 @@ impl Boundary for NoBoundary {
     fn hold_input(&mut self) {}
     fn seal(&mut self, _: Epoch) {}
     fn release_input(&mut self) {}
-    fn take_back(&mut self, _: Epoch) {}
 }
 
 struct Tracked {
@@ -159,20 +154,32 @@ impl Tracked {
         if self.space.noted().was_trusted() != Some(true) {
             return Ok(true);
         }
-        let found = self.space.see_rest()?;
+        let confirmed = self.look_at_rest();
+        if !matches!(confirmed, Ok(true)) {
+            self.space.noted().disbelieve();
+        }
+        confirmed
+    }
+
+    fn look_at_rest(&mut self) -> Result<bool, CaptureError> {
+        let Some(found) = self.space.see_rest()? else { return Ok(false) };
         let sequence = match self.threads.glance() {
-            Err(e) if e.is_gone() => None,
+            Err(e) if e.is_gone() => return Ok(false),
             other => other?,
         };
         let noted = self.space.noted();
         self.threads.count_faults(noted.counts());
-        Ok(match found {
-            Some(found) => noted.confirm(&found, sequence),
-            None => {
-                noted.disbelieve();
-                false
-            }
-        })
+        Ok(noted.confirms(&found, sequence))
+    }
+
+    /// At the end of a stop: what stands for the mappings may be another, though they are the same, if we have
+    /// asked the process.
+    fn look_once_more(&mut self) -> Result<(), CaptureError> {
+        if self.threads.has_asked() && self.space.noted().was_trusted() == Some(true) {
+            let sequence = self.glance(false)?;
+            self.space.noted().stands_at(sequence);
+        }
+        Ok(())
     }
 
     /// A round of pre-copy, which a job may have begun. `look_ahead` has looked at the descriptors.

@@ -21,8 +21,9 @@ impl Capturer {
     /// Stops the container, captures what changed and lets it go on (CP-1). The result replaces
     /// the contents of `state` and `pages`.
     ///
-    /// On an error the container runs on, nothing was sealed, and what was copied so far is kept
-    /// for the next try with the same number.
+    /// On an error the container runs on, and what was copied so far is kept for the next try. If `boundary`
+    /// was told to seal the epoch meanwhile, its number is used up: the next checkpoint has a later one,
+    /// builds on what this one was to build on, and covers the output of both.
     pub fn stop(
         &mut self,
         epoch: Epoch,
@@ -55,9 +56,7 @@ impl Capturer {
         let result = result?;
         let confirmed = self.confirm();
         times.confirm = begin.elapsed() - times.total;
-        if !matches!(confirmed, Ok(true)) {
-            boundary.take_back(epoch);
-            confirmed?;
+        if !confirmed? {
             return Err(CaptureError::Transient("a page was written and not noted"));
         }
         *state = result;
@@ -296,6 +295,9 @@ impl Capturer {
         let taken = self.take_objects(&mut state);
         self.refusals.admit(taken)?;
         spent(&mut times.memory, &mut times.kinds.objects, lap);
+        for tracked in self.processes.values_mut() {
+            tracked.look_once_more()?;
+        }
         // Input is held, but not what the container sends to itself.
         for tracked in self.processes.values_mut() {
             if !tracked.files.stands_still()? {

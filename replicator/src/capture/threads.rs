@@ -95,6 +95,8 @@ pub(super) struct Threads {
     inner: Inner,
     group: Option<(i32, i32)>,
     unasked: usize,
+    /// Whether the first of them was asked in the last capture.
+    has_asked: bool,
     undoes: bool,
 }
 
@@ -136,7 +138,7 @@ impl Threads {
         interrupted: &Interrupted,
         is_filtered: impl Fn(i32) -> bool,
     ) -> Result<(Vec<Thread>, Inner), CaptureError> {
-        self.unasked = 0;
+        (self.unasked, self.has_asked) = (0, false);
         let group = tids.first().and_then(|pid| group_and_session(*pid));
         let mut all = Vec::with_capacity(tids.len());
         for (i, &tid) in tids.iter().enumerate() {
@@ -159,6 +161,7 @@ impl Threads {
             };
             self.unasked += usize::from(!asks);
             if asks || self.checked {
+                self.has_asked |= i == 0;
                 let asked = ask_thread(&mut self.batch);
                 let of_process = (i == 0).then(|| ask_process(&mut self.batch));
                 // Version 3 of capget(2).
@@ -227,6 +230,12 @@ impl Threads {
     /// Whether one of them has made a semaphore change that is to be undone when it ends.
     pub(super) fn undoes(&self) -> bool {
         self.undoes
+    }
+
+    /// Whether the first of them was asked in the last capture. One of the calls that it makes then takes the
+    /// lock of its memory (brk(2)).
+    pub(super) fn has_asked(&self) -> bool {
+        self.has_asked
     }
 
     /// How many threads were not asked in the last capture.

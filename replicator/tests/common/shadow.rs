@@ -14,8 +14,8 @@ pub struct Snapshot {
     pub pid: i32,
     pub wanted: bool,
     pub memory: Vec<(u64, Vec<u8>)>,
-    /// The epochs that were taken back.
-    pub taken_back: Vec<Epoch>,
+    /// The epochs that were sealed.
+    pub sealed: Vec<Epoch>,
     /// What happens once, as soon as the container runs again.
     pub afterwards: Option<Box<dyn FnOnce()>>,
 }
@@ -27,10 +27,8 @@ impl Boundary for Snapshot {
             afterwards();
         }
     }
-    fn take_back(&mut self, epoch: Epoch) {
-        self.taken_back.push(epoch);
-    }
-    fn seal(&mut self, _: Epoch) {
+    fn seal(&mut self, epoch: Epoch) {
+        self.sealed.push(epoch);
         if !self.wanted {
             return;
         }

@@ -92,37 +92,6 @@ fn pass_through_gives_what_was_held_in_order() {
 }
 
 #[test]
-fn an_epoch_that_is_taken_back_leaves_with_the_next_one() {
-    let mut core = CommitCore::new(Bounds::default());
-    let mut ledger = AckLedger::new(G);
-    assert_eq!(core.take_back(Epoch(1)), Ok(()), "nothing is held");
-    core.protect(G, Epoch::NONE);
-    core.push(b"first");
-    core.seal(Epoch(1)).unwrap();
-    // Of a size that needs chunks of its own.
-    let (early, late) = (vec![1; MAX_FRAME], vec![2; MAX_FRAME]);
-    (0..4).for_each(|_| drop(core.push(&early)));
-    core.seal(Epoch(2)).unwrap();
-    (0..4).for_each(|_| drop(core.push(&late)));
-    let order = |asked, last| Err(CommitError::Order { asked: Epoch(asked), last: Epoch(last) });
-    assert_eq!(core.take_back(Epoch(1)), order(1, 2), "it is not the last one");
-    assert_eq!(core.take_back(Epoch(2)), Ok(()));
-    assert_eq!(core.take_back(Epoch(2)), order(2, 1));
-    assert!(core.output_waits());
-    assert_eq!((core.open_epoch(), core.open_frames()), (Some(Epoch(2)), 8));
-    core.push(b"last");
-    // A proof of its number is no proof of what is open again.
-    let out = core.release(proof(&mut ledger, 2)).unwrap();
-    assert_eq!(all(&out), [b"first".to_vec()]);
-    assert_eq!(core.seal(Epoch(2)).unwrap().frames, 9);
-    assert_eq!(core.counters().held_epochs, 1);
-    let out = core.release(proof(&mut ledger, 3)).unwrap();
-    let expected: Vec<_> = [vec![early; 4], vec![late; 4], vec![b"last".to_vec()]].concat();
-    assert!(all(&out) == expected, "in the order in which they were sent");
-    assert_eq!((core.counters().held_frames, core.counters().held_bytes), (0, 0));
-}
-
-#[test]
 fn what_is_abandoned_never_leaves() {
     let mut core = CommitCore::new(Bounds::default());
     core.protect(G, Epoch::NONE);
@@ -162,7 +131,6 @@ fn memory_is_used_again() {
 enum Op {
     Push(u16),
     Seal(u64),
-    TakeBack(u64, u16),
     Ack(usize),
     PassThrough,
     Protect,
@@ -173,7 +141,6 @@ fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
         8 => (0u16..3000).prop_map(Op::Push),
         3 => (1u64..3).prop_map(Op::Seal),
-        2 => (1u64..3, 0u16..3000).prop_map(|(step, len)| Op::TakeBack(step, len)),
         3 => (0usize..8).prop_map(Op::Ack),
         1 => Just(Op::PassThrough),
         2 => Just(Op::Protect),
@@ -225,14 +192,10 @@ proptest! {
         let mut model = Model::default();
         let mut left: Vec<Vec<u8>> = Vec::new();
         for (i, op) in ops.into_iter().enumerate() {
-            let frame = |len| {
-                let mut frame = (i as u64).to_be_bytes().to_vec();
-                frame.resize(8 + usize::from(len), i as u8);
-                frame
-            };
             match op {
                 Op::Push(len) => {
-                    let frame = frame(len);
+                    let mut frame = (i as u64).to_be_bytes().to_vec();
+                    frame.resize(8 + usize::from(len), i as u8);
                     model.push(frame.clone(), &bounds);
                     if core.is_pass_through() { left.push(frame) } else { core.push(&frame); }
                 }
@@ -242,15 +205,6 @@ proptest! {
                     core.seal(Epoch(epoch)).unwrap();
                     ledger.sent(Epoch(epoch), epoch);
                     in_flight.push(epoch);
-                }
-                Op::TakeBack(step, len) if model.protected => {
-                    let epoch = model.last_sealed + step;
-                    core.seal(Epoch(epoch)).unwrap();
-                    let frame = frame(len);
-                    model.push(frame.clone(), &bounds);
-                    core.push(&frame);
-                    core.take_back(Epoch(epoch)).unwrap();
-                    model.last_sealed = epoch - 1;
                 }
                 Op::Ack(nth) if model.protected && nth < in_flight.len() => {
                     let epoch = in_flight[nth];
@@ -276,7 +230,7 @@ proptest! {
                     prop_assert_eq!(core.abandon(), model.held.len());
                     model.held.clear();
                 }
-                Op::Seal(_) | Op::TakeBack(..) | Op::Ack(_) => {}
+                Op::Seal(_) | Op::Ack(_) => {}
             }
             prop_assert_eq!(&left, &model.left);
             let c = core.counters();

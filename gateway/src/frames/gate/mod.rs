@@ -326,15 +326,6 @@ impl Gate {
         Ok(sealed)
     }
 
-    /// Opens an epoch again of which no checkpoint will be sent: see [`CommitCore::take_back`].
-    pub fn take_back(&self, epoch: Epoch) -> Result<(), GateError> {
-        let shared = &*self.shared;
-        let mut out = shared.outbound.lock_urgent();
-        out.core.take_back(epoch)?;
-        shared.publish(&mut out);
-        Ok(())
-    }
-
     /// Writes the output of every sealed epoch that the proof covers to the outer TAP, in the
     /// calling thread, and returns the number of frames. Releases that overlap go one after the
     /// other. Blocks for the writing: 0.7 us a frame, up to 2.7 us for one of 64 KiB.

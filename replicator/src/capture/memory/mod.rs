@@ -17,6 +17,7 @@ mod scan;
 
 pub(super) use noted::Counts;
 use noted::Noted;
+use scan::PIECE;
 pub(super) use scan::{Helpers, Job};
 
 use super::guards::Guards;
@@ -67,6 +68,8 @@ pub(super) struct AddressSpace {
     noted: Noted,
     /// How often the scans of this round have flushed translations at least.
     flushes: u64,
+    /// How many pages they have found.
+    found: u64,
 }
 
 /// A mapping of an object.
@@ -114,6 +117,7 @@ impl AddressSpace {
                 Glances::Noted | Glances::Checked => Some(noted::WORTH / 4),
             }),
             flushes: 0,
+            found: 0,
         })
     }
 
@@ -134,10 +138,10 @@ impl AddressSpace {
         job: Option<&Job>,
         sequence: Option<u64>,
     ) -> Result<(), CaptureError> {
-        self.flushes = 0;
+        (self.flushes, self.found) = (0, 0);
         let result = self.try_round(pages, objects, stopped, job, sequence);
         match &result {
-            Ok(true) if !stopped => self.noted.scanned(self.flushes),
+            Ok(true) if !stopped => self.noted.scanned(self.found, self.flushes),
             _ => self.noted.shut(),
         }
         if result.is_err() {
@@ -226,7 +230,9 @@ impl AddressSpace {
         if !scanned {
             self.relist(pages, objects, stopped)?;
         } else if self.noted.is_beginning() {
-            self.flushes += noted::flushes(&self.regions[carried..], &self.extents);
+            let found = &self.regions[carried..];
+            self.flushes += noted::flushes(found, &self.extents);
+            self.found = found.iter().map(|r| (r.end - r.start) / PAGE as u64).sum();
         } else if stopped && self.scan_later()? == Scan::Complete && self.checked {
             self.check_notes(carried)?;
         }
@@ -291,12 +297,17 @@ impl AddressSpace {
     pub(super) fn see_rest(&mut self) -> SysResult<Option<Vec<Region>>> {
         let Self { noted, spans, pagemap, buffer, .. } = self;
         let mut found = Vec::new();
-        for (start, end) in noted.rest(spans) {
-            match pagemap.see_written(*start, *end, buffer, &mut found) {
-                Ok(Scan::Complete) => {}
-                Ok(_) => return Ok(None),
-                Err(e) if e.is_gone() => return Ok(None),
-                Err(e) => return Err(e),
+        for &(first, end) in noted.rest(spans) {
+            // The program may want to change its mappings, and waits for each piece.
+            let mut start = first;
+            while start < end {
+                let next = end.min((start / PIECE + 1) * PIECE);
+                match pagemap.see_written(start, next, buffer, &mut found) {
+                    Ok(Scan::Complete) => start = next,
+                    Ok(_) => return Ok(None),
+                    Err(e) if e.is_gone() => return Ok(None),
+                    Err(e) => return Err(e),
+                }
             }
         }
         Ok(Some(found))

@@ -43,6 +43,9 @@ use std::time::{Duration, Instant};
 pub(super) const WORTH: u64 = 256 << 20;
 /// Around more notes than this a stop does not look.
 const MANY: usize = 256;
+/// Of a program that writes more pages from one round to the next, faults are not all kept until they have been
+/// confirmed.
+const BUSY: u64 = 1024;
 /// For how long notes are not believed once they were refuted; each time for twice as long, up to the second.
 const DISBELIEF: Duration = Duration::from_secs(1);
 const MOST_DISBELIEF: Duration = Duration::from_secs(64);
@@ -245,6 +248,31 @@ fn parts(addresses: &[u64], spans: &[(u64, u64)], out: &mut Vec<(u64, u64)>) {
     }
 }
 
+/// Whether each page that was found written in these spans has a note, or is in a part all of which was found
+/// and which has one. All of them lie in order.
+fn are_noted(found: &[Region], noted: &[u64], spans: &[(u64, u64)]) -> bool {
+    let has = |start: u64, end: u64| {
+        let at = noted.partition_point(|address| *address < start);
+        noted.get(at).is_some_and(|address| *address < end)
+    };
+    let was_found = |part: u64| {
+        let first = spans.partition_point(|(_, end)| *end <= part);
+        let within = spans[first..].iter().take_while(|(start, _)| *start < part + PART);
+        within.into_iter().all(|(start, end)| {
+            let (start, end) = (part.max(*start), end.min(&(part + PART)));
+            let at = found.partition_point(|r| r.end <= start);
+            found.get(at).is_some_and(|r| r.start <= start && r.end >= *end)
+        })
+    };
+    found.iter().all(|r| {
+        (r.start / PART * PART..r.end).step_by(PART as usize).all(|part| {
+            let (start, end) = (r.start.max(part), r.end.min(part + PART));
+            (has(part, part + PART) && was_found(part))
+                || (start..end).step_by(PAGE).all(|page| has(page, page + PAGE as u64))
+        })
+    })
+}
+
 /// The notes of one process, if it has any, and what is made of them.
 #[derive(Debug)]
 pub(in crate::capture) struct Noted {
@@ -333,13 +361,17 @@ impl Noted {
         matches!(self.window, Window::Begun(_))
     }
 
-    /// A round has scanned all of the memory, and has flushed translations so often, or more often.
-    pub(super) fn scanned(&mut self, flushes: u64) {
+    /// A round has scanned all of the memory, has found so many pages, and has flushed translations so often,
+    /// or more often.
+    pub(super) fn scanned(&mut self, found: u64, flushes: u64) {
         self.window.scanned(flushes);
+        if found > BUSY {
+            self.shut();
+        }
     }
 
     /// What was noted tells nothing any more.
-    pub(super) fn shut(&mut self) {
+    pub(in crate::capture) fn shut(&mut self) {
         self.window = Window::Shut;
     }
 
@@ -403,12 +435,17 @@ impl Noted {
         }
         self.trusted = Some(judged.is_ok());
         self.stopped = (self.counts.memory, sequence, self.list.len());
+        self.parts.clear();
+        if judged.is_err() {
+            self.ours.clear();
+            return false;
+        }
         self.addresses.clear();
         self.addresses.extend(self.list.iter().map(|note| note.address));
         self.addresses.append(&mut self.ours);
         self.addresses.sort_unstable();
         parts(&self.addresses, spans, &mut self.parts);
-        judged.is_ok()
+        true
     }
 
     /// Where to look for what was written.
@@ -421,7 +458,7 @@ impl Noted {
     pub(super) fn later(&mut self, spans: &[(u64, u64)]) -> &[(u64, u64)] {
         self.later.clear();
         let judged = self.list.len();
-        if let Some(notes) = self.notes.as_ref().filter(|_| self.trusted.is_some()) {
+        if let Some(notes) = self.notes.as_ref().filter(|_| self.trusted == Some(true)) {
             let are_all = notes.read(&mut self.list);
             self.stopped.2 = self.list.len();
             match are_all {
@@ -461,10 +498,17 @@ impl Noted {
         &self.rest
     }
 
+    /// The threads still stand, and this is what stands for the state of their mappings now.
+    pub(in crate::capture) fn stands_at(&mut self, sequence: Option<u64>) {
+        self.stopped.1 = sequence;
+    }
+
     /// Whether each page that was `found` written in [`Noted::rest`] after the last stop was noted since then, and
     /// it is still the same memory with the same mappings, by a glance that was taken after the look.
-    /// Else notes are not believed for a while.
-    pub(in crate::capture) fn confirm(&mut self, found: &[Region], sequence: Option<u64>) -> bool {
+    ///
+    /// A part in which nobody had touched anything has no page of page tables, and cannot be protected: once one of
+    /// its pages is there all others count as written.
+    pub(in crate::capture) fn confirms(&mut self, found: &[Region], sequence: Option<u64>) -> bool {
         let (memory, mapped, before) = self.stopped;
         let is_same = (self.counts.memory, sequence) == (memory, mapped);
         let mut is_noted = || {
@@ -473,17 +517,11 @@ impl Noted {
                 return false;
             }
             self.addresses.clear();
-            let newer = self.list.iter().skip(before);
-            self.addresses.extend(newer.map(|note| note.address / PAGE as u64 * PAGE as u64));
+            self.addresses.extend(self.list.iter().skip(before).map(|note| note.address));
             self.addresses.sort_unstable();
-            let mut pages = found.iter().flat_map(|r| (r.start..r.end).step_by(PAGE));
-            pages.all(|page| self.addresses.binary_search(&page).is_ok())
+            are_noted(found, &self.addresses, &self.rest)
         };
-        let is_confirmed = is_same && (found.is_empty() || is_noted());
-        if !is_confirmed {
-            self.disbelieve();
-        }
-        is_confirmed
+        is_same && (found.is_empty() || is_noted())
     }
 
     /// Notes are not believed for a while.
@@ -679,9 +717,7 @@ mod tests {
             let mut noted = Noted::new(None);
             (noted.trusted, noted.stopped) = (Some(true), (77, Some(8), 0));
             noted.counts.memory = memory;
-            let confirmed = noted.confirm(found, sequence);
-            assert_eq!(noted.disbelieved.is_none(), confirmed);
-            confirmed
+            noted.confirms(found, sequence)
         };
         assert!(confirmed(77, Some(8), &[]));
         assert!(!confirmed(78, Some(8), &[]));
@@ -696,6 +732,26 @@ mod tests {
             })
             .collect();
         assert_eq!(times, [1, 2, 4, 8, 16, 32, 64, 64]);
+    }
+
+    #[test]
+    fn each_page_has_a_note_or_its_part_was_empty() {
+        let region = |start, end| Region { start, end, categories: 2 };
+        let spans = [(0x3000, 2 * PART), (3 * PART, 6 * PART)];
+        let page = |n: u64| region(n * 0x1000, (n + 1) * 0x1000);
+        let noted = |found: &[Region], noted: &[u64]| are_noted(found, noted, &spans);
+        assert!(noted(&[], &[]));
+        assert!(noted(&[page(5), page(7)], &[0x5008, 0x6000, 0x7ff8]));
+        assert!(!noted(&[page(5), page(7)], &[0x5008, 0x6000]));
+        assert!(noted(&[region(0x5000, 0x7000)], &[0x5008, 0x6000]));
+        assert!(!noted(&[region(0x5000, 0x8000)], &[0x5008, 0x6000]), "three pages, two notes");
+        // A part that nobody had touched, up to where the span begins or ends.
+        assert!(noted(&[region(3 * PART, 4 * PART)], &[3 * PART + 0x9000]));
+        assert!(noted(&[region(0x3000, PART)], &[0x9000]));
+        assert!(!noted(&[region(0x4000, PART)], &[0x9000]), "not all of it");
+        assert!(!noted(&[region(3 * PART, 4 * PART)], &[4 * PART]), "a note of another one");
+        assert!(!noted(&[region(3 * PART, 5 * PART)], &[3 * PART]), "two, and one has none");
+        assert!(noted(&[region(3 * PART, 5 * PART)], &[3 * PART, 5 * PART - 1]));
     }
 
     #[test]

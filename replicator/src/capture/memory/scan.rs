@@ -17,7 +17,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// Bytes of memory in one piece.
-const PIECE: u64 = 8 << 20;
+pub(super) const PIECE: u64 = 8 << 20;
 /// Memory of fewer bytes is scanned sooner than a helper is awake.
 const WORTH: u64 = 32 << 20;
 /// How often a piece that somebody else has begun is looked at before its scanner may need our
