@@ -2,7 +2,8 @@
 //! whenever output waits, or the longest epoch has passed.
 //!
 //! In a stop it is real-time (SCHED_FIFO), and does nothing that could be done before or after:
-//! encoding, sending, logging and bookkeeping belong to the [shipper](super::ship). Pre-copy runs
+//! encoding, sending, logging and bookkeeping belong to the [shipper](super::ship). A stop of a large program may have to be
+//! confirmed when the container runs again; one that is not comes to nothing, and its number is used up. Pre-copy runs
 //! at ordinary priority: it can keep a processor busy for long, and the kernel takes the
 //! processor away from real-time threads that do so, heartbeats included. Two sets of
 //! buffers go round between the two threads; when both are with the shipper no stop begins, which
