@@ -228,6 +228,8 @@ pub(super) struct StopLoop {
     /// They could not be read: what was taken of them, and pages of the stop, is lost, so that no
     /// checkpoint may follow.
     pub(super) seal_failed: Option<VolumeError>,
+    /// What a stop has taken is lost, so that the next checkpoint must be a full one.
+    pub(super) lost: bool,
     /// The connections that it has closed.
     pub(super) closed: Closed,
 }
@@ -428,7 +430,7 @@ impl StopLoop {
                 if last {
                     self.capturer.go_on()?;
                 }
-                if full {
+                if std::mem::take(&mut self.lost) || full {
                     self.shell.full_again(link);
                 }
                 self.buffers.push(taken);
@@ -527,6 +529,7 @@ impl StopLoop {
         taken.volumes = boundary.volumes_took;
         if let Some(error) = boundary.error {
             tracing::error!(%error, "output cannot be sealed");
+            self.lost = true;
             return Err(CaptureError::Transient("output cannot be sealed"));
         }
         taken.sealed = boundary.sealed;
