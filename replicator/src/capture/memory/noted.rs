@@ -259,9 +259,9 @@ fn are_noted(found: &[Region], noted: &[u64], spans: &[(u64, u64)]) -> bool {
         let first = spans.partition_point(|(_, end)| *end <= part);
         let within = spans[first..].iter().take_while(|(start, _)| *start < part + PART);
         within.into_iter().all(|(start, end)| {
-            let (start, end) = (part.max(*start), end.min(&(part + PART)));
+            let (start, end) = (part.max(*start), (part + PART).min(*end));
             let at = found.partition_point(|r| r.end <= start);
-            found.get(at).is_some_and(|r| r.start <= start && r.end >= *end)
+            found.get(at).is_some_and(|r| r.start <= start && r.end >= end)
         })
     };
     found.iter().all(|r| {
