@@ -458,7 +458,7 @@ impl Noted {
     pub(super) fn later(&mut self, spans: &[(u64, u64)]) -> &[(u64, u64)] {
         self.later.clear();
         let judged = self.list.len();
-        if let Some(notes) = self.notes.as_ref().filter(|_| self.trusted == Some(true)) {
+        if let Some(notes) = self.notes.as_ref().filter(|_| self.trusted.is_some()) {
             let are_all = notes.read(&mut self.list);
             self.stopped.2 = self.list.len();
             match are_all {
