@@ -82,7 +82,10 @@ impl Disk {
         until("nobody to write there", || {
             match mount(None::<&str>, &self.0, None::<&str>, flags, Some(size)) {
                 Err(Errno::EBUSY) => None,
-                done => Some(done.expect("changed")),
+                done => {
+                    done.expect("changed");
+                    Some(())
+                }
             }
         });
     }

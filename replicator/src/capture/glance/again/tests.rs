@@ -1,4 +1,3 @@
-
 use super::{Again, Shape};
 use crate::bpf::btf::Btf;
 use crate::capture::glance::{Glance, TcpLayout};
