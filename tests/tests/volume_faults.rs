@@ -7,6 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use nilicon_tests::{Bed, Sketch, is_installed, until};
+use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::Value;
 
@@ -77,7 +78,16 @@ impl Disk {
 
     fn change(&self, flags: MsFlags, size: &str) {
         let flags = flags | MsFlags::MS_REMOUNT;
-        mount(None::<&str>, &self.0, None::<&str>, flags, Some(size)).expect("changed");
+        // While a file there is open for writing, it cannot become read-only.
+        until("nobody to write there", || {
+            match mount(None::<&str>, &self.0, None::<&str>, flags, Some(size)) {
+                Err(Errno::EBUSY) => None,
+                done => {
+                    done.expect("changed");
+                    Some(())
+                }
+            }
+        });
     }
 }
 

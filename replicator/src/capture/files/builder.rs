@@ -139,7 +139,7 @@ impl Builder {
         }
     }
 
-    /// The same for a descriptor that no glance has shown.
+    /// The same by what the kernel says of two descriptors, kcmp(2).
     fn find(&self, pid: i32, number: i32, inode: u64) -> Result<Result<u32, usize>, CaptureError> {
         let Some(candidates) = self.by_inode.get(&inode).map(Few::all) else { return Ok(Err(0)) };
         let (mut low, mut high) = (0, candidates.len());

@@ -1,4 +1,5 @@
-//! What a kill in the middle of a freeze must not do: leave the tracer waiting for ever.
+//! What a kill in the middle of a freeze must not do, leave the tracer waiting for ever; and what another tracer
+//! has left.
 
 use super::*;
 use std::io::{BufRead, BufReader};
@@ -42,6 +43,19 @@ impl Drop for First {
         let _ = self.launcher.kill();
         let _ = self.launcher.wait();
     }
+}
+
+/// A tracer that is dropped leaves its threads traced by whoever dropped it.
+#[test]
+fn threads_that_a_dropped_tracer_has_left_are_not_taken_for_seized() {
+    let Some(first) = First::start() else { return };
+    let pid = first.pid;
+    let tried = std::thread::spawn(move || {
+        Tracer::gentle().seize(pid).expect("seized");
+        let mut second = Tracer::new();
+        second.seize(pid).map(|()| second.len()).map_err(|e| e.code())
+    });
+    assert_eq!(tried.join().expect("no panic"), Err(libc::EPERM));
 }
 
 #[test]
