@@ -328,8 +328,22 @@ fn a_program_that_goes_on_writing_is_believed() {
         confirmed += times.confirm;
     }
     let refuted = subject.refuted;
-    println!("{noted} of 60 stops looked around notes, {refuted} were refuted, {confirmed:?} to confirm");
+    println!(
+        "{noted} of 60 stops looked around notes, {refuted} were refuted, {confirmed:?} to confirm"
+    );
     assert!(noted > refuted && confirmed > Duration::ZERO);
+}
+
+/// Nothing can be said any more after the last stop of a switchover.
+#[test]
+fn a_stop_after_which_it_stands_still_looks_everywhere() {
+    let Some(mut subject) = Subject::start("still", Glances::Noted) else { return };
+    subject.does("9 2 store", AroundNotes);
+    subject.original.capturer.stand_still();
+    let times = subject.stop(|_| ());
+    assert_eq!((times.noted, times.doubted), (0, 1));
+    subject.original.capturer.go_on().expect("it goes on");
+    subject.does("9 2 store", AroundNotes);
 }
 
 /// As today where nothing is shown at a glance.

@@ -148,21 +148,21 @@ impl Tracked {
         Ok(sequence)
     }
 
-    /// After a stop, while its threads run: whether the stop has looked everywhere, or what it has not looked at
-    /// shows that it need not.
-    fn confirm(&mut self) -> Result<bool, CaptureError> {
+    /// After a stop, while its threads run: whether the stop has looked everywhere, or what it has not looked at,
+    /// which the job looks at, shows that it need not.
+    fn confirm(&mut self, job: &Job) -> Result<bool, CaptureError> {
         if self.space.noted().was_trusted() != Some(true) {
             return Ok(true);
         }
-        let confirmed = self.look_at_rest();
+        let confirmed = self.look_at_rest(job);
         if !matches!(confirmed, Ok(true)) {
             self.space.noted().disbelieve();
         }
         confirmed
     }
 
-    fn look_at_rest(&mut self) -> Result<bool, CaptureError> {
-        let Some(found) = self.space.see_rest()? else { return Ok(false) };
+    fn look_at_rest(&mut self, job: &Job) -> Result<bool, CaptureError> {
+        let Some(found) = self.space.see_rest(job)? else { return Ok(false) };
         let sequence = match self.threads.glance() {
             Err(e) if e.is_gone() => return Ok(false),
             other => other?,
@@ -242,6 +242,8 @@ pub struct Capturer {
     end: Option<Status>,
     /// The next stop that succeeds does not end.
     still: bool,
+    /// It hardly ran before this stop, and a helper may have its processor when it has run for a moment.
+    idle: bool,
     glances: Glances,
     refusals: refusals::Refusals,
     remains: lineage::Remains,
@@ -430,6 +432,7 @@ impl Capturer {
     /// The same for a container that does nothing at the moment: its processors look for written pages,
     /// too, as they do in a stop.
     pub fn precopy_of_idle(&mut self) -> Result<usize, CaptureError> {
+        self.idle = true;
         self.read_again_ahead()?;
         let job = self.begin_scan(true)?;
         let copied = self.copy_ahead(Some(&job));

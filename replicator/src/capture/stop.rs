@@ -70,9 +70,17 @@ impl Capturer {
 
     /// Whether the last stop has looked everywhere where it had to.
     fn confirm(&mut self) -> Result<bool, CaptureError> {
-        let mut all = true;
+        let (mut job, mut all) = (Job::to_look(), true);
+        let idle = std::mem::take(&mut self.idle);
         for tracked in self.processes.values_mut() {
-            all &= tracked.confirm()?;
+            tracked.space.add_rest(&mut job);
+        }
+        let job = Arc::new(job);
+        if idle {
+            self.helpers.call(&job);
+        }
+        for tracked in self.processes.values_mut() {
+            all &= tracked.confirm(&job)?;
         }
         Ok(all)
     }

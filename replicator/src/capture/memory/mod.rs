@@ -17,7 +17,6 @@ mod scan;
 
 pub(super) use noted::Counts;
 use noted::Noted;
-use scan::PIECE;
 pub(super) use scan::{Helpers, Job};
 
 use super::guards::Guards;
@@ -292,25 +291,21 @@ impl AddressSpace {
         Ok(Scan::Complete)
     }
 
-    /// After a stop, while the process runs: finds what is written where the stop has not looked. None:
-    /// it cannot be told.
-    pub(super) fn see_rest(&mut self) -> SysResult<Option<Vec<Region>>> {
-        let Self { noted, spans, pagemap, buffer, .. } = self;
+    /// After a stop, while the process runs: adds what it has not looked at.
+    pub(super) fn add_rest(&mut self, job: &mut Job) {
+        let Self { noted, spans, pagemap, pid, .. } = self;
+        noted.rest(spans).iter().for_each(|(start, end)| job.add(pagemap, *pid, *start, *end));
+    }
+
+    /// What was found written there. None: it cannot be told.
+    pub(super) fn see_rest(&mut self, job: &Job) -> Result<Option<Vec<Region>>, CaptureError> {
         let mut found = Vec::new();
-        for &(first, end) in noted.rest(spans) {
-            // The program may want to change its mappings, and waits for each piece.
-            let mut start = first;
-            while start < end {
-                let next = end.min((start / PIECE + 1) * PIECE);
-                match pagemap.see_written(start, next, buffer, &mut found) {
-                    Ok(Scan::Complete) => start = next,
-                    Ok(_) => return Ok(None),
-                    Err(e) if e.is_gone() => return Ok(None),
-                    Err(e) => return Err(e),
-                }
-            }
+        match job.collect(self.pid, &mut self.buffer, &mut found) {
+            Ok(Scan::Complete) => Ok(Some(found)),
+            Ok(_) => Ok(None),
+            Err(e) if e.is_gone() => Ok(None),
+            Err(e) => Err(e),
         }
-        Ok(Some(found))
     }
 
     /// Tells the objects what was written through mappings of this process.
