@@ -2,17 +2,18 @@
 //! and each kind of object takes.
 //!
 //! ```text
-//! cargo run --release -p replicator --example stops -- [MEGABYTES [CONNECTIONS [STOPS [ACTIVE]]]]
+//! cargo run --release -p replicator --example stops -- [MEGABYTES [CONNECTIONS [STOPS [ACTIVE]]]] [noted]
 //! ```
 //! Before each stop every connection, or so many of them, sets one key, and the answers are left in the
 //! sockets' queues.
+//! With `noted`, stops look for written pages where the server has faulted only.
 //! In turns, what was written is looked for before the stop by one processor or by two.
 //! Pinned: the server to the first processor, the stops to the last.
 
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 use replicator::Epoch;
-use replicator::capture::{CaptureError, Capturer, NoBoundary, StopTimes, warm_up};
+use replicator::capture::{CaptureError, Capturer, Glances, NoBoundary, StopTimes, warm_up};
 use replicator::image::State;
 use replicator::image::pages::PageSet;
 use replicator::sys::{sched, unix_diag::UnixDiag};
@@ -45,7 +46,9 @@ fn line(stream: &mut TcpStream) {
 }
 
 fn main() {
-    let mut numbers = std::env::args().skip(1).map(|a| a.parse::<usize>().expect("a number"));
+    let (words, numbers): (Vec<String>, Vec<String>) =
+        std::env::args().skip(1).partition(|a| a == "noted");
+    let mut numbers = numbers.iter().map(|a| a.parse::<usize>().expect("a number"));
     let (data, count, stops) = (
         numbers.next().unwrap_or(100),
         numbers.next().unwrap_or(50),
@@ -85,6 +88,9 @@ fn main() {
     pin(0, last);
     warm_up();
     let mut capturer = Capturer::adopt(pid, UnixDiag::open().expect("diag")).expect("adopted");
+    if !words.is_empty() {
+        capturer.set_glances(Glances::Noted);
+    }
     let (mut state, mut pages) = (State::default(), PageSet::default());
     let mut all: [Vec<(Duration, StopTimes)>; 2] = Default::default();
     let mut key = 7;
@@ -151,6 +157,7 @@ fn table(all: &[(Duration, StopTimes)]) {
     tell("threads", &|x| x.1.threads);
     tell("files", &|x| x.1.files);
     tell("thaw", &|x| x.1.thaw);
+    tell("confirm", &|x| x.1.confirm);
     tell("k:memory", &|x| x.1.kinds.memory);
     tell("k:objects", &|x| x.1.kinds.objects);
     tell("k:threads", &|x| x.1.kinds.threads);
@@ -160,4 +167,6 @@ fn table(all: &[(Duration, StopTimes)]) {
     let mut pages: Vec<usize> = all.iter().map(|x| x.1.pages).collect();
     pages.sort_unstable();
     println!("  pages        {:>7}", pages[pages.len() / 2]);
+    let noted = all.iter().filter(|x| x.1.noted > 0 && x.1.doubted == 0).count();
+    println!("  noted        {noted:>7} of {}", all.len());
 }

@@ -1,18 +1,18 @@
 //! Memory rebuilt from deltas equals the real memory, under load, epoch after epoch; and so do
 //! the mappings, however they change beside a round of pre-copy. And no wait of the program notices.
 
+mod common;
+
+use common::shadow::{Shadow, Snapshot};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent};
 use replicator::Epoch;
 use replicator::capture::{Boundary, CaptureError, Capturer, NoBoundary, StopTimes};
-use replicator::image::pages::{Content, PAGE, PageSet};
-use replicator::image::{Kind, Source, State};
+use replicator::image::pages::PageSet;
+use replicator::image::{Kind, State};
 use replicator::sys::ptrace;
 use replicator::sys::unix_diag::UnixDiag;
-use std::collections::HashMap;
-use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::os::unix::fs::FileExt;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -55,88 +55,6 @@ fn redis() -> Option<(Killed, u16)> {
     Some((child, port))
 }
 
-/// Copies the real memory while the container is frozen.
-struct Snapshot {
-    pid: i32,
-    wanted: bool,
-    memory: Vec<(u64, Vec<u8>)>,
-}
-
-impl Boundary for Snapshot {
-    fn hold_input(&mut self) {}
-    fn release_input(&mut self) {}
-    fn seal(&mut self, _: Epoch) {
-        if !self.wanted {
-            return;
-        }
-        self.memory.clear();
-        let maps = std::fs::read_to_string(format!("/proc/{}/maps", self.pid)).expect("maps");
-        let mem = File::open(format!("/proc/{}/mem", self.pid)).expect("mem");
-        for line in maps.lines() {
-            if line.contains("[v") || line.split_whitespace().nth(1).is_some_and(|p| p == "---p") {
-                continue;
-            }
-            let (start, end) = line.split(' ').next().unwrap().split_once('-').unwrap();
-            let start = u64::from_str_radix(start, 16).unwrap();
-            let end = u64::from_str_radix(end, 16).unwrap();
-            let mut bytes = vec![0; (end - start) as usize];
-            if mem.read_exact_at(&mut bytes, start).is_ok() {
-                self.memory.push((start, bytes));
-            }
-        }
-    }
-}
-
-#[derive(Default)]
-struct Shadow(HashMap<u64, Box<[u8]>>);
-
-impl Shadow {
-    fn apply(&mut self, state: &State, pages: &PageSet) {
-        for m in state.processes[0].mappings.iter().filter(|m| m.fresh) {
-            self.0.retain(|at, _| *at < m.start || *at >= m.end);
-        }
-        for run in &pages.runs {
-            for i in 0..u64::from(run.count) {
-                let address = run.start + i * PAGE as u64;
-                match run.content {
-                    Content::Data(at) => {
-                        let at = at + i as usize * PAGE;
-                        self.0.insert(address, pages.bytes[at..at + PAGE].into());
-                    }
-                    Content::Dropped => {
-                        self.0.remove(&address);
-                    }
-                }
-            }
-        }
-    }
-
-    /// Pages that differ from the real memory.
-    fn wrong(&self, state: &State, real: &[(u64, Vec<u8>)]) -> (usize, usize) {
-        let (mut compared, mut wrong) = (0, 0);
-        for (start, bytes) in real {
-            for (i, page) in bytes.chunks(PAGE).enumerate() {
-                let address = start + (i * PAGE) as u64;
-                let Some(mapping) = state.processes[0]
-                    .mappings
-                    .iter()
-                    .find(|m| (m.start..m.end).contains(&address))
-                else {
-                    continue;
-                };
-                let same = match self.0.get(&address) {
-                    Some(ours) => **ours == *page,
-                    None if mapping.source == Source::Anonymous => page.iter().all(|b| *b == 0),
-                    None => continue,
-                };
-                compared += 1;
-                wrong += usize::from(!same);
-            }
-        }
-        (compared, wrong)
-    }
-}
-
 /// A round of one kind or the other. The container need not be idle: that is a guess.
 fn precopy(capturer: &mut Capturer, epoch: u64) {
     let copied = match epoch % 2 {
@@ -168,7 +86,7 @@ fn memory_rebuilt_from_deltas_is_the_real_memory() {
 
     let (mut state, mut pages) = (State::default(), PageSet::default());
     let mut shadow = Shadow::default();
-    let mut snapshot = Snapshot { pid, wanted: false, memory: Vec::new() };
+    let mut snapshot = Snapshot { pid, ..Snapshot::default() };
     let mut stops: Vec<StopTimes> = Vec::new();
     let mut connections = 0;
     let begin = Instant::now();

@@ -49,9 +49,14 @@ impl Closed {
         state.farewells.iter().map(|c| key(c.local, c.remote)).collect()
     }
 
+    /// Keeps in mind to whom something was said in the epoch that was just sealed.
+    pub(super) fn hear(&mut self, gate: &Gate) {
+        gate.spoken(&mut self.asked);
+    }
+
     /// Adds what was closed to a checkpoint whose output has just been sealed.
     pub(super) fn add(&mut self, state: &mut State, gate: &Gate) {
-        gate.spoken(&mut self.asked);
+        self.hear(gate);
         strike_out(&mut self.asked, state);
         if self.asked.is_empty() {
             return;

@@ -160,6 +160,9 @@ pub struct EpochRecord {
     /// What of it capturing took, by kind of state.
     #[serde(default)]
     pub capture_us_by_kind: CaptureKinds,
+    /// After the stop: looking at the memory of large programs that it has not looked at.
+    #[serde(default)]
+    pub confirm_us: u64,
     /// Pages copied in the stop.
     pub stop_pages: u64,
     /// Pages copied in all, pre-copy included.

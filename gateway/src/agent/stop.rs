@@ -2,7 +2,8 @@
 //! whenever output waits, or the longest epoch has passed.
 //!
 //! In a stop it is real-time (SCHED_FIFO), and does nothing that could be done before or after:
-//! encoding, sending, logging and bookkeeping belong to the [shipper](super::ship). Pre-copy runs
+//! encoding, sending, logging and bookkeeping belong to the [shipper](super::ship). A stop of a large program may have to be
+//! confirmed when the container runs again; one that is not comes to nothing, and its number is used up. Pre-copy runs
 //! at ordinary priority: it can keep a processor busy for long, and the kernel takes the
 //! processor away from real-time threads that do so, heartbeats included. Two sets of
 //! buffers go round between the two threads; when both are with the shipper no stop begins, which
@@ -158,6 +159,8 @@ struct GateBoundary<'a> {
     last: bool,
     sealed: Option<Instant>,
     error: Option<crate::frames::gate::GateError>,
+    /// Until the container runs again.
+    real_time: Option<RealTime>,
     young: Vec<Young>,
     partings: Vec<Parting>,
 }
@@ -190,6 +193,7 @@ impl Boundary for GateBoundary<'_> {
     }
 
     fn release_input(&mut self) {
+        self.real_time = None;
         if let Some(hold) = self.hold.as_mut().filter(|_| self.last && self.sealed.is_some()) {
             hold.divert();
         }
@@ -224,6 +228,8 @@ pub(super) struct StopLoop {
     /// They could not be read: what was taken of them, and pages of the stop, is lost, so that no
     /// checkpoint may follow.
     pub(super) seal_failed: Option<VolumeError>,
+    /// What a stop has taken is lost, so that the next checkpoint must be a full one.
+    pub(super) lost: bool,
     /// The connections that it has closed.
     pub(super) closed: Closed,
 }
@@ -424,7 +430,7 @@ impl StopLoop {
                 if last {
                     self.capturer.go_on()?;
                 }
-                if full {
+                if std::mem::take(&mut self.lost) || full {
                     self.shell.full_again(link);
                 }
                 self.buffers.push(taken);
@@ -442,7 +448,8 @@ impl StopLoop {
         taken.interval = self.pacer.since(now);
         // A full copy says nothing about the next epoch.
         if !full {
-            self.pacer.prepared((now - begun).saturating_sub(taken.times.total));
+            let stop = taken.times.total + taken.times.confirm;
+            self.pacer.prepared((now - begun).saturating_sub(stop));
         }
         let (stop, pages) = (taken.times.total, if full { 0 } else { taken.times.pages });
         self.pacer.stopped(now, self.capturer.cpu_time(), stop, pages);
@@ -502,20 +509,27 @@ impl StopLoop {
             last,
             sealed: None,
             error: None,
+            real_time: Some(RealTime::start()),
             young: Vec::new(),
             partings: Vec::new(),
         };
-        let real_time = RealTime::start();
-        taken.times =
-            self.capturer.stop(self.epoch, &mut boundary, &mut taken.state, &mut taken.pages)?;
-        drop(real_time);
+        let stopped =
+            self.capturer.stop(self.epoch, &mut boundary, &mut taken.state, &mut taken.pages);
         if let Some(error) = boundary.volumes_failed {
             self.seal_failed = Some(error);
             return Err(CaptureError::Transient("volumes cannot be read"));
         }
+        if stopped.is_err() && boundary.sealed.is_some() {
+            // No checkpoint of it will be sent. The next one has a number of its own, and says what this one
+            // would have said, also of those to whom something was said.
+            self.closed.hear(&self.gate);
+            self.epoch = self.epoch.next();
+        }
+        taken.times = stopped?;
         taken.volumes = boundary.volumes_took;
         if let Some(error) = boundary.error {
             tracing::error!(%error, "output cannot be sealed");
+            self.lost = true;
             return Err(CaptureError::Transient("output cannot be sealed"));
         }
         taken.sealed = boundary.sealed;

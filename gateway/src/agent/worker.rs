@@ -222,6 +222,7 @@ impl Place {
             still: None,
             volumes: files.as_ref().map(|files| files.volumes.clone()),
             seal_failed: None,
+            lost: false,
             closed: Closed::of(name, pid, closed),
         };
         let mut ending = stops.run();

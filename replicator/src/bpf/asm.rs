@@ -11,12 +11,14 @@ pub(crate) mod helper {
     pub(crate) const MAP_LOOKUP: i32 = 1;
     pub(crate) const MAP_DELETE: i32 = 3;
     pub(crate) const KTIME: i32 = 5;
+    pub(crate) const CURRENT_IDS: i32 = 14;
     pub(crate) const LOAD_BYTES: i32 = 26;
     pub(crate) const RELEASE: i32 = 86;
     pub(crate) const LOOKUP_TCP: i32 = 99;
     pub(crate) const PROBE_READ: i32 = 113;
     pub(crate) const SEQ_WRITE: i32 = 127;
     pub(crate) const TO_TCP_SOCK: i32 = 137;
+    pub(crate) const CURRENT_TASK: i32 = 158;
     pub(crate) const SOCK_FROM_FILE: i32 = 162;
 }
 
@@ -39,6 +41,8 @@ pub(crate) enum If {
     /// As numbers without sign.
     AtLeast = 0x35,
     Above = 0x25,
+    /// As numbers with a sign.
+    Less = 0xc5,
 }
 
 type Label = &'static str;
@@ -124,6 +128,12 @@ impl Assembler {
 
     pub(crate) fn store_value(&mut self, size: Size, base: u8, at: i16, value: i32) {
         self.push(0x62 | size as u8, base, 0, at, value);
+    }
+
+    /// Adds a register to a word of eight bytes in memory, which is left in the register as it was
+    /// before.
+    pub(crate) fn fetch_add(&mut self, base: u8, at: i16, reg: u8) {
+        self.push(0xdb, base, reg, at, 0x01);
     }
 
     /// From the network's order of bytes.

@@ -9,6 +9,7 @@ const MAGIC: u16 = 0xeb9f;
 const KIND_POINTER: u32 = 2;
 const KIND_STRUCT: u32 = 4;
 const KIND_UNION: u32 = 5;
+const KIND_TYPEDEF: u32 = 8;
 const KIND_FUNC: u32 = 12;
 
 /// The BTF id of a function of the running kernel.
@@ -130,6 +131,13 @@ impl Btf {
             self.head(id).is_some_and(|h| h.kind == kind && self.is_named(h.name, name))
         };
         (1..self.starts.len() as u32).find(is)
+    }
+
+    /// The number of the type that stands for a tracepoint.
+    pub(crate) fn tracepoint(&self, name: &str) -> io::Result<u32> {
+        self.find(KIND_TYPEDEF, &format!("btf_trace_{name}")).ok_or_else(|| {
+            io::Error::new(io::ErrorKind::Unsupported, format!("this kernel has no event {name}"))
+        })
     }
 
     /// The number of a function.

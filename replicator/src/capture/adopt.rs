@@ -61,6 +61,7 @@ impl Capturer {
             interrupted: waits::Interrupted::default(),
             end: None,
             still: false,
+            idle: false,
             glances: Glances::On,
             refusals: refusals::Refusals::default(),
             remains: lineage::Remains::default(),

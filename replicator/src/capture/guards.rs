@@ -47,6 +47,12 @@ impl Guards {
         }
     }
 
+    /// Whether an address is a guard.
+    pub(super) fn has(&self, address: u64) -> bool {
+        let at = self.0.partition_point(|(_, end)| *end <= address);
+        self.0.get(at).is_some_and(|(start, _)| *start <= address)
+    }
+
     /// Forgets those that lie where nothing is mapped any more.
     pub(super) fn keep_within(&mut self, vmas: &[Vma]) {
         if self.0.is_empty() {

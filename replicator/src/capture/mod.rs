@@ -133,6 +133,55 @@ impl Tracked {
         Ok(())
     }
 
+    /// Takes a glance at its threads. If they are `running`, a window of notes begins, which a scan of all
+    /// memory must follow.
+    fn glance(&mut self, running: bool) -> Result<Option<u64>, CaptureError> {
+        let noted = self.space.noted();
+        if running {
+            noted.before_glance();
+        }
+        let sequence = self.threads.glance()?;
+        self.threads.count_faults(noted.counts());
+        if running {
+            noted.after_glance(sequence);
+        }
+        Ok(sequence)
+    }
+
+    /// After a stop, while its threads run: whether the stop has looked everywhere, or what it has not looked at,
+    /// which the job looks at, shows that it need not.
+    fn confirm(&mut self, job: &Job) -> Result<bool, CaptureError> {
+        if self.space.noted().was_trusted() != Some(true) {
+            return Ok(true);
+        }
+        let confirmed = self.look_at_rest(job);
+        if !matches!(confirmed, Ok(true)) {
+            self.space.noted().disbelieve();
+        }
+        confirmed
+    }
+
+    fn look_at_rest(&mut self, job: &Job) -> Result<bool, CaptureError> {
+        let Some(found) = self.space.see_rest(job)? else { return Ok(false) };
+        let sequence = match self.threads.glance() {
+            Err(e) if e.is_gone() => return Ok(false),
+            other => other?,
+        };
+        let noted = self.space.noted();
+        self.threads.count_faults(noted.counts());
+        Ok(noted.confirms(&found, sequence))
+    }
+
+    /// At the end of a stop: what stands for the mappings may be another, though they are the same, if we have
+    /// asked the process.
+    fn look_once_more(&mut self) -> Result<(), CaptureError> {
+        if self.threads.has_asked() && self.space.noted().was_trusted() == Some(true) {
+            let sequence = self.glance(false)?;
+            self.space.noted().stands_at(sequence);
+        }
+        Ok(())
+    }
+
     /// A round of pre-copy, which a job may have begun. `look_ahead` has looked at the descriptors.
     fn round(
         &mut self,
@@ -143,7 +192,7 @@ impl Tracked {
     ) -> Result<(), CaptureError> {
         let mut sequence = None;
         if job.is_none() {
-            sequence = self.threads.glance()?;
+            sequence = self.glance(true)?;
             self.direct.round(|| self.threads.reads(pid));
         }
         self.space.round(pages, objects, false, job, sequence)
@@ -163,9 +212,11 @@ pub enum Glances {
     /// All at once, where the kernel can.
     #[default]
     On,
+    /// As that, with notes of page faults of smaller programs as well.
+    Noted,
     /// One by one, as on a kernel that cannot; for comparison.
     Off,
-    /// At once and one by one; a difference is an error.
+    /// At once and one by one, and all memory as well as where faults were noted; a difference is an error.
     Checked,
 }
 
@@ -191,6 +242,8 @@ pub struct Capturer {
     end: Option<Status>,
     /// The next stop that succeeds does not end.
     still: bool,
+    /// It hardly ran before this stop, and a helper may have its processor when it has run for a moment.
+    idle: bool,
     glances: Glances,
     refusals: refusals::Refusals,
     remains: lineage::Remains,
@@ -379,6 +432,7 @@ impl Capturer {
     /// The same for a container that does nothing at the moment: its processors look for written pages,
     /// too, as they do in a stop.
     pub fn precopy_of_idle(&mut self) -> Result<usize, CaptureError> {
+        self.idle = true;
         self.read_again_ahead()?;
         let job = self.begin_scan(true)?;
         let copied = self.copy_ahead(Some(&job));

@@ -21,8 +21,9 @@ impl Capturer {
     /// Stops the container, captures what changed and lets it go on (CP-1). The result replaces
     /// the contents of `state` and `pages`.
     ///
-    /// On an error the container runs on, nothing was sealed, and what was copied so far is kept
-    /// for the next try with the same number.
+    /// On an error the container runs on, and what was copied so far is kept for the next try. If `boundary`
+    /// was told to seal the epoch meanwhile, its number is used up: the next checkpoint has a later one,
+    /// builds on what this one was to build on, and covers the output of both.
     pub fn stop(
         &mut self,
         epoch: Epoch,
@@ -52,13 +53,36 @@ impl Capturer {
         });
         times.total = begin.elapsed();
         boundary.release_input();
-        *state = result?;
+        let result = result?;
+        let confirmed = self.confirm();
+        times.confirm = begin.elapsed() - times.total;
+        if !confirmed? {
+            return Err(CaptureError::Transient("a page was written and not noted"));
+        }
+        *state = result;
         times.stop_pages = self.pages.pages() - before;
         times.pages = self.pages.pages();
         self.finish_pages(state);
         std::mem::swap(pages, &mut self.pages);
         self.pages.clear();
         Ok(times)
+    }
+
+    /// Whether the last stop has looked everywhere where it had to.
+    fn confirm(&mut self) -> Result<bool, CaptureError> {
+        let (mut job, mut all) = (Job::to_look(), true);
+        let idle = std::mem::take(&mut self.idle);
+        for tracked in self.processes.values_mut() {
+            tracked.space.add_rest(&mut job);
+        }
+        let job = Arc::new(job);
+        if idle {
+            self.helpers.call(&job);
+        }
+        for tracked in self.processes.values_mut() {
+            all &= tracked.confirm(&job)?;
+        }
+        Ok(all)
     }
 
     pub(super) fn capture(
@@ -85,14 +109,24 @@ impl Capturer {
     /// (`running`) may end meanwhile.
     pub(super) fn begin_scan(&mut self, running: bool) -> Result<Arc<Job>, CaptureError> {
         let mut job = Job::default();
+        for (tid, address) in self.interrupted.take_written() {
+            let process = self.tracer.process_of(tid).and_then(|pid| self.processes.get_mut(&pid));
+            if let Some(tracked) = process {
+                tracked.space.noted().wrote(address);
+            }
+        }
         for (pid, tracked) in &mut self.processes {
-            let begun = tracked.threads.glance().and_then(|sequence| {
+            if self.still {
+                // What stands still cannot be taken back.
+                tracked.space.noted().shut();
+            }
+            let begun = tracked.glance(running).and_then(|sequence| {
                 if running {
                     tracked.direct.round(|| tracked.threads.reads(*pid));
                 }
                 match self.refusals.collecting() {
                     true => Ok(()),
-                    false => tracked.space.begin(&mut job, sequence),
+                    false => Ok(tracked.space.begin(&mut job, sequence, running)?),
                 }
             });
             match begun {
@@ -195,6 +229,11 @@ impl Capturer {
                     self.objects.take_again();
                 }
                 tracked.space.round(&mut self.pages, &mut self.objects, true, Some(job), None)?;
+                match tracked.space.noted().was_trusted() {
+                    Some(true) => times.noted += 1,
+                    Some(false) => times.doubted += 1,
+                    None => {}
+                }
             }
             let volumes = self.tmpfs.volumes();
             refuse_mappings(*pid, tracked.space.vmas(), volumes, &mut self.refusals)?;
@@ -264,6 +303,9 @@ impl Capturer {
         let taken = self.take_objects(&mut state);
         self.refusals.admit(taken)?;
         spent(&mut times.memory, &mut times.kinds.objects, lap);
+        for tracked in self.processes.values_mut() {
+            tracked.look_once_more()?;
+        }
         // Input is held, but not what the container sends to itself.
         for tracked in self.processes.values_mut() {
             if !tracked.files.stands_still()? {

@@ -5,6 +5,7 @@
 
 use super::direct::Reads;
 use super::glance::{Task, TaskGlance};
+use super::memory::Counts;
 use super::waits::Interrupted;
 use super::{CaptureError, Glances, process};
 use crate::image::task::{Filter, IntervalTimer, Scheduling, ThreadSettings};
@@ -94,6 +95,8 @@ pub(super) struct Threads {
     inner: Inner,
     group: Option<(i32, i32)>,
     unasked: usize,
+    /// Whether the first of them was asked in the last capture.
+    has_asked: bool,
     undoes: bool,
 }
 
@@ -118,6 +121,15 @@ impl Threads {
         self.glance.as_ref().and_then(TaskGlance::reads).or_else(|| process::reads(pid))
     }
 
+    /// Puts what the kernel has counted of the process's faults by the last glance into `out`, if there was
+    /// one that shows it.
+    pub(super) fn count_faults(&self, out: &mut Counts) {
+        match &self.glance {
+            Some(glance) => glance.count_faults(out),
+            None => out.memory = 0,
+        }
+    }
+
     /// Captures all threads of a process, leader first, and what the leader says of the process.
     /// `is_filtered` says of which seccomp filters are to be read.
     pub(super) fn capture(
@@ -126,7 +138,7 @@ impl Threads {
         interrupted: &Interrupted,
         is_filtered: impl Fn(i32) -> bool,
     ) -> Result<(Vec<Thread>, Inner), CaptureError> {
-        self.unasked = 0;
+        (self.unasked, self.has_asked) = (0, false);
         let group = tids.first().and_then(|pid| group_and_session(*pid));
         let mut all = Vec::with_capacity(tids.len());
         for (i, &tid) in tids.iter().enumerate() {
@@ -149,6 +161,7 @@ impl Threads {
             };
             self.unasked += usize::from(!asks);
             if asks || self.checked {
+                self.has_asked |= i == 0;
                 let asked = ask_thread(&mut self.batch);
                 let of_process = (i == 0).then(|| ask_process(&mut self.batch));
                 // Version 3 of capget(2).
@@ -217,6 +230,12 @@ impl Threads {
     /// Whether one of them has made a semaphore change that is to be undone when it ends.
     pub(super) fn undoes(&self) -> bool {
         self.undoes
+    }
+
+    /// Whether the first of them was asked in the last capture. One of the calls that it makes then takes the
+    /// lock of its memory (brk(2)).
+    pub(super) fn has_asked(&self) -> bool {
+        self.has_asked
     }
 
     /// How many threads were not asked in the last capture.

@@ -40,6 +40,8 @@ pub struct StopTimes {
     pub thaw: Duration,
     /// From the hold to the thaw: the stop time.
     pub total: Duration,
+    /// After it, while the container ran: looking at the memory that the stop has not looked at.
+    pub confirm: Duration,
     /// Pages copied in the stop.
     pub stop_pages: usize,
     /// Pages copied in all, pre-copy included.
@@ -47,6 +49,10 @@ pub struct StopTimes {
     /// Pages of processes that pre-copy had taken and that were read again, as a read past the page cache
     /// may have been under way then.
     pub again: usize,
+    /// Processes whose written pages were looked for around the faults that were noted, and nowhere else.
+    pub noted: usize,
+    /// Processes whose faults were noted and that were looked through all the same, as some may be missing.
+    pub doubted: usize,
     /// Descriptors that one glance told all of.
     pub glanced: usize,
     /// Connections of these that were put together before the stop: nothing about them had changed.

@@ -133,6 +133,11 @@ impl Tracer {
         leader.into_iter().chain(others.map(|(t, _)| *t)).collect()
     }
 
+    /// Host pid of the process that a thread is of.
+    pub(super) fn process_of(&self, tid: i32) -> Option<i32> {
+        self.threads.get(&tid).map(|t| t.process)
+    }
+
     /// Host pids of all processes.
     pub(super) fn processes(&self) -> Vec<i32> {
         let mut all: Vec<i32> = self.threads.values().map(|t| t.process).collect();

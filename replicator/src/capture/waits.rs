@@ -80,14 +80,16 @@ pub(super) struct Interrupted {
     /// that were stopped before they made that call.
     moved_back: HashSet<i32>,
     last_mark: u32,
+    /// Where we have written to memory, and of which thread.
+    written: Vec<(i32, u64)>,
     /// When the clocks of the image were read: what is left counts from there.
     read_at: Instant,
 }
 
 impl Default for Interrupted {
     fn default() -> Self {
-        let (waits, before, moved_back) = Default::default();
-        Self { waits, before, moved_back, last_mark: 0, read_at: Instant::now() }
+        let (waits, before, moved_back, written) = Default::default();
+        Self { waits, before, moved_back, last_mark: 0, written, read_at: Instant::now() }
     }
 }
 
@@ -139,11 +141,14 @@ impl Interrupted {
                     (None, Some(t)) => given(tid, t, &regs)?.map(|g| Instant::now() + g),
                     (None, None) => None,
                 };
-                if let (Some(timeout), Some(until)) = (timeout, until)
-                    && !write_left(tid, timeout, left(until), &mut regs)
-                {
-                    // No room below its stack: it sees the EINTR that signal(7) allows.
-                    return Ok(());
+                if let (Some(timeout), Some(until)) = (timeout, until) {
+                    if !write_left(tid, timeout, left(until), &mut regs) {
+                        // No room below its stack: it sees the EINTR that signal(7) allows.
+                        return Ok(());
+                    }
+                    // A struct timespec at most, in one page or two.
+                    let place = TimeUnit::place(regs[reg::RSP]);
+                    self.written.extend([(tid, place), (tid, place + 15)]);
                 }
                 self.put_back(tid, call, until, timeout, &mut regs)
             }
@@ -241,6 +246,11 @@ impl Interrupted {
         regs[reg::RAX] = RESTART_NO_HAND as u64;
         regs[reg::ORIG_RAX] = call as u64 | u64::from(mark) << 32;
         ptrace::set_regs(tid, regs)
+    }
+
+    /// Where we have written to memory since this was last asked, and of which thread.
+    pub(super) fn take_written(&mut self) -> impl Iterator<Item = (i32, u64)> {
+        self.written.drain(..)
     }
 
     /// Tells that the clocks of the image are read now.

@@ -1,15 +1,19 @@
 //! BPF programs, maps and iterators: bpf(2). Just what a small program at the ingress of a device
-//! needs, programs that write what they see of a process into a file, and programs that are run on
-//! demand and leave what they see in memory that is shared with them.
+//! needs, programs that write what they see of a process into a file, programs that are run on
+//! demand and leave what they see in memory that is shared with them, and programs that the kernel runs
+//! at its tracepoints, whose memory can be looked at while they write to it.
 
 use super::error::{SysError, SysResult, check};
-use memmap2::{MmapMut, MmapOptions};
+use memmap2::{MmapMut, MmapOptions, MmapRaw};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::atomic::AtomicU64;
 
 const MAP_CREATE: i32 = 0;
 const MAP_UPDATE: i32 = 2;
+const MAP_DELETE: i32 = 3;
 const PROG_LOAD: i32 = 5;
 const PROG_TEST_RUN: i32 = 10;
+const RAW_TRACEPOINT_OPEN: i32 = 17;
 const LINK_CREATE: i32 = 28;
 const ITER_CREATE: i32 = 33;
 const MAP_TYPE_HASH: u32 = 1;
@@ -18,6 +22,8 @@ const MAP_TYPE_ARRAY: u32 = 2;
 const MMAPABLE: u32 = 1 << 10;
 const PROG_TYPE_SCHED_CLS: u32 = 3;
 const PROG_TYPE_TRACING: u32 = 26;
+/// BPF_TRACE_RAW_TP.
+const TRACE_RAW_TP: u32 = 23;
 /// BPF_TRACE_ITER.
 const TRACE_ITER: u32 = 28;
 /// Place of attach_btf_id in a request to load a program.
@@ -84,6 +90,53 @@ pub fn set(map: BorrowedFd<'_>, key: &[u8], value: &[u8]) -> SysResult<()> {
     check(attr.call(MAP_UPDATE), "BPF_MAP_UPDATE_ELEM", || "a hash table".into()).map(drop)
 }
 
+/// Removes an entry, if it is there.
+pub fn unset(map: BorrowedFd<'_>, key: &[u8]) -> SysResult<()> {
+    let attr = Attr::new().word(map.as_raw_fd() as u32).word(0).pointer(key);
+    match check(attr.call(MAP_DELETE), "BPF_MAP_DELETE_ELEM", || "a hash table".into()) {
+        Err(e) if e.code() != libc::ENOENT => Err(e),
+        _ => Ok(()),
+    }
+}
+
+/// Words of memory that programs write to at any time: a map with one value. They are looked at and set
+/// one by one.
+#[derive(Debug)]
+pub struct Words {
+    map: OwnedFd,
+    memory: MmapRaw,
+    count: usize,
+}
+
+impl Words {
+    /// So many words of eight bytes, all zero.
+    pub fn new(count: usize) -> SysResult<Self> {
+        let len = count * 8;
+        let attr = Attr::new().word(MAP_TYPE_ARRAY).word(4).word(len as u32).word(1).word(MMAPABLE);
+        let map = attr.open(MAP_CREATE, "BPF_MAP_CREATE", "memory of a tracepoint's program")?;
+        let memory = MmapOptions::new().len(len).map_raw(&map).map_err(|source| SysError {
+            call: "mmap",
+            object: "memory of a tracepoint's program".into(),
+            source,
+        })?;
+        Ok(Self { map, memory, count })
+    }
+
+    /// The map.
+    pub fn map(&self) -> BorrowedFd<'_> {
+        self.map.as_fd()
+    }
+
+    /// One of the words.
+    pub fn at(&self, index: usize) -> &AtomicU64 {
+        assert!(index < self.count, "word {index} of {}", self.count);
+        // SAFETY: the word lies within the mapping, which is as long-lived as the borrow and begins
+        // with a page, so that it is aligned; whoever else accesses it (programs in the kernel, other
+        // threads by this function) does so by single accesses of the whole word.
+        unsafe { AtomicU64::from_ptr(self.memory.as_mut_ptr().cast::<u64>().add(index)) }
+    }
+}
+
 /// Memory that this process shares with programs which it runs: a map with one value.
 #[derive(Debug)]
 pub struct Shared {
@@ -141,6 +194,18 @@ pub fn load(instructions: &[u8]) -> SysResult<OwnedFd> {
 /// Loads a program for an iterator; `target` is the BTF id of the iterator's function.
 pub fn load_iterator(instructions: &[u8], target: u32) -> SysResult<OwnedFd> {
     load_as(instructions, PROG_TYPE_TRACING, TRACE_ITER, target, "a program for an iterator")
+}
+
+/// Loads a program for a tracepoint; `target` is the BTF id of the type named after it.
+pub fn load_tracepoint(instructions: &[u8], target: u32) -> SysResult<OwnedFd> {
+    load_as(instructions, PROG_TYPE_TRACING, TRACE_RAW_TP, target, "a program for a tracepoint")
+}
+
+/// Has the kernel run a program at its tracepoint until the descriptor is closed.
+pub fn at_tracepoint(program: BorrowedFd<'_>) -> SysResult<OwnedFd> {
+    // The name of the tracepoint is part of the program.
+    let attr = Attr::new().address(0).word(program.as_raw_fd() as u32);
+    attr.open(RAW_TRACEPOINT_OPEN, "BPF_RAW_TRACEPOINT_OPEN", "a tracepoint")
 }
 
 fn load_as(

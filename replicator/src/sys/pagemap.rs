@@ -112,9 +112,31 @@ impl Pagemap {
         buffer: &mut Buffer,
         out: &mut Vec<Region>,
     ) -> SysResult<Scan> {
+        self.scan(start, end, (WP_MATCHING | CHECK_WPASYNC, returned), buffer, out)
+    }
+
+    /// The same, but leaves them as they are, for the next scan to find them as well.
+    pub fn see_written(
+        &self,
+        start: u64,
+        end: u64,
+        buffer: &mut Buffer,
+        out: &mut Vec<Region>,
+    ) -> SysResult<Scan> {
+        self.scan(start, end, (CHECK_WPASYNC, WRITTEN), buffer, out)
+    }
+
+    fn scan(
+        &self,
+        start: u64,
+        end: u64,
+        (flags, returned): (u64, u64),
+        buffer: &mut Buffer,
+        out: &mut Vec<Region>,
+    ) -> SysResult<Scan> {
         let mut arg = ScanArg {
             size: size_of::<ScanArg>() as u64,
-            flags: WP_MATCHING | CHECK_WPASYNC,
+            flags,
             start,
             end,
             category_mask: WRITTEN,

@@ -56,6 +56,8 @@ pub struct Checkpoint {
     pub epoch: Epoch,
     /// Whether it builds on none before.
     pub full: bool,
+    /// The epoch of the one that it builds on, if it is not full.
+    pub follows: Epoch,
     /// The state.
     pub state: State,
     /// The pages that changed a little: against the checkpoint before, and before `pages`.
@@ -93,6 +95,7 @@ struct Open {
     generation: Generation,
     epoch: Epoch,
     full: bool,
+    follows: Epoch,
     provisional: bool,
     digest: Xxh3,
     sums: CheckpointEnd,
@@ -148,8 +151,8 @@ impl Assembly {
     pub fn push(&mut self, frame: &Frame) -> Result<Progress, WireError> {
         self.fold();
         let result = match &frame.message {
-            Message::CheckpointBegin { full, provisional } => {
-                self.begin(frame, *full, *provisional)
+            Message::CheckpointBegin { full, provisional, follows } => {
+                self.begin(frame, *full, *provisional, *follows)
             }
             Message::StateChunk(payload) => self.chunk(frame, |open, shared| {
                 let cap = shared.limits.state_bytes;
@@ -217,6 +220,7 @@ impl Assembly {
         frame: &Frame,
         full: bool,
         provisional: bool,
+        follows: Epoch,
     ) -> Result<Progress, WireError> {
         let (generation, epoch) = (frame.generation, frame.epoch);
         let kind = Kind::CheckpointBegin;
@@ -233,7 +237,10 @@ impl Assembly {
             Some((g, e)) if g != generation || epoch <= e => {
                 return Err(out_of_place(frame, kind, "it does not follow the one before"));
             }
-            Some((_, e)) if !full && epoch != e.next() => {
+            _ if full != (follows == Epoch::NONE) => {
+                return Err(out_of_place(frame, kind, "a full copy follows none, and only that"));
+            }
+            Some((_, e)) if !full && follows != e => {
                 return Err(out_of_place(
                     frame,
                     kind,
@@ -252,6 +259,7 @@ impl Assembly {
             generation,
             epoch,
             full,
+            follows,
             provisional,
             digest,
             sums: CheckpointEnd::default(),
@@ -303,6 +311,7 @@ impl Assembly {
             generation,
             epoch,
             full,
+            follows,
             provisional,
             mut edits,
             mut pages,
@@ -315,7 +324,8 @@ impl Assembly {
         put_together(&self.shadow, &state, &mut edits, &mut pages);
         self.state = bytes;
         self.last = Some((generation, epoch));
-        let checkpoint = Checkpoint { generation, epoch, full, state, edits, pages, files };
+        let checkpoint =
+            Checkpoint { generation, epoch, full, follows, state, edits, pages, files };
         let checkpoint = Arc::new(checkpoint);
         self.complete = Some(checkpoint.clone());
         let receipt = Receipt { generation, epoch, digest: sums.digest, provisional };

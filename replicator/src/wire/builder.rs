@@ -99,6 +99,8 @@ pub struct CheckpointBuilder {
     state: Vec<u8>,
     generation: Generation,
     epoch: Epoch,
+    /// The epoch that was finished last.
+    last: Epoch,
     chunk: Vec<u8>,
     digest: Xxh3,
     sums: CheckpointEnd,
@@ -117,6 +119,7 @@ impl CheckpointBuilder {
             state: Vec::new(),
             generation: Generation::default(),
             epoch: Epoch::NONE,
+            last: Epoch::NONE,
             chunk: Vec::new(),
             digest: Xxh3::new(),
             sums: CheckpointEnd::default(),
@@ -154,6 +157,8 @@ impl CheckpointBuilder {
         let mut out = Vec::new();
         codec::open(&mut out);
         let flags = codec::begin_flags(full, provisional);
+        let follows = if full { Epoch::NONE } else { self.last };
+        out.extend_from_slice(&follows.0.to_le_bytes());
         let seal = codec::close(&mut out, 0, Kind::CheckpointBegin, flags, generation, epoch);
         self.digest.update(&seal);
         self.bytes = out.len() as u64;
@@ -247,6 +252,7 @@ impl CheckpointBuilder {
         let end = Message::CheckpointEnd(self.sums);
         let end = codec::encode(self.generation, epoch, &end).expect("it is shorter than its cap");
         self.bytes += end.len() as u64;
+        self.last = epoch;
         let (digest, pages, bytes) = (self.sums.digest, self.sums.pages, self.bytes);
         Ok(Finished { epoch, digest, end, pages, bytes })
     }

@@ -193,7 +193,10 @@ pub fn encode(generation: Generation, epoch: Epoch, message: &Message) -> Result
     match message {
         Message::Hello(m) => put(&mut out, m),
         Message::Welcome(m) => put(&mut out, m),
-        Message::CheckpointBegin { full, provisional } => flags = begin_flags(*full, *provisional),
+        Message::CheckpointBegin { full, provisional, follows } => {
+            flags = begin_flags(*full, *provisional);
+            out.extend_from_slice(&follows.0.to_le_bytes());
+        }
         Message::StateChunk(b)
         | Message::PageChunk(b)
         | Message::VolumeChunk(b)
@@ -282,12 +285,14 @@ impl Head {
         Ok(match kind {
             Kind::Hello => Message::Hello(get::<Hello>(at, kind, &payload)?),
             Kind::Welcome => Message::Welcome(get::<Welcome>(at, kind, &payload)?),
-            Kind::CheckpointBegin if payload.is_empty() => {
-                let (full, provisional) = (self.flags & FULL != 0, self.flags & PROVISIONAL != 0);
-                Message::CheckpointBegin { full, provisional }
-            }
             Kind::CheckpointBegin => {
-                return Err(WireError::payload(at, kind, "it has no payload"));
+                let (full, provisional) = (self.flags & FULL != 0, self.flags & PROVISIONAL != 0);
+                match <[u8; 8]>::try_from(payload.as_ref()).map(u64::from_le_bytes) {
+                    Ok(follows) => {
+                        Message::CheckpointBegin { full, provisional, follows: Epoch(follows) }
+                    }
+                    Err(_) => return Err(WireError::payload(at, kind, "an epoch has 8 bytes")),
+                }
             }
             Kind::StateChunk => Message::StateChunk(payload),
             Kind::PageChunk => Message::PageChunk(payload),
@@ -412,9 +417,9 @@ mod tests {
                 pulse_port: 40_000,
             }),
             Message::Welcome(Welcome { host: "beta".into(), depth: 4, pulse_port: 40_001 }),
-            Message::CheckpointBegin { full: true, provisional: false },
-            Message::CheckpointBegin { full: true, provisional: true },
-            Message::CheckpointBegin { full: false, provisional: false },
+            Message::CheckpointBegin { full: true, provisional: false, follows: Epoch::NONE },
+            Message::CheckpointBegin { full: true, provisional: true, follows: Epoch::NONE },
+            Message::CheckpointBegin { full: false, provisional: false, follows: Epoch(7) },
             Message::StateChunk(Bytes::from_static(b"state")),
             Message::PageChunk(Bytes::from_static(b"pages")),
             Message::VolumeChunk(Bytes::from_static(b"files")),

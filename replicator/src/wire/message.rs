@@ -1,11 +1,12 @@
 //! The messages, and their numbers on the wire.
 
+use crate::Epoch;
 use crate::image::Clocks;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 /// Version of the whole format. A peer with another one is refused.
-pub const PROTOCOL: u8 = 3;
+pub const PROTOCOL: u8 = 4;
 
 /// Which end of the replication a host is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -181,6 +182,9 @@ pub enum Message {
         full: bool,
         /// Its output does not wait for it: nobody may promote from it.
         provisional: bool,
+        /// The epoch of the checkpoint that it builds on; none for a full one. Numbers between the two are of
+        /// stops that came to nothing.
+        follows: Epoch,
     },
     /// Part of the state, coded; see [`super::Assembly`].
     StateChunk(Bytes),

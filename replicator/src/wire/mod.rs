@@ -4,7 +4,7 @@
 //! primary                                                   backup
 //!   Hello {container, clocks, network}        ->
 //!                                             <-  Welcome | Refuse {reason}
-//!   CheckpointBegin {full, provisional}       ->
+//!   CheckpointBegin {full, follows, ...}      ->
 //!   PageChunk ...  (any number, pre-copy too) ->
 //!   StateChunk ...                            ->
 //!   VolumeChunk ...                           ->

@@ -360,7 +360,7 @@ fn an_incomplete_checkpoint_leaves_no_trace() {
 }
 
 #[test]
-fn only_the_next_epoch_builds_on_the_last() {
+fn a_checkpoint_builds_on_the_one_that_was_sent_before() {
     let mut model = Model::new(8);
     let mut builder = CheckpointBuilder::new(Limits::default());
     let mut assembly = Assembly::new(Limits::default());
@@ -369,9 +369,14 @@ fn only_the_next_epoch_builds_on_the_last() {
     assert!(assembly.push(&begin(&mut builder, 0, true)[0]).is_err(), "epoch 0");
     let set = model.change();
     receive(&mut assembly, &send(&mut builder, 5, true, &[set], &model.state).0);
+    let set = model.change();
+    let lost = send(&mut builder, 6, false, &[set], &model.state);
     assert!(assembly.push(&begin(&mut builder, 7, false)[0]).is_err(), "a gap");
-    assert!(assembly.push(&begin(&mut builder, 5, true)[0]).is_err(), "the same again");
-    assert!(assembly.push(&begin(&mut builder, 9, true)[0]).is_ok(), "a full one needs no base");
+    receive(&mut assembly, &lost.0);
+    let set = model.change();
+    receive(&mut assembly, &send(&mut builder, 9, false, &[set], &model.state).0);
+    assert!(assembly.push(&begin(&mut builder, 9, true)[0]).is_err(), "the same again");
+    assert!(assembly.push(&begin(&mut builder, 12, true)[0]).is_ok(), "a full one needs no base");
 }
 
 #[test]

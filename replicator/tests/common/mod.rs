@@ -2,6 +2,7 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test program uses its part of it")]
 
+pub mod shadow;
 pub mod subject;
 
 use netns_tools::links::Network;

@@ -215,9 +215,9 @@ impl Applier {
             tracing::debug!(epoch = %checkpoint.epoch, "a checkpoint without a spare");
             return;
         };
-        let last = warm.last.as_ref().map(|(c, _)| c.epoch.next());
-        if !checkpoint.full && last != Some(checkpoint.epoch) {
-            let error = anyhow::anyhow!("the spare waits for epoch {last:?}");
+        let last = warm.last.as_ref().map(|(c, _)| c.epoch);
+        if !checkpoint.full && last != Some(checkpoint.follows) {
+            let error = anyhow::anyhow!("the spare waits for what follows epoch {last:?}");
             return self.give_up(checkpoint.epoch, &error);
         }
         let received = Instant::now();

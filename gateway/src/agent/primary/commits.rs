@@ -50,6 +50,7 @@ impl Shell {
                 descriptors: us(t.kinds.descriptors),
                 in_flight: us(t.kinds.in_flight),
             },
+            confirm_us: us(t.confirm),
             stop_pages: t.stop_pages as u64,
             dirty_pages: t.pages as u64,
             wire_bytes,

@@ -138,7 +138,7 @@ impl Files {
     pub(super) fn open(pid: i32, glances: Glances, uncached: &Arc<[u64]>) -> Self {
         let glance = match glances {
             Glances::Off => None,
-            Glances::On => Glance::open(pid),
+            Glances::On | Glances::Noted => Glance::open(pid),
             Glances::Checked => Glance::open(pid).map(Glance::always_again),
         };
         let (checked, uncached) = (glances == Glances::Checked, uncached.clone());

@@ -2,6 +2,8 @@
 //! and its threads and copy, for each, what says whether anything about it has changed. Of TCP
 //! sockets these are the sequence numbers and windows too, which otherwise need repair mode.
 //!
+//! Of large programs the page faults are noted, too, by programs at tracepoints.
+//!
 //! It is a short cut and no promise. A kernel without it (no BTF, no right to load programs,
 //! other structures) is looked at as before, one descriptor at a time; so is every descriptor that
 //! the glance says too little of.
@@ -12,6 +14,7 @@
 
 mod again;
 mod descriptors;
+mod faults;
 mod head;
 mod layout;
 mod mappings;
@@ -20,6 +23,7 @@ mod sockets;
 mod tasks;
 
 pub(super) use descriptors::{Descriptors, Glance};
+pub(super) use faults::{Note, Notes};
 pub(super) use mappings::MappingGlance;
 pub(super) use row::Row;
 pub(super) use sockets::{Clock, Tcp, TcpLayout};
@@ -44,6 +48,18 @@ fn tasks() -> Option<&'static Tasks> {
 fn mappings() -> Option<&'static mappings::Mappings> {
     static LOADED: OnceLock<Option<mappings::Mappings>> = OnceLock::new();
     LOADED.get_or_init(|| loaded(mappings::Mappings::load, "mappings")).as_ref()
+}
+
+fn faults() -> Option<&'static faults::Faults> {
+    static LOADED: OnceLock<Option<faults::Faults>> = OnceLock::new();
+    let load = || match knows_the_first_numbers().then(faults::Faults::load)? {
+        Ok(loaded) => Some(loaded),
+        Err(error) => {
+            tracing::info!(%error, "stops look through all memory for what was written");
+            None
+        }
+    };
+    LOADED.get_or_init(load).as_ref()
 }
 
 fn loaded<T>(load: impl Fn() -> SysResult<T>, what: &str) -> Option<T> {
@@ -86,5 +102,7 @@ fn knows_the_first_numbers() -> bool {
 /// do it.
 pub fn warm_up() -> bool {
     let loaded = [descriptors().is_some(), tasks().is_some(), mappings().is_some()];
+    // Stops of large programs alone are longer without.
+    faults();
     loaded == [true; 3]
 }

@@ -17,6 +17,7 @@ use super::layout::{Layout, Use, Wanted};
 use crate::bpf::asm::{Assembler, FP, If, Size, helper};
 use crate::bpf::btf::Btf;
 use crate::capture::direct::Reads;
+use crate::capture::memory::Counts;
 use crate::sys::{SysError, SysResult, bpf};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -36,8 +37,9 @@ const CRED: usize = 1;
 const GROUP_INFO: usize = 2;
 const IO: usize = 3;
 const UNDO: usize = 4;
-/// The process of the thread, of which [`PROCESS`] has no room for more.
+/// The process of the thread, of which [`PROCESS`] has no room for more, and its memory.
 const GROUP: usize = 5;
+const MEMORY: usize = 6;
 const MM: usize = 0;
 const SIGNAL: usize = 1;
 const OF_PROCESS: usize = 2;
@@ -133,6 +135,16 @@ const SEQUENCES: [&str; 2] = ["mm_lock_seq.sequence", "mm_lock_seq"];
 /// What of a thread, and of a process for the threads that have ended, counts reads in the kernels that do:
 /// calls, and bytes from disks.
 const READS: [&str; 2] = ["ioac.syscr", "ioac.read_bytes"];
+/// What counts faults: the memory of a thread, its own faults, those of threads that have ended, and how
+/// often translations of the memory were flushed.
+const FAULTS: [Wanted; 6] = [
+    (TASK, "mm", Use::Data),
+    (TASK, "min_flt", Use::Data),
+    (TASK, "maj_flt", Use::Data),
+    (GROUP, "min_flt", Use::Data),
+    (GROUP, "maj_flt", Use::Data),
+    (MEMORY, "context.tlb_gen", Use::Data),
+];
 const SHARED_PENDING: usize = 0;
 const REAL_TIMER: usize = 1;
 const CPU_TIMERS: usize = 2;
@@ -148,6 +160,8 @@ pub(super) struct Tasks {
     /// The first of the four fields of a thread that count reads: its own, then those of threads that have
     /// ended.
     reads: Option<usize>,
+    /// The first of those that count faults, [`FAULTS`].
+    faults: Option<usize>,
     /// Where the head of a list of semaphores to be undone lies in its structure.
     undo_head: u64,
 }
@@ -167,19 +181,23 @@ impl Tasks {
             of_process.push((MM, path, Use::Data));
             of_process.len() - 1
         });
-        let without = of_thread.len();
+        let plain = of_thread.len();
         of_thread.extend(READS.map(|path| (TASK, path, Use::Data)));
         of_thread.extend(READS.map(|path| (GROUP, path, Use::Data)));
-        let (assembled, reads) = match assemble(&btf, &of_thread, &of_process) {
-            Ok(assembled) => (assembled, Some(without)),
-            // The kernel does not count them, or they are too many.
-            Err(_) => (assemble(&btf, &of_thread[..without], &of_process).map_err(failed)?, None),
-        };
-        let (code, thread, process) = assembled;
+        let counting = of_thread.len();
+        of_thread.extend(FAULTS);
+        // The kernel does not count some, or they are too many.
+        let lengths = [of_thread.len(), counting, plain];
+        let tried = lengths.map(|len| (len, assemble(&btf, &of_thread[..len], &of_process)));
+        let mut possible = tried.into_iter().skip_while(|(len, t)| t.is_err() && *len > plain);
+        let (len, assembled) = possible.next().expect("the last one is kept");
+        let (code, thread, process) = assembled.map_err(failed)?;
+        let reads = (len > plain).then_some(plain);
+        let faults = (len > counting).then_some(counting);
         let target = btf.function("bpf_iter_task").map_err(failed)?;
         let undo_head = offset(&btf, "sem_undo_list", "list_proc").map_err(failed)? as u64;
         let program = bpf::load_iterator(&code, target)?;
-        Ok(Self { program, thread, process, sequence, reads, undo_head })
+        Ok(Self { program, thread, process, sequence, reads, faults, undo_head })
     }
 }
 
@@ -199,8 +217,15 @@ fn assemble(
     let structures = |names: &[&str]| -> io::Result<Vec<u32>> {
         names.iter().map(|name| btf.structure(name)).collect()
     };
-    let names =
-        ["task_struct", "cred", "group_info", "io_context", "sem_undo_list", "signal_struct"];
+    let names = [
+        "task_struct",
+        "cred",
+        "group_info",
+        "io_context",
+        "sem_undo_list",
+        "signal_struct",
+        "mm_struct",
+    ];
     let thread = Layout::new(btf, &structures(&names)?, of_thread)?;
     let names = ["mm_struct", "signal_struct", "task_struct", "fs_struct", "dentry", "dentry"];
     let process = Layout::new(btf, &structures(&names)?, of_process)?;
@@ -239,6 +264,8 @@ fn assemble(
     thread.copy(&mut a, UNDO, 2, record);
     a.load(Double, 2, 8, task("signal")?);
     thread.copy(&mut a, GROUP, 2, record);
+    a.load(Double, 2, 8, task("mm")?);
+    thread.copy(&mut a, MEMORY, 2, record);
     a.place(1, -(GROUPS as i16));
     a.set(2, GROUPS as i32);
     a.mov(3, 9);
@@ -388,6 +415,24 @@ impl TaskGlance {
                 from_disks: sum.from_disks.wrapping_add(of_one.from_disks),
             })
         })
+    }
+
+    /// Puts what the kernel has counted of the process's faults into `out`, if it is shown.
+    pub(in crate::capture) fn count_faults(&self, out: &mut Counts) {
+        out.threads.clear();
+        out.memory = 0;
+        let Tasks { thread, faults: Some(first), .. } = self.known else { return };
+        let known = self.of_process().and_then(|_| self.task_at(self.leader));
+        let Some(leader) = known else { return };
+        let get = |record: &[u8], field: usize| thread.get(record, first + field);
+        let sum =
+            |record: &[u8], field: usize| get(record, field).wrapping_add(get(record, field + 1));
+        out.memory = get(leader.record, 0);
+        out.ended = sum(leader.record, 3);
+        out.flushes = get(leader.record, 5);
+        let of_one = |(tid, at): &(i32, usize)| Some((*tid, sum(self.task_at(*at)?.record, 1)));
+        out.threads.extend(self.rows.iter().filter_map(of_one));
+        out.threads.sort_unstable();
     }
 
     /// Whether a timer of setitimer(2) runs: then no answer counts for long.

@@ -12,8 +12,11 @@
 
 use super::glance::MappingGlance;
 mod copy;
+mod noted;
 mod scan;
 
+pub(super) use noted::Counts;
+use noted::Noted;
 pub(super) use scan::{Helpers, Job};
 
 use super::guards::Guards;
@@ -61,6 +64,11 @@ pub(super) struct AddressSpace {
     changed: bool,
     /// The mappings are those of the last round, and a job scans their pages.
     begun: bool,
+    noted: Noted,
+    /// How often the scans of this round have flushed translations at least.
+    flushes: u64,
+    /// How many pages they have found.
+    found: u64,
 }
 
 /// A mapping of an object.
@@ -78,7 +86,7 @@ impl AddressSpace {
         uffd::enable_async_wp(uffd.as_fd())?;
         let glance = match glances {
             Glances::Off => None,
-            Glances::On | Glances::Checked => MappingGlance::open(pid),
+            Glances::On | Glances::Noted | Glances::Checked => MappingGlance::open(pid),
         };
         Ok(Self {
             glance,
@@ -102,7 +110,19 @@ impl AddressSpace {
             guards: Guards::default(),
             changed: true,
             begun: false,
+            noted: Noted::new(match glances {
+                Glances::Off => None,
+                Glances::On => Some(noted::WORTH),
+                Glances::Noted | Glances::Checked => Some(noted::WORTH / 4),
+            }),
+            flushes: 0,
+            found: 0,
         })
+    }
+
+    /// The notes of its faults.
+    pub(super) fn noted(&mut self) -> &mut Noted {
+        &mut self.noted
     }
 
     /// Takes the pages written since the last round and copies them into `pages`. `stopped` says
@@ -117,12 +137,20 @@ impl AddressSpace {
         job: Option<&Job>,
         sequence: Option<u64>,
     ) -> Result<(), CaptureError> {
+        (self.flushes, self.found) = (0, 0);
         let result = self.try_round(pages, objects, stopped, job, sequence);
+        match &result {
+            Ok(true) if !stopped => self.noted.scanned(self.found, self.flushes),
+            _ => self.noted.shut(),
+        }
         if result.is_err() {
             objects.suspect_all();
             self.keep();
         }
-        result
+        if !stopped {
+            self.noted.consider(self.spans.iter().map(|(start, end)| end - start).sum());
+        }
+        result.map(drop)
     }
 
     /// What was scanned counts as clean from now on, so it must not be forgotten.
@@ -131,14 +159,21 @@ impl AddressSpace {
         self.extents.clear();
     }
 
-    /// Begins a round of a stop, whose scan is left to a job if the mappings are still the same.
-    /// `sequence` is what stands for their state now.
-    pub(super) fn begin(&mut self, job: &mut Job, sequence: Option<u64>) -> SysResult<()> {
+    /// Begins a round, of a stop or (`running`) before it, whose scan is left to a job if the mappings are
+    /// still the same. `sequence` is what stands for their state now.
+    pub(super) fn begin(
+        &mut self,
+        job: &mut Job,
+        sequence: Option<u64>,
+        running: bool,
+    ) -> SysResult<()> {
         self.begun = self.is_as_listed(sequence)? && !self.spans.is_empty();
+        let Self { noted, spans, extents, guards, .. } = self;
+        let sequence = sequence.filter(|_| self.begun);
+        let knows = !running && noted.judge(self.pid, sequence, extents, guards, spans);
         if self.begun {
-            self.spans
-                .iter()
-                .for_each(|(start, end)| job.add(&self.pagemap, self.pid, *start, *end));
+            let some = if knows && !self.checked { noted.parts() } else { spans };
+            some.iter().for_each(|(start, end)| job.add(&self.pagemap, self.pid, *start, *end));
         }
         Ok(())
     }
@@ -175,9 +210,10 @@ impl AddressSpace {
         stopped: bool,
         job: Option<&Job>,
         sequence: Option<u64>,
-    ) -> Result<(), CaptureError> {
+    ) -> Result<bool, CaptureError> {
         self.regions.clear();
         self.regions.append(&mut self.carry);
+        let carried = self.regions.len();
         let scanned = match job.filter(|_| std::mem::take(&mut self.begun)) {
             Some(job) => {
                 let scan = job.collect(self.pid, &mut self.buffer, &mut self.regions)?;
@@ -192,11 +228,33 @@ impl AddressSpace {
         };
         if !scanned {
             self.relist(pages, objects, stopped)?;
+        } else if self.noted.is_beginning() {
+            let found = &self.regions[carried..];
+            self.flushes += noted::flushes(found, &self.extents);
+            self.found = found.iter().map(|r| (r.end - r.start) / PAGE as u64).sum();
+        } else if stopped && self.scan_later()? == Scan::Complete && self.checked {
+            self.check_notes(carried)?;
         }
         for region in &self.regions {
             self.guards.remove(region.start, region.end);
         }
-        self.copy(pages, stopped)
+        self.copy(pages, stopped)?;
+        Ok(scanned)
+    }
+
+    /// Compares what a scan of all memory has found, behind what was `carried`, with what notes tell of.
+    /// Pages that were never there may count as written again, and are zero (MADV_DONTNEED).
+    fn check_notes(&mut self, carried: usize) -> SysResult<()> {
+        let mut page = [0; PAGE];
+        for region in self.noted.unexplained(&self.regions[carried..]) {
+            for address in (region.start..region.end).step_by(PAGE) {
+                if self.forced.read(address, &mut page).is_ok() && page.iter().any(|b| *b != 0) {
+                    let what = format!("pid {}, {address:#x}, written but not noted", self.pid);
+                    return Err(SysError::errno("a note of faults", what, libc::EIO));
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Appends what was written in a range to the regions, see [`Pagemap::take_written`].
@@ -221,6 +279,35 @@ impl AddressSpace {
         Ok(Scan::Complete)
     }
 
+    /// The same in a stop, of what calls in the process have written since its scan began.
+    fn scan_later(&mut self) -> SysResult<Scan> {
+        let Self { noted, spans, pagemap, buffer, regions, .. } = self;
+        for (start, end) in noted.later(spans) {
+            let scan = pagemap.take_written(*start, *end, pagemap::WRITTEN, buffer, regions)?;
+            if scan != Scan::Complete {
+                return Ok(scan);
+            }
+        }
+        Ok(Scan::Complete)
+    }
+
+    /// After a stop, while the process runs: adds what it has not looked at.
+    pub(super) fn add_rest(&mut self, job: &mut Job) {
+        let Self { noted, spans, pagemap, pid, .. } = self;
+        noted.rest(spans).iter().for_each(|(start, end)| job.add(pagemap, *pid, *start, *end));
+    }
+
+    /// What was found written there. None: it cannot be told.
+    pub(super) fn see_rest(&mut self, job: &Job) -> Result<Option<Vec<Region>>, CaptureError> {
+        let mut found = Vec::new();
+        match job.collect(self.pid, &mut self.buffer, &mut found) {
+            Ok(Scan::Complete) => Ok(Some(found)),
+            Ok(_) => Ok(None),
+            Err(e) if e.is_gone() => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
     /// Tells the objects what was written through mappings of this process.
     fn scan_shared(&mut self, objects: &mut Objects) -> SysResult<Scan> {
         let mut found = Vec::new();
@@ -230,6 +317,9 @@ impl AddressSpace {
             let scan = self.take_into(start, end, &mut found)?;
             objects.written(id, start, offset, &found);
             found.iter().for_each(|r| self.guards.remove(r.start, r.end));
+            if self.noted.is_beginning() {
+                self.flushes += noted::flushes(&found, &self.extents);
+            }
             if scan != Scan::Complete {
                 return Ok(scan);
             }

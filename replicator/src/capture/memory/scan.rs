@@ -1,4 +1,4 @@
-//! The scan of a stop, on two processors: while a container stands still its own processors have
+//! The scan of a stop, and that of its confirmation, on two processors: while a container stands still its own processors have
 //! nothing to do, and one of them looks for written pages while the stop thread reads threads and
 //! descriptors. Whoever is done first takes the next piece, so that a helper that gets no processor
 //! delays the stop by one piece at most.
@@ -39,6 +39,16 @@ struct Piece {
     found: Mutex<Found>,
 }
 
+/// What becomes of the pages that are found.
+#[derive(Clone, Copy, Debug, Default)]
+enum Then {
+    /// They are protected.
+    #[default]
+    Protect,
+    /// They are left as they are.
+    Leave,
+}
+
 #[derive(Debug, Default)]
 struct Found {
     regions: Vec<Region>,
@@ -49,6 +59,7 @@ struct Found {
 #[derive(Debug, Default)]
 pub(in crate::capture) struct Job {
     pieces: Vec<Piece>,
+    then: Then,
     bytes: u64,
     next: AtomicUsize,
     done: AtomicUsize,
@@ -59,11 +70,17 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Job {
+    /// One that protects nothing, so that the next scan finds the same.
+    pub(in crate::capture) fn to_look() -> Self {
+        Self { then: Then::Leave, ..Self::default() }
+    }
+
     /// Adds memory of a process.
     pub(super) fn add(&mut self, pagemap: &Arc<Pagemap>, process: i32, start: u64, end: u64) {
         self.bytes += end - start;
-        for start in (start..end).step_by(PIECE as usize) {
-            let end = end.min(start + PIECE);
+        // No page of page tables lies in two pieces, so that translations are flushed once for it.
+        let borders = (start / PIECE * PIECE..end).step_by(PIECE as usize);
+        for (start, end) in borders.map(|at| (at.max(start), end.min(at + PIECE))) {
             let (pagemap, found) = (pagemap.clone(), Mutex::default());
             self.pieces.push(Piece { pagemap, process, start, end, found });
         }
@@ -75,8 +92,13 @@ impl Job {
             let mut found = lock(&piece.found);
             let Found { regions, result } = &mut *found;
             let (start, end) = (piece.start, piece.end);
-            let written = pagemap::WRITTEN;
-            *result = Some(piece.pagemap.take_written(start, end, written, buffer, regions));
+            let pagemap = &piece.pagemap;
+            *result = Some(match self.then {
+                Then::Protect => {
+                    pagemap.take_written(start, end, pagemap::WRITTEN, buffer, regions)
+                }
+                Then::Leave => pagemap.see_written(start, end, buffer, regions),
+            });
             drop(found);
             self.done.fetch_add(1, Ordering::SeqCst);
         }

@@ -41,7 +41,7 @@ struct Snapshot {
 enum Message {
     Hello(Generation),
     Inquiry,
-    Checkpoint { snapshot: Snapshot, full: bool },
+    Checkpoint { snapshot: Snapshot, full: bool, follows: Epoch },
     Bye(Epoch),
     Welcome,
     Refuse(RefuseCode, Generation),
@@ -69,6 +69,8 @@ struct Life {
     now: Moment,
     still: bool,
     next: Epoch,
+    /// The last one that a checkpoint was made of.
+    last: Epoch,
     full: bool,
     /// Since when nothing happens in it, and until when.
     idle: Option<(Duration, Duration)>,
@@ -386,7 +388,13 @@ impl World {
 
     fn checkpoint(&mut self, at: usize) {
         let life = self.sides[at].as_mut().and_then(|s| s.life.as_mut()).expect("it runs");
+        if self.rng.u32(..20) == 0 {
+            // A stop that came to nothing: its output waits for the next one.
+            life.taken.insert(life.next, life.now);
+            life.next = life.next.next();
+        }
         let (epoch, full) = (life.next, std::mem::take(&mut life.full));
+        let follows = std::mem::replace(&mut life.last, epoch);
         let (generation, provisional) = (life.core.generation(), life.core.is_catching_up());
         let snapshot = Snapshot { generation, epoch, at: life.now, provisional };
         life.next = epoch.next();
@@ -397,7 +405,7 @@ impl World {
         let input = primary::Input::Sent { link, epoch, digest, provisional };
         let actions = life.core.handle(self.now, input);
         if life.core.sends_on(link) && self.connections[c].alive {
-            self.send(c, 1 - at, Message::Checkpoint { snapshot, full });
+            self.send(c, 1 - at, Message::Checkpoint { snapshot, full, follows });
         }
         self.primary_does(at, actions);
     }

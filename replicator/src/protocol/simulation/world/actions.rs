@@ -157,6 +157,7 @@ impl World {
             now: (line, 0),
             still: false,
             next: from.map_or(Epoch(1), |s| s.epoch.next()),
+            last: from.map_or(Epoch::NONE, |s| s.epoch),
             full: false,
             idle: None,
             quiet: false,

@@ -95,12 +95,12 @@ impl World {
                 self.backup_input(at, backup::Input::Hello { link, generation });
             }
             Message::Inquiry => self.backup_input(at, backup::Input::Inquiry(link)),
-            Message::Checkpoint { mut snapshot, full } => {
+            Message::Checkpoint { mut snapshot, full, follows } => {
                 self.forget_generations(at, &mut snapshot.generation);
                 snapshot.provisional &= self.mistake != Some(Mistake::PromoteFromProvisional);
                 let side = self.sides[at].as_mut().expect("it receives");
                 // What the assembly guarantees: an increment has its base.
-                if !full && side.base.get(&c).map(|e| e.next()) != Some(snapshot.epoch) {
+                if !full && side.base.get(&c) != Some(&follows) {
                     return;
                 }
                 side.base.insert(c, snapshot.epoch);
