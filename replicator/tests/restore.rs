@@ -5,8 +5,10 @@ mod common;
 use common::{CONTAINER, Lan, Original, Scratch, numbers, wait_until};
 use replicator::capture::CaptureError;
 use replicator::image::net::TcpConnection;
+use replicator::image::task::Scheduling;
 use replicator::image::{Kind, State};
 use replicator::restore::Peer;
+use replicator::sys::sched;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
@@ -100,6 +102,42 @@ fn a_file_that_is_read_must_be_there() {
         }
         let error = spare.prepare().expect_err("the file is gone").to_string();
         assert!(error.contains("make an open file"), "{how}: {error}");
+    }
+}
+
+/// Whoever brings them back is real-time and makes them so for its calls.
+#[test]
+fn threads_run_as_the_program_has_them_whoever_brings_them_back() {
+    const PROGRAM: &str = "import os, threading, time
+def sleep():
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
+    time.sleep(1000)
+threading.Thread(target=time.sleep, args=[1000]).start()
+threading.Thread(target=sleep).start()
+time.sleep(0.2)
+print(1, flush=True)
+time.sleep(1000)";
+    let dir = Scratch::new("restore-classes");
+    let mut original = Original::start(&dir, &["python3", "-c", PROGRAM]);
+    let console = original.console();
+    original.pump_until("it sleeps", || !numbers(&console).is_empty());
+    original.checkpoint();
+    let mut spare = original.spare();
+    original.bring(&mut spare);
+    original.kill();
+
+    sched::set_fifo(20).expect("real-time");
+    spare.prepare().expect("prepare");
+    let prepared = sched::attributes(spare.pid()).expect("read");
+    spare.connect(|_| Peer::Silent).expect("connect");
+    spare.push_unsent().expect("nothing to send");
+    let restored = spare.complete().expect("complete");
+    sched::set_ordinary().expect("ordinary");
+    let classes: Vec<Scheduling> =
+        restored[0].tids.iter().map(|tid| sched::attributes(*tid).expect("read")).collect();
+    assert_eq!(classes.iter().map(|c| c.nice).collect::<Vec<_>>(), [0, 0, 5]);
+    for class in [prepared].iter().chain(&classes) {
+        assert_eq!((class.policy, class.flags, class.priority), (0, 0, 0), "{class:?}");
     }
 }
 

@@ -103,7 +103,14 @@ pub(super) struct Taken {
 pub(super) fn become_stop_thread() -> Result<SignalFd> {
     // Ordinary threads with this mark give their priority to no child: the container starts as
     // any other program.
-    if let Err(error) = sched::set_ordinary().and_then(|()| sched::set_nice(NICE)) {
+    if let Err(error) = sched::set_ordinary() {
+        tracing::warn!(%error, "the container may start as a real-time program");
+    }
+    go_before_others()
+}
+
+fn go_before_others() -> Result<SignalFd> {
+    if let Err(error) = sched::set_nice(NICE) {
         tracing::warn!(%error, "stops will be longer when the machine is busy");
     }
     let mut set = SigSet::empty();
@@ -122,6 +129,21 @@ impl RealTime {
             tracing::debug!(%error, "not real-time");
         }
         Self(())
+    }
+
+    /// As [`become_stop_thread`] does. To become an ordinary thread first would mean to wait for a processor.
+    pub(super) fn become_stop_thread(&self) -> Result<SignalFd> {
+        go_before_others()
+    }
+
+    /// Threads that are begun meanwhile are real-time as well, and for good; otherwise they are ordinary.
+    pub(super) fn share<T>(&self, begin: impl FnOnce() -> T) -> T {
+        let shared = sched::set_fifo_with_children(PRIORITY);
+        let result = begin();
+        if let Err(error) = shared.and_then(|()| sched::set_fifo(PRIORITY)) {
+            tracing::debug!(%error, "not real-time");
+        }
+        result
     }
 }
 

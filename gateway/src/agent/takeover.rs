@@ -12,6 +12,7 @@ use super::backup::{Warm, ms};
 use super::journal::monotonic_us;
 use super::network::Place;
 use super::status::{FailoverPhases, FailoverRecord};
+use super::stop::RealTime;
 use super::young;
 use crate::frames::Mac;
 use crate::frames::gate::Gate;
@@ -44,10 +45,11 @@ pub(super) struct Takeover<'a> {
 pub(super) type Tree = Vec<(i32, Vec<i32>)>;
 
 /// Carries a takeover out. `logged` gives, as late as it can, the frames that the lost primary
-/// had received since the checkpoint.
+/// had received since the checkpoint. The caller is real-time.
 pub(super) fn run(
     takeover: &Takeover<'_>,
     warm: &mut Warm,
+    real_time: &RealTime,
     logged: impl FnOnce() -> Vec<Bytes>,
 ) -> Result<(FailoverRecord, Tree)> {
     let (checkpoint, received) = warm.last.clone().ok_or_else(|| anyhow!("no checkpoint"))?;
@@ -61,7 +63,8 @@ pub(super) fn run(
         .collect();
     let count = connections.len();
     let (prepared, probed) = std::thread::scope(|scope| {
-        let probing = scope.spawn(|| probe(&gate, takeover.place, connections));
+        // A takeover waits for it, so it waits for nobody who wants the processor.
+        let probing = real_time.share(|| scope.spawn(|| probe(&gate, takeover.place, connections)));
         let prepared = warm.spare.prepare();
         phases.prepare = lap_ms(&mut lap);
         (prepared, probing.join())

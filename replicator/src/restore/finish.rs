@@ -10,12 +10,12 @@ use super::{
     advice, filters, install, locks, process, settings, sockets, space, sysv, timers, tree,
 };
 use crate::image::net::{TcpConnection, TcpState};
-use crate::image::task::{TimeUnit, Wait};
+use crate::image::task::{Scheduling, TimeUnit, Wait};
 use crate::image::{Description, Kind, Mapping, Process, Regs, Source, State, Thread, VdsoPart};
 use crate::sys::namespace::is_ours;
 use crate::sys::ptrace::{self, reg};
 use crate::sys::remote::{self, Call, SCRATCH, SCRATCH_LEN};
-use crate::sys::{SysError, SysResult, memory};
+use crate::sys::{SysError, SysResult, memory, sched};
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::Shutdown;
@@ -107,24 +107,45 @@ enum Stage {
 }
 
 /// Keeps the calling thread on the processor that the spare's processes use: a remote call is
-/// several times cheaper without a message between processors.
-struct Together(Option<CpuSet>);
+/// several times cheaper without a message between processors. If it is real-time so are they meanwhile: each
+/// call would wait for whoever else wants that processor.
+struct Together {
+    own: Option<CpuSet>,
+    /// Threads that were made real-time, and what they were.
+    raised: Vec<(i32, Scheduling)>,
+}
 
 impl Together {
-    fn with(host: i32) -> Self {
+    /// All of it is for speed: without it all is right, but slower.
+    fn with(host: i32, threads: impl Iterator<Item = i32>) -> Self {
         let own = Pid::from_raw(0);
         let before = sched_getaffinity(own).ok();
-        // A hint for speed: without it all is right, but slower.
         if let Ok(theirs) = sched_getaffinity(Pid::from_raw(host)) {
             let _ = sched_setaffinity(own, &theirs);
         }
-        Self(before)
+        let raise = |priority: u32, tid| {
+            let was = sched::attributes(tid).ok()?;
+            sched::set_fifo_of(tid, priority as i32).ok()?;
+            Some((tid, was))
+        };
+        let raised = match sched::attributes(0) {
+            Ok(a) if a.policy == libc::SCHED_FIFO as u32 => {
+                threads.filter_map(|tid| raise(a.priority, tid)).collect()
+            }
+            _ => Vec::new(),
+        };
+        Self { own: before, raised }
     }
 }
 
 impl Drop for Together {
     fn drop(&mut self) {
-        if let Some(before) = &self.0 {
+        for (tid, was) in &self.raised {
+            if let Err(error) = sched::set_attributes(*tid, was) {
+                tracing::debug!(tid, %error, "it stays real-time");
+            }
+        }
+        if let Some(before) = &self.own {
             let _ = sched_setaffinity(Pid::from_raw(0), before);
         }
     }
@@ -135,7 +156,7 @@ impl Spare {
     /// threads. After it the spare can no longer follow checkpoints.
     pub fn prepare(&mut self) -> Result<(), RestoreError> {
         self.expect(Stage::Following)?;
-        let _together = Together::with(self.pid());
+        let _together = Together::with(self.pid(), self.stubs.iter().map(|s| s.host));
         self.attempt(Self::prepare_all)?;
         self.finishing.stage = Stage::Prepared;
         Ok(())
@@ -335,7 +356,8 @@ impl Spare {
     pub fn complete(&mut self) -> Result<Vec<Restored>, RestoreError> {
         self.expect(Stage::Connected)?;
         let start = Instant::now();
-        let together = Together::with(self.pid());
+        let threads = self.finishing.restored.iter().flat_map(|r| &r.tids);
+        let together = Together::with(self.pid(), threads.copied());
         self.attempt(Self::complete_all)?;
         // From now on a listener ends when the program closes it.
         self.finishing.listeners.clear();

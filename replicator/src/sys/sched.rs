@@ -12,11 +12,20 @@ pub fn set_fifo(priority: i32) -> SysResult<()> {
     set_fifo_of(0, priority)
 }
 
+/// As [`set_fifo`], and children begin as real-time, too.
+pub fn set_fifo_with_children(priority: i32) -> SysResult<()> {
+    fifo(0, libc::SCHED_FIFO, priority)
+}
+
 /// As [`set_fifo`], for another thread (0: the calling one).
 pub fn set_fifo_of(tid: i32, priority: i32) -> SysResult<()> {
+    fifo(tid, libc::SCHED_FIFO | RESET_ON_FORK, priority)
+}
+
+fn fifo(tid: i32, policy: i32, priority: i32) -> SysResult<()> {
     let param = libc::sched_param { sched_priority: priority };
     // SAFETY: the kernel reads one struct sched_param.
-    let r = unsafe { libc::sched_setscheduler(tid, libc::SCHED_FIFO | RESET_ON_FORK, &param) };
+    let r = unsafe { libc::sched_setscheduler(tid, policy, &param) };
     check(r.into(), "sched_setscheduler(SCHED_FIFO)", || format!("tid {tid}, 0 is this one"))
         .map(drop)
 }

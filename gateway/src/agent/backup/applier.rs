@@ -8,7 +8,7 @@ use crate::agent::journal;
 use crate::agent::orphans::Closed;
 use crate::agent::primary::lock;
 use crate::agent::status::{FailoverPhases, Phase, Role};
-use crate::agent::stop::{RealTime, become_stop_thread};
+use crate::agent::stop::RealTime;
 use crate::agent::takeover::{self, Takeover};
 use crate::agent::worker::{Life, Outcome, Place};
 use crate::agent::young;
@@ -269,10 +269,11 @@ impl Applier {
 
     fn promote(&mut self, generation: Generation, from: Epoch) -> Result<Life> {
         let fenced = Instant::now();
+        // First of all, and for all of it: a machine that has other things to do would make clients wait.
+        let real_time = RealTime::start();
+        let signals = real_time.become_stop_thread()?;
         let (suspected, silence) = self.shell.suspicion();
         self.shell.memory.keep(generation);
-        let signals = become_stop_thread()?;
-        let real_time = RealTime::start();
         lock(&self.place.status).phase = Phase::Promoting;
         // Everything that was acknowledged is in the channel by now.
         while let Ok(checkpoint) = self.checkpoints.try_recv() {
@@ -298,7 +299,7 @@ impl Applier {
         let takeover = Takeover { place, generation, from, suspected, phases };
         let gate = warm.gate.clone();
         let logged = || self.shell.replay_to(&gate, from);
-        let (record, tree) = takeover::run(&takeover, &mut warm, logged)?;
+        let (record, tree) = takeover::run(&takeover, &mut warm, &real_time, logged)?;
         drop(real_time);
         // What the checkpoint has open without a name is open by now.
         if let Some(Err(error)) = files.as_ref().map(|files| files.volumes.sweep()) {
