@@ -202,16 +202,20 @@ impl Session {
     /// Waits until the terminal shows this.
     fn shows(&self, text: &str) {
         let mut shown = Vec::new();
-        while !String::from_utf8_lossy(&shown).contains(text) {
-            assert!(
-                !ready(&self.master, 60_000).is_empty(),
-                "{:?}",
-                String::from_utf8_lossy(&shown)
-            );
+        assert!(self.has_shown(text, &mut shown, 60_000), "{:?}", String::from_utf8_lossy(&shown));
+    }
+
+    /// Reads what it shows until this is there, or nothing new comes for so many milliseconds.
+    fn has_shown(&self, text: &str, shown: &mut Vec<u8>, patience: u16) -> bool {
+        while !String::from_utf8_lossy(shown).contains(text) {
+            if ready(&self.master, patience).is_empty() {
+                return false;
+            }
             let mut bytes = [0; 256];
             let n = read(&self.master, &mut bytes).expect("read");
             shown.extend_from_slice(&bytes[..n]);
         }
+        true
     }
 }
 
@@ -240,9 +244,16 @@ fn controlling(stage: &Stage) {
     assert_eq!(tcgetpgrp(&early.master).expect("a group"), group);
     early.master.write_all(b"two\n").expect("written");
     early.shows("got two");
-    // ^C reaches the foreground group.
-    early.master.write_all(b"\x03").expect("written");
-    early.shows("interrupted");
+    // ^C reaches the foreground group. A shell that is just about to read hears of it, but tells only when
+    // the next one ends its read.
+    let mut shown = Vec::new();
+    for tries in 1.. {
+        early.master.write_all(b"\x03").expect("written");
+        if early.has_shown("interrupted", &mut shown, 2_000) {
+            break;
+        }
+        assert!(tries < 10, "{:?}", String::from_utf8_lossy(&shown));
+    }
     // A child of the leader, born after it had the terminal.
     write(&late.master, b"word\n").expect("written");
     late.shows("child got word");
