@@ -189,8 +189,8 @@ impl Session {
         nix::fcntl::fcntl(&peer, nix::fcntl::FcntlArg::F_SETFL(flags)).expect("set");
         let end = || Stdio::from(peer.try_clone().expect("dup"));
         let child = Command::new("setsid")
-            // Whoever started us may ignore ^C, and a shell cannot change that for itself.
-            .args(["-c", "env", "--default-signal=INT", "sh", "-c", script])
+            // Whoever started us may ignore ^C or the end of its terminal, and a shell cannot change that for itself.
+            .args(["-c", "env", "--default-signal=INT,HUP", "sh", "-c", script])
             .stdin(end())
             .stdout(end())
             .stderr(end())
