@@ -5,6 +5,7 @@
 mod common;
 
 use common::{Original, Scratch, wait_until};
+use nix::libc;
 use replicator::restore::Peer;
 use std::path::Path;
 use std::process::Command;
@@ -85,6 +86,39 @@ fn survive(group: &str) {
 #[test]
 fn timers_survive() {
     survive("timers");
+}
+
+/// A timer that has gone off goes on only when its signal is taken, so a checkpoint without that signal would
+/// have lost the timer for good. It goes off at any moment of a stop.
+#[test]
+fn a_timer_that_goes_off_in_a_stop_leaves_its_signal() {
+    const PROGRAM: &str = "import signal, time
+signal.signal(signal.SIGALRM, lambda *_: None)
+signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+print('ready', flush=True)
+while True:
+    time.sleep(0.01)";
+    let Some(python) = python() else {
+        println!("skipped: python3 is not installed");
+        return;
+    };
+    let dir = Scratch::new("tasks-alarm");
+    let mut original = Original::start(&dir, &[&python, "-c", PROGRAM]);
+    let console = original.console();
+    original.pump_until("its timer runs", || !lines(&console, "ready").is_empty());
+    let mut gone_off = 0;
+    for _ in 0..400 {
+        original.checkpoint();
+        let process = &original.state.processes[0];
+        let timer = process.timers.interval[0];
+        assert_eq!(timer.interval, 1_000_000);
+        if timer.value == 0 {
+            gone_off += 1;
+            let is_alarm = |info: &Vec<u8>| info[0] == libc::SIGALRM as u8;
+            assert!(process.pending.iter().any(is_alarm), "neither its time nor its signal");
+        }
+    }
+    println!("it had gone off in {gone_off} of 400 stops");
 }
 
 #[test]

@@ -11,7 +11,7 @@ use crate::image::pages::PageSet;
 use crate::image::task::{Place, ProcessSettings, Timers};
 use crate::image::tree::EntryKind;
 use crate::image::{Clocks, Credentials, Kind, Process, Source, State};
-use crate::sys::SysError;
+use crate::sys::{SysError, ptrace};
 use std::collections::HashMap;
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -210,6 +210,13 @@ impl Capturer {
             let posix = tracked.timers.capture(*pid, &tids, &threads, &mut self.batch)?;
             let mut timers = Timers { interval: inner.timers, posix };
             timers.count_from(self.interrupted.since_clocks());
+            // What has gone off since the glance is no timer any more, but a signal.
+            let may_be_signals = tracked.threads.may_go_off() || !timers.posix.is_empty();
+            if may_be_signals {
+                for (thread, tid) in threads.iter_mut().zip(&tids) {
+                    thread.pending = ptrace::pending(*tid, false)?;
+                }
+            }
             spent(&mut times.threads, &mut times.kinds.timers, lap);
             let handle = tracked.handle.as_fd();
             let world = files::World {
@@ -259,9 +266,9 @@ impl Capturer {
                 exe: a.exe.clone(),
                 threads,
                 actions: inner.actions,
-                pending: match tracked.threads.nothing_pends() {
+                pending: match tracked.threads.nothing_pends() && !may_be_signals {
                     true => Vec::new(),
-                    false => crate::sys::ptrace::pending(*pid, true)?,
+                    false => ptrace::pending(*pid, true)?,
                 },
                 fds,
                 cwd: a.cwd.clone(),

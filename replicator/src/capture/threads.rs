@@ -243,6 +243,11 @@ impl Threads {
         self.unasked
     }
 
+    /// Whether a timer of setitimer(2) may have gone off since the last glance.
+    pub(super) fn may_go_off(&self) -> bool {
+        self.glance.as_ref().is_none_or(TaskGlance::may_go_off)
+    }
+
     /// Whether the last glance says that no signal waits for the process.
     pub(super) fn nothing_pends(&self) -> bool {
         self.glance.as_ref().is_some_and(TaskGlance::nothing_pends)

@@ -441,6 +441,11 @@ impl TaskGlance {
         layout.get(now, REAL_TIMER) != 0 || layout.bytes(now, CPU_TIMERS).iter().any(|b| *b != 0)
     }
 
+    /// Whether a timer of setitimer(2) ran at the last look, or it is not known.
+    pub(in crate::capture) fn may_go_off(&self) -> bool {
+        self.of_process().is_none_or(|now| self.has_timers(now))
+    }
+
     /// Whether the process would answer as it did at the last [`TaskGlance::remember`].
     pub(in crate::capture) fn is_unchanged(&self) -> bool {
         let Some(now) = self.of_process() else { return false };
