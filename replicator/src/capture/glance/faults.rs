@@ -191,6 +191,16 @@ impl Code<'_> {
         a.fetch_add(2, 8, 3);
     }
 
+    /// Ends a program, whose other ways lead here.
+    fn finish(&self, mut a: Assembler) -> Vec<u8> {
+        a.label("out");
+        a.leave(0);
+        a.label("strange");
+        self.strange(&mut a);
+        a.leave(0);
+        a.finish()
+    }
+
     fn fault(&self) -> io::Result<Vec<u8>> {
         use Size::{Double, Word};
         let mut a = Assembler::default();
@@ -230,12 +240,7 @@ impl Code<'_> {
         a.store(Double, 2, 0, 1);
         a.load(Double, 1, 6, 16);
         a.store(Double, 2, 8, 1);
-        a.label("out");
-        a.leave(0);
-        a.label("strange");
-        self.strange(&mut a);
-        a.leave(0);
-        Ok(a.finish())
+        Ok(self.finish(a))
     }
 
     /// Whoever takes the lock of a memory without having faulted in it may change pages unseen. We do not,
@@ -264,12 +269,7 @@ impl Code<'_> {
         a.load(Double, 5, 9, 8);
         a.jump(If::Equal, 5, 0, "strange");
         a.store_value(Double, 9, 8, 0);
-        a.label("out");
-        a.leave(0);
-        a.label("strange");
-        self.strange(&mut a);
-        a.leave(0);
-        Ok(a.finish())
+        Ok(self.finish(a))
     }
 
     fn signal(&self) -> io::Result<Vec<u8>> {

@@ -12,9 +12,14 @@
 
 use super::glance::MappingGlance;
 mod copy;
+mod cut;
+mod listing;
 mod noted;
 mod scan;
 
+pub(super) use cut::clip;
+use cut::split_fresh;
+use listing::list;
 pub(super) use noted::Counts;
 use noted::Noted;
 pub(super) use scan::{Helpers, Job};
@@ -22,7 +27,7 @@ pub(super) use scan::{Helpers, Job};
 use super::guards::Guards;
 use super::objects::Objects;
 use super::{CaptureError, Glances, maps};
-use crate::image::pages::{Content, PAGE, PageSet, Run};
+use crate::image::pages::{PAGE, PageSet};
 use crate::image::{Mapping, Source};
 use crate::sys::memory::ForcedMemory;
 use crate::sys::pagemap::{self, Buffer, Pagemap, Region, Scan};
@@ -363,173 +368,6 @@ impl AddressSpace {
         Ok(())
     }
 
-    /// Reads all mappings anew, registers those that are not, and takes their pages.
-    fn relist(
-        &mut self,
-        pages: &mut PageSet,
-        objects: &mut Objects,
-        stopped: bool,
-    ) -> Result<(), CaptureError> {
-        self.changed = true;
-        // It is known for a list that was read after it only.
-        self.sequence = None;
-        self.vmas = maps::read(self.pid, objects.own_devices())?;
-        self.guards.keep_within(&self.vmas);
-        let named = self.name_objects(objects, stopped)?;
-        list(&mut self.glance, &self.procmap, &mut self.extents)?;
-        let agreed = maps::agree(&self.vmas, &self.extents);
-        let mut registered = false;
-        self.spans.clear();
-        let shared_before = std::mem::take(&mut self.shared);
-        for at in 0..self.vmas.len() {
-            let (start, end) = (self.vmas[at].mapping.start, self.vmas[at].mapping.end);
-            if !self.vmas[at].is_trackable() {
-                continue;
-            }
-            if let Some((id, offset)) = self.vmas[at].shared_object() {
-                let shared = Shared { start, end, id, offset };
-                registered = true;
-                if self.list_shared(shared, objects)? {
-                    self.shared.push(shared);
-                }
-                continue;
-            }
-            let before = self.regions.len();
-            let mut scan = self.take(start, end, pagemap::WRITTEN)?;
-            if scan != Scan::Complete {
-                // Memory that is watched and memory that is not never share a mapping. If this is
-                // none any more, a part of it may have been watched and just counted as clean:
-                // what was found is kept, and the next look starts anew.
-                let now = self.procmap.next(start)?;
-                if now.is_none_or(|e| (e.start, e.end) != (start, end)) {
-                    self.extents.clear();
-                    continue;
-                }
-                self.regions.truncate(before);
-                match uffd::register(self.uffd.as_fd(), start, end) {
-                    Ok(()) => registered = true,
-                    Err(e) if e.code() == libc::EPERM && self.vmas[at].is_shared_file() => continue,
-                    // The mapping went away while the container runs: the next look shows it.
-                    Err(e) if e.code() == libc::ENOMEM || e.code() == libc::EINVAL => {
-                        self.extents.clear();
-                        continue;
-                    }
-                    Err(e) => return Err(e.into()),
-                }
-                scan = self.take_fresh(at, pages)?;
-            }
-            if scan != Scan::Complete {
-                self.extents.clear();
-                continue;
-            }
-            match self.spans.last_mut() {
-                Some((_, last)) if *last == start => *last = end,
-                _ => self.spans.push((start, end)),
-            }
-        }
-        for gone in shared_before.iter().filter(|s| !self.shared.contains(s)) {
-            objects.suspect(gone.id);
-        }
-        if registered && self.glance.is_some() && !self.extents.is_empty() {
-            // From now on we watch them, and nothing else may be new about them.
-            list(&mut self.glance, &self.procmap, &mut self.look)?;
-            let place = |e: &Extent| Extent { watcher: 0, ..*e };
-            match self.look.iter().map(place).eq(self.extents.iter().map(place)) {
-                true => std::mem::swap(&mut self.look, &mut self.extents),
-                false => self.extents.clear(),
-            }
-        }
-        if !agreed || !named {
-            // A thread changed its mappings between the two looks: the next look must not find
-            // them as they were.
-            self.extents.clear();
-        }
-        Ok(())
-    }
-
-    /// Watches a mapping of an object and tells the object what was written through it. Says
-    /// whether the mapping is one to look at again.
-    fn list_shared(&mut self, shared: Shared, objects: &mut Objects) -> SysResult<bool> {
-        let Shared { start, end, id, offset } = shared;
-        let mut found = Vec::new();
-        let scan = self.take_into(start, end, &mut found)?;
-        if scan == Scan::Complete {
-            objects.written(id, start, offset, &found);
-            found.iter().for_each(|r| self.guards.remove(r.start, r.end));
-            return Ok(true);
-        }
-        // What was written while it was not watched is found by comparison, from now on.
-        objects.suspect(id);
-        // None can be made while it is watched, see `guards::refuse_stuck`.
-        self.guards.remove(start, end);
-        self.find_guards(start, end)?;
-        self.fresh.push((start, end));
-        cut_out(&mut self.regions, start, end);
-        match uffd::register(self.uffd.as_fd(), start, end) {
-            Ok(()) => {}
-            // It cannot be written through.
-            Err(e) if e.code() == libc::EPERM => return Ok(false),
-            Err(e) if e.code() == libc::ENOMEM || e.code() == libc::EINVAL => {
-                self.extents.clear();
-                return Ok(false);
-            }
-            Err(e) => return Err(e),
-        }
-        found.clear();
-        let scan = self.take_into(start, end, &mut found)?;
-        if scan != Scan::Complete {
-            self.extents.clear();
-        }
-        Ok(scan == Scan::Complete)
-    }
-
-    /// Takes every page of a mapping that was just registered.
-    fn take_fresh(&mut self, at: usize, pages: &mut PageSet) -> Result<Scan, CaptureError> {
-        let Mapping { start, end, .. } = self.vmas[at].mapping;
-        self.guards.remove(start, end);
-        // One that was watched before (a watch that ended, see `Guards`) does not count as written.
-        self.find_guards(start, end)?;
-        self.fresh.push((start, end));
-        cut_out(&mut self.regions, start, end);
-        if !pages.runs.is_empty() {
-            // What an earlier round took at this place belonged to another mapping.
-            let count = ((end - start) / PAGE as u64) as u32;
-            pages.runs.push(Run { process: self.mark, start, count, content: Content::Dropped });
-        }
-        let before = self.regions.len();
-        let wanted = pagemap::WRITTEN
-            | pagemap::PRESENT
-            | pagemap::SWAPPED
-            | pagemap::FILE
-            | pagemap::PFNZERO;
-        let scan = self.take(start, end, wanted)?;
-        let private_file = matches!(
-            self.vmas[at].mapping.source,
-            Source::File { shared: false, .. } | Source::Object { shared: false, .. }
-        );
-        let mut kept = before;
-        for i in before..self.regions.len() {
-            let r = self.regions[i];
-            let there = r.categories & (pagemap::PRESENT | pagemap::SWAPPED) != 0;
-            let zero = r.categories & pagemap::PFNZERO != 0;
-            let from_file = private_file && r.categories & pagemap::FILE != 0;
-            if there && !zero && !from_file {
-                self.regions[kept] = r;
-                kept += 1;
-            }
-        }
-        self.regions.truncate(kept);
-        Ok(scan)
-    }
-
-    /// Looks for guard regions in a range, and keeps them in mind.
-    fn find_guards(&mut self, start: u64, end: u64) -> SysResult<Vec<(u64, u64)>> {
-        let mut found = Vec::new();
-        self.pagemap.guards(start, end, &mut found)?;
-        found.iter().for_each(|(start, end)| self.guards.add(*start, *end));
-        Ok(found)
-    }
-
     /// The guard regions that the last round knows.
     pub(super) fn guards(&self) -> &Guards {
         &self.guards
@@ -582,142 +420,7 @@ impl AddressSpace {
     }
 }
 
-/// All mappings, in order of address.
-fn list(
-    glance: &mut Option<MappingGlance>,
-    procmap: &ProcMap,
-    out: &mut Vec<Extent>,
-) -> SysResult<()> {
-    match glance {
-        Some(glance) => glance.list(out).map(drop),
-        None => procmap.list(out),
-    }
-}
-
-/// Removes what lies in `start..end` from the regions.
-fn cut_out(regions: &mut Vec<Region>, start: u64, end: u64) {
-    let mut behind = Vec::new();
-    regions.retain_mut(|r| {
-        if r.start < end && r.end > end {
-            behind.push(Region { start: end.max(r.start), ..*r });
-        }
-        if r.end > start && r.start < end {
-            r.end = start;
-        }
-        r.start < r.end
-    });
-    regions.append(&mut behind);
-}
-
-/// Cuts a mapping at the borders of the fresh ranges within it. A mapping of ours that grew is
-/// old in one part and fresh in the other, although the kernel shows one.
-fn split_fresh(mapping: &Mapping, fresh: &[(u64, u64)], out: &mut Vec<Mapping>) {
-    let overlap = |(s, e): &&(u64, u64)| *s < mapping.end && *e > mapping.start;
-    let mut cuts: Vec<u64> = fresh
-        .iter()
-        .filter(overlap)
-        .flat_map(|(s, e)| [*s, *e])
-        .filter(|c| *c > mapping.start && *c < mapping.end)
-        .chain([mapping.end])
-        .collect();
-    cuts.sort_unstable();
-    cuts.dedup();
-    let mut start = mapping.start;
-    for end in cuts {
-        let is_fresh = fresh.iter().any(|(s, e)| *s <= start && *e >= end);
-        let mut part = mapping.clone();
-        part.start = start;
-        part.end = end;
-        part.fresh = is_fresh;
-        part.source = mapping.source.behind(start - mapping.start);
-        match out.last_mut() {
-            // Neighbours cut from one mapping with the same mark are one.
-            Some(last) if last.end == start && last.fresh == is_fresh && start > mapping.start => {
-                last.end = end;
-            }
-            _ => out.push(part),
-        }
-        start = end;
-    }
-}
-
-/// Drops from `runs` what lies outside the mappings of its process: memory that was there in a
-/// round of pre-copy and was unmapped before the stop.
-pub(super) fn clip(runs: &mut Vec<Run>, mark: i32, mappings: &[Mapping]) {
-    let mut out = Vec::with_capacity(runs.len());
-    for run in runs.drain(..) {
-        if run.process != mark as u32 {
-            out.push(run);
-            continue;
-        }
-        let end = run.start + u64::from(run.count) * PAGE as u64;
-        for m in mappings {
-            let (s, e) = (run.start.max(m.start), end.min(m.end));
-            if s >= e {
-                continue;
-            }
-            let content = match run.content {
-                Content::Data(at) => Content::Data(at + (s - run.start) as usize),
-                Content::Dropped => Content::Dropped,
-            };
-            let count = ((e - s) / PAGE as u64) as u32;
-            out.push(Run { process: run.process, start: s, count, content });
-        }
-    }
-    *runs = out;
-}
-
 /// Whether an address range is our own scratch area.
 pub(super) fn is_scratch(start: u64, end: u64) -> bool {
     start < SCRATCH + SCRATCH_LEN && end > SCRATCH
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn anonymous(start: u64, end: u64, fresh: bool) -> Mapping {
-        Mapping { start, end, prot: 3, grows_down: false, source: Source::Anonymous, fresh }
-    }
-
-    #[test]
-    fn a_grown_mapping_is_fresh_in_its_new_part_only() {
-        let mut out = Vec::new();
-        split_fresh(&anonymous(0x1000, 0x9000, false), &[(0x5000, 0x9000)], &mut out);
-        assert_eq!(out, [anonymous(0x1000, 0x5000, false), anonymous(0x5000, 0x9000, true)]);
-        out.clear();
-        split_fresh(
-            &anonymous(0x1000, 0x9000, false),
-            &[(0x5000, 0x6000), (0x6000, 0x9000)],
-            &mut out,
-        );
-        assert_eq!(out, [anonymous(0x1000, 0x5000, false), anonymous(0x5000, 0x9000, true)]);
-        out.clear();
-        split_fresh(&anonymous(0x1000, 0x2000, false), &[(0x1000, 0x2000)], &mut out);
-        assert_eq!(out, [anonymous(0x1000, 0x2000, true)]);
-    }
-
-    #[test]
-    fn regions_keep_what_lies_beside_a_cut() {
-        let region = |start, end| Region { start, end, categories: 2 };
-        let mut regions = vec![
-            region(0, 2),
-            region(1, 5),
-            region(3, 4),
-            region(2, 9),
-            region(5, 7),
-            region(7, 8),
-        ];
-        cut_out(&mut regions, 3, 6);
-        let kept = [(0, 2), (1, 3), (2, 3), (7, 8), (6, 9), (6, 7)];
-        assert_eq!(regions, kept.map(|(start, end)| region(start, end)));
-    }
-
-    #[test]
-    fn runs_outside_the_mappings_are_clipped() {
-        let run = |start, count, at| Run { process: 1, start, count, content: Content::Data(at) };
-        let mut runs = vec![run(0x1000, 4, 0), run(0x8000, 1, 4 * PAGE)];
-        clip(&mut runs, 1, &[anonymous(0x2000, 0x4000, false)]);
-        assert_eq!(runs, [run(0x2000, 2, PAGE)]);
-    }
 }

@@ -12,15 +12,15 @@
 //!
 //! | doubt | a page may have changed unnoted because |
 //! |---|---|
-//! | [`Doubt::Unscanned`] | no round has passed all of the memory since the stop before |
-//! | [`Doubt::Mapped`] | mappings have changed, or it is another memory (execve) |
-//! | [`Doubt::Thread`] | a thread is new, or the kernel has counted faults of it that are not noted: futex(2), direct I/O; or one was not handled, which hides such a fault |
-//! | [`Doubt::Ended`] | a thread has ended that the kernel had counted faults of |
-//! | [`Doubt::Strange`] | somebody has taken the lock of its memory outside of a noted fault (process_vm_writev(2), ptrace(2), guard regions), a thread has faulted that nobody knows (a child of vfork(2)), or a fault has ended in SIGSEGV or SIGBUS |
-//! | [`Doubt::Flushed`] | translations were flushed that our own scan has not: pages have gone (madvise(2)), or moved |
-//! | [`Doubt::Moved`] | pages are being moved, and go without a flush meanwhile |
-//! | [`Doubt::Many`] | there were more faults than are kept |
-//! | [`Doubt::Astray`] | a noted fault is none that the kernel would handle, and may hide one |
+//! | [`window::Doubt::Unscanned`] | no round has passed all of the memory since the stop before |
+//! | [`window::Doubt::Mapped`] | mappings have changed, or it is another memory (execve) |
+//! | [`window::Doubt::Thread`] | a thread is new, or the kernel has counted faults of it that are not noted: futex(2), direct I/O; or one was not handled, which hides such a fault |
+//! | [`window::Doubt::Ended`] | a thread has ended that the kernel had counted faults of |
+//! | [`window::Doubt::Strange`] | somebody has taken the lock of its memory outside of a noted fault (process_vm_writev(2), ptrace(2), guard regions), a thread has faulted that nobody knows (a child of vfork(2)), or a fault has ended in SIGSEGV or SIGBUS |
+//! | [`window::Doubt::Flushed`] | translations were flushed that our own scan has not: pages have gone (madvise(2)), or moved |
+//! | [`window::Doubt::Moved`] | pages are being moved, and go without a flush meanwhile |
+//! | [`window::Doubt::Many`] | there were more faults than are kept |
+//! | [`window::Doubt::Astray`] | a noted fault is none that the kernel would handle, and may hide one |
 //!
 //! A window does not begin while a fault is under way that was noted before it, nor where there is swap space:
 //! pages that are swapped out go without a flush, too.
@@ -28,16 +28,23 @@
 //! All that is knowledge of one kernel, which may be wrong, so no checkpoint rests on it alone: it is
 //! **confirmed** before anybody gets it. When the threads run again, all memory that the stop has
 //! not looked at is looked at, without protecting anything: whoever finds a page written there that was not
-//! noted since the stop ([`Noted::confirm`]) has found one that the stop has missed, or one that the
-//! program has just changed in a way that nothing notes. Both times the epoch is taken back, and the
+//! noted since the stop ([`Noted::confirms`]) has found one that the stop has missed, or one that the
+//! program has just changed in a way that nothing notes. Both times the epoch comes to nothing, and the
 //! notes are not believed for a while.
 
+mod parts;
+mod window;
+
+pub(super) use parts::flushes;
+
+use super::cut::cut_out;
 use crate::capture::glance::{Note, Notes};
 use crate::capture::guards::Guards;
-use crate::image::pages::PAGE;
 use crate::sys::pagemap::Region;
 use crate::sys::procmap::Extent;
+use parts::{are_noted, parts};
 use std::time::{Duration, Instant};
+use window::{Seen, Window};
 
 /// Memory of fewer bytes is scanned at once sooner than it is worth notes and their confirmation.
 pub(super) const WORTH: u64 = 256 << 20;
@@ -49,8 +56,6 @@ const BUSY: u64 = 1024;
 /// For how long notes are not believed once they were refuted; each time for twice as long, up to the second.
 const DISBELIEF: Duration = Duration::from_secs(1);
 const MOST_DISBELIEF: Duration = Duration::from_secs(64);
-/// What one page of page tables translates.
-const PART: u64 = 2 << 20;
 /// A page is being moved for a shorter time than this.
 const QUIET: Duration = Duration::from_millis(500);
 
@@ -65,212 +70,6 @@ pub(in crate::capture) struct Counts {
     pub(in crate::capture) ended: u64,
     /// Faults of each thread, in order of their numbers.
     pub(in crate::capture) threads: Vec<(i32, u64)>,
-}
-
-/// Why a stop looks everywhere.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Doubt {
-    Unscanned,
-    Mapped,
-    Thread(i32),
-    Ended,
-    Strange,
-    Flushed,
-    Moved,
-    Many,
-    Astray(Note),
-}
-
-/// The time from a round to the stop after it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum Window {
-    #[default]
-    Shut,
-    /// Its notes are taken, and the scan of its round is under way.
-    Begun(Beginning),
-    /// The scan has passed all of the memory.
-    Open(Beginning),
-}
-
-/// What was seen before the scan; of the flushes, what there must be after it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Beginning {
-    memory: u64,
-    flushes: u64,
-    ended: u64,
-    sequence: u64,
-}
-
-/// What is seen in a stop.
-struct Seen<'a> {
-    counts: &'a Counts,
-    /// Faults that must have been counted of each known thread, in order of their numbers.
-    expected: &'a [(i32, u64)],
-    sequence: Option<u64>,
-    is_strange: bool,
-    is_quiet: bool,
-    /// None: not all were kept.
-    notes: Option<&'a [Note]>,
-    extents: &'a [Extent],
-    guards: &'a Guards,
-}
-
-fn expected_of(expected: &[(i32, u64)], tid: i32) -> Option<u64> {
-    let at = expected.binary_search_by_key(&tid, |(t, _)| *t).ok()?;
-    Some(expected[at].1)
-}
-
-impl Window {
-    /// A scan is about to begin. `expected` was read after all older notes were forgotten, and before
-    /// `counts`: a thread of which no more is counted than was expected then is in a fault that was
-    /// noted before.
-    fn begin(
-        counts: &Counts,
-        expected: &[(i32, u64)],
-        sequence: Option<u64>,
-        is_quiet: bool,
-    ) -> Self {
-        let is_out = |&(tid, count): &(i32, u64)| {
-            expected_of(expected, tid).is_some_and(|expected| count >= expected)
-        };
-        match sequence {
-            Some(sequence) if is_quiet && counts.threads.iter().all(is_out) => {
-                let Counts { memory, flushes, ended, .. } = *counts;
-                Self::Begun(Beginning { memory, flushes, ended, sequence })
-            }
-            _ => Self::Shut,
-        }
-    }
-
-    /// The scan has passed all of the memory, and has flushed translations as often.
-    fn scanned(&mut self, flushes: u64) {
-        *self = match *self {
-            Self::Begun(begun) => {
-                Self::Open(Beginning { flushes: begun.flushes.wrapping_add(flushes), ..begun })
-            }
-            _ => Self::Shut,
-        }
-    }
-
-    /// All threads stand still: whether everything that was written lies around the notes.
-    fn judge(self, seen: &Seen<'_>) -> Result<(), Doubt> {
-        let Self::Open(begun) = self else { return Err(Doubt::Unscanned) };
-        let counts = seen.counts;
-        if counts.memory != begun.memory || seen.sequence != Some(begun.sequence) {
-            return Err(Doubt::Mapped);
-        }
-        if seen.is_strange {
-            return Err(Doubt::Strange);
-        }
-        let differs = |(tid, count): &&(i32, u64)| expected_of(seen.expected, *tid) != Some(*count);
-        if let Some((tid, _)) = counts.threads.iter().find(differs) {
-            return Err(Doubt::Thread(*tid));
-        }
-        if counts.ended != begun.ended {
-            return Err(Doubt::Ended);
-        }
-        if counts.flushes != begun.flushes {
-            return Err(Doubt::Flushed);
-        }
-        if !seen.is_quiet {
-            return Err(Doubt::Moved);
-        }
-        let notes = seen.notes.ok_or(Doubt::Many)?;
-        match notes.iter().find(|note| !is_handled(note, seen.extents, seen.guards)) {
-            Some(note) => Err(Doubt::Astray(*note)),
-            None => Ok(()),
-        }
-    }
-}
-
-/// Whether the kernel handles such a fault, by access_error() of its arch/x86/mm/fault.c.
-fn is_handled(note: &Note, extents: &[Extent], guards: &Guards) -> bool {
-    const THERE: u64 = 1 << 0;
-    const WRITE: u64 = 1 << 1;
-    const USER: u64 = 1 << 2;
-    const INSTRUCTION: u64 = 1 << 4;
-    const ORDINARY: u64 = THERE | WRITE | USER | INSTRUCTION;
-    let at = extents.partition_point(|e| e.end <= note.address);
-    let Some(extent) = extents.get(at).filter(|e| e.start <= note.address) else { return false };
-    let has = |bit| note.error & bit != 0;
-    let [read, write, execute] = [1, 2, 4].map(|bit| extent.flags & bit != 0);
-    let permitted = match () {
-        _ if note.error & !ORDINARY != 0 => false,
-        _ if has(WRITE) => write,
-        _ if has(INSTRUCTION) => execute && !has(THERE),
-        _ => !has(THERE) && (read || write || execute),
-    };
-    permitted && !guards.has(note.address)
-}
-
-/// How often a scan that found this has flushed translations, or less: once for each page of page tables of
-/// each mapping in which it has protected something (pagemap_scan_pmd_entry() of fs/proc/task_mmu.c). Where
-/// a mapping has all of such a page and all was found, there may be none at all, and nothing to flush.
-pub(super) fn flushes(found: &[Region], extents: &[Extent]) -> u64 {
-    let (mut count, mut last, mut covered) = (0, None, 0);
-    for region in found {
-        let mut at = region.start;
-        while at < region.end {
-            let index = extents.partition_point(|e| e.end <= at);
-            let Some(extent) = extents.get(index).filter(|e| e.start <= at) else { break };
-            let start = at / PART * PART;
-            let end = region.end.min(extent.end).min(start + PART);
-            if last != Some((index, start)) {
-                (last, covered) = (Some((index, start)), 0);
-                count += 1;
-            }
-            covered += end - at;
-            if covered == PART {
-                count -= 1;
-            }
-            at = end;
-        }
-    }
-    count
-}
-
-/// Replaces the contents of `out` by the parts around these addresses, as far as they lie in spans.
-/// Addresses and spans lie in order.
-fn parts(addresses: &[u64], spans: &[(u64, u64)], out: &mut Vec<(u64, u64)>) {
-    out.clear();
-    for address in addresses {
-        let start = address / PART * PART;
-        let end = start + PART;
-        let first = spans.partition_point(|(_, e)| *e <= start);
-        for (s, e) in spans[first..].iter().take_while(|(s, _)| *s < end) {
-            let (start, end) = (start.max(*s), end.min(*e));
-            match out.last_mut() {
-                Some((_, last)) if start < *last => {}
-                Some((_, last)) if start == *last => *last = end,
-                _ => out.push((start, end)),
-            }
-        }
-    }
-}
-
-/// Whether each page that was found written in these spans has a note, or is in a part all of which was found
-/// and which has one. All of them lie in order.
-fn are_noted(found: &[Region], noted: &[u64], spans: &[(u64, u64)]) -> bool {
-    let has = |start: u64, end: u64| {
-        let at = noted.partition_point(|address| *address < start);
-        noted.get(at).is_some_and(|address| *address < end)
-    };
-    let was_found = |part: u64| {
-        let first = spans.partition_point(|(_, end)| *end <= part);
-        let within = spans[first..].iter().take_while(|(start, _)| *start < part + PART);
-        within.into_iter().all(|(start, end)| {
-            let (start, end) = (part.max(*start), (part + PART).min(*end));
-            let at = found.partition_point(|r| r.end <= start);
-            found.get(at).is_some_and(|r| r.start <= start && r.end >= end)
-        })
-    };
-    found.iter().all(|r| {
-        (r.start / PART * PART..r.end).step_by(PART as usize).all(|part| {
-            let (start, end) = (r.start.max(part), r.end.min(part + PART));
-            (has(part, part + PART) && was_found(part))
-                || (start..end).step_by(PAGE).all(|page| has(page, page + PAGE as u64))
-        })
-    })
 }
 
 /// The notes of one process, if it has any, and what is made of them.
@@ -536,7 +335,7 @@ impl Noted {
         let mut left = found.to_vec();
         if self.trusted == Some(true) {
             let explained = self.parts.iter().chain(&self.later);
-            explained.for_each(|(start, end)| super::cut_out(&mut left, *start, *end));
+            explained.for_each(|(start, end)| cut_out(&mut left, *start, *end));
         } else {
             left.clear();
         }
@@ -556,148 +355,6 @@ fn has_no_swap() -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const READ: u64 = 1;
-    const WRITE: u64 = 2;
-
-    fn extent(start: u64, end: u64, flags: u64) -> Extent {
-        Extent { start, end, flags, offset: 0, inode: 0, watcher: 0 }
-    }
-
-    fn counts() -> Counts {
-        Counts { memory: 77, flushes: 10, ended: 5, threads: vec![(1, 100), (2, 200)] }
-    }
-
-    fn note(address: u64, error: u64) -> Note {
-        Note { address, error }
-    }
-
-    /// A window that judges well, and what of it an argument changes.
-    struct Case {
-        counts: Counts,
-        expected: Vec<(i32, u64)>,
-        sequence: Option<u64>,
-        is_strange: bool,
-        is_quiet: bool,
-        notes: Option<Vec<Note>>,
-        guards: Guards,
-    }
-
-    fn judged(change: impl FnOnce(&mut Case)) -> Result<(), Doubt> {
-        let mut window = Window::begin(&counts(), &[(1, 100), (2, 200)], Some(8), true);
-        window.scanned(3);
-        let mut now = counts();
-        now.flushes += 3;
-        now.threads[0].1 += 1;
-        let mut case = Case {
-            counts: now,
-            expected: vec![(1, 101), (2, 200)],
-            sequence: Some(8),
-            is_strange: false,
-            is_quiet: true,
-            notes: Some(vec![note(0x1000, 7)]),
-            guards: Guards::default(),
-        };
-        change(&mut case);
-        window.judge(&Seen {
-            counts: &case.counts,
-            expected: &case.expected,
-            sequence: case.sequence,
-            is_strange: case.is_strange,
-            is_quiet: case.is_quiet,
-            notes: case.notes.as_deref(),
-            extents: &[extent(0x1000, 0x2000, READ | WRITE), extent(0x2000, 0x3000, READ)],
-            guards: &case.guards,
-        })
-    }
-
-    #[test]
-    fn every_doubt_is_raised() {
-        assert_eq!(judged(|_| ()), Ok(()));
-        assert_eq!(judged(|c| c.sequence = Some(9)), Err(Doubt::Mapped));
-        assert_eq!(judged(|c| c.sequence = None), Err(Doubt::Mapped));
-        assert_eq!(judged(|c| c.counts.memory = 78), Err(Doubt::Mapped));
-        assert_eq!(judged(|c| c.is_strange = true), Err(Doubt::Strange));
-        // A fault that the kernel took for itself, and one that was not handled.
-        assert_eq!(judged(|c| c.counts.threads[1].1 += 1), Err(Doubt::Thread(2)));
-        assert_eq!(judged(|c| c.expected[1].1 += 1), Err(Doubt::Thread(2)));
-        assert_eq!(judged(|c| c.counts.threads.push((3, 0))), Err(Doubt::Thread(3)));
-        assert_eq!(judged(|c| c.counts.ended += 1), Err(Doubt::Ended));
-        for change in [1, -1i64 as u64] {
-            let flushed = |c: &mut Case| c.counts.flushes = c.counts.flushes.wrapping_add(change);
-            assert_eq!(judged(flushed), Err(Doubt::Flushed));
-        }
-        assert_eq!(judged(|c| c.is_quiet = false), Err(Doubt::Moved));
-        assert_eq!(judged(|c| c.notes = None), Err(Doubt::Many));
-        for astray in [
-            note(0x3000, 6),
-            note(0xfff, 6),
-            note(0x2000, 7),
-            note(0x2000, 5),
-            note(0x1000, 0x14),
-            note(0x1000, 0x27),
-        ] {
-            let noted = |c: &mut Case| c.notes.as_mut().expect("notes").push(astray);
-            assert_eq!(judged(noted), Err(Doubt::Astray(astray)));
-        }
-        assert_eq!(judged(|c| c.notes = Some(vec![note(0x2000, 4), note(0x1fff, 6)])), Ok(()));
-        assert_eq!(judged(|c| c.guards.add(0x1000, 0x2000)), Err(Doubt::Astray(note(0x1000, 7))));
-    }
-
-    #[test]
-    fn a_window_begins_with_no_fault_under_way_and_a_whole_scan() {
-        let begun = |expected: &[(i32, u64)], sequence, quiet| {
-            Window::begin(&counts(), expected, sequence, quiet) != Window::Shut
-        };
-        assert!(begun(&[(1, 100), (2, 200)], Some(8), true));
-        // Faults that were noted and counted between the two looks.
-        assert!(begun(&[(0, 3), (1, 90), (2, 200)], Some(8), true));
-        assert!(!begun(&[(1, 101), (2, 200)], Some(8), true), "it is in a fault");
-        assert!(!begun(&[(1, 100)], Some(8), true), "it is new");
-        assert!(!begun(&[(1, 100), (2, 200)], None, true));
-        assert!(!begun(&[(1, 100), (2, 200)], Some(8), false));
-        let guards = Guards::default();
-        let seen = Seen {
-            counts: &counts(),
-            expected: &[(1, 100), (2, 200)],
-            sequence: Some(8),
-            is_strange: false,
-            is_quiet: true,
-            notes: Some(&[]),
-            extents: &[],
-            guards: &guards,
-        };
-        let mut window = Window::begin(&counts(), &[(1, 100), (2, 200)], Some(8), true);
-        assert_eq!(window.judge(&seen), Err(Doubt::Unscanned));
-        window.scanned(0);
-        assert_eq!(window.judge(&seen), Ok(()));
-        // A scan that no glance came before.
-        window.scanned(0);
-        assert_eq!(window.judge(&seen), Err(Doubt::Unscanned));
-    }
-
-    #[test]
-    fn flushes_are_counted_low() {
-        let region = |start, end| Region { start, end, categories: 2 };
-        let extents = [
-            extent(PART / 2, 2 * PART, 3),
-            extent(2 * PART, 2 * PART + 0x3000, 3),
-            extent(2 * PART + 0x3000, 6 * PART, 3),
-        ];
-        let count = |found: &[Region]| flushes(found, &extents);
-        assert_eq!(count(&[]), 0);
-        assert_eq!(count(&[region(PART, PART + 0x1000), region(PART + 0x2000, PART + 0x3000)]), 1);
-        // A mapping of two pages, both written; and its neighbour.
-        assert_eq!(count(&[region(2 * PART, 2 * PART + 0x3000)]), 1);
-        assert_eq!(count(&[region(2 * PART, 2 * PART + 0x4000)]), 2);
-        // All of a page of page tables: it may not be there. One part of it: it is.
-        assert_eq!(count(&[region(3 * PART, 4 * PART)]), 0);
-        assert_eq!(count(&[region(3 * PART, 4 * PART - 0x1000)]), 1);
-        assert_eq!(count(&[region(3 * PART - 0x1000, 5 * PART + 0x1000)]), 2);
-        assert_eq!(count(&[region(PART / 2, PART)]), 1);
-        // What lies in no mapping counts nothing.
-        assert_eq!(count(&[region(0, 0x1000), region(6 * PART, 7 * PART)]), 0);
-    }
 
     #[test]
     fn the_rest_is_what_a_stop_has_not_looked_at() {
@@ -732,42 +389,5 @@ mod tests {
             })
             .collect();
         assert_eq!(times, [1, 2, 4, 8, 16, 32, 64, 64]);
-    }
-
-    #[test]
-    fn each_page_has_a_note_or_its_part_was_empty() {
-        let region = |start, end| Region { start, end, categories: 2 };
-        let spans = [(0x3000, 2 * PART), (3 * PART, 6 * PART)];
-        let page = |n: u64| region(n * 0x1000, (n + 1) * 0x1000);
-        let noted = |found: &[Region], noted: &[u64]| are_noted(found, noted, &spans);
-        assert!(noted(&[], &[]));
-        assert!(noted(&[page(5), page(7)], &[0x5008, 0x6000, 0x7ff8]));
-        assert!(!noted(&[page(5), page(7)], &[0x5008, 0x6000]));
-        assert!(noted(&[region(0x5000, 0x7000)], &[0x5008, 0x6000]));
-        assert!(!noted(&[region(0x5000, 0x8000)], &[0x5008, 0x6000]), "three pages, two notes");
-        // A part that nobody had touched, up to where the span begins or ends.
-        assert!(noted(&[region(3 * PART, 4 * PART)], &[3 * PART + 0x9000]));
-        assert!(noted(&[region(0x3000, PART)], &[0x9000]));
-        assert!(!noted(&[region(0x4000, PART)], &[0x9000]), "not all of it");
-        assert!(!noted(&[region(3 * PART, 4 * PART)], &[4 * PART]), "a note of another one");
-        assert!(!noted(&[region(3 * PART, 5 * PART)], &[3 * PART]), "two, and one has none");
-        assert!(noted(&[region(3 * PART, 5 * PART)], &[3 * PART, 5 * PART - 1]));
-    }
-
-    #[test]
-    fn parts_lie_in_spans_and_once() {
-        let spans = [(0x1000, PART + 0x5000), (PART + 0x8000, 3 * PART), (9 * PART, 10 * PART)];
-        let of = |addresses: &[u64]| {
-            let mut out = vec![(1, 2)];
-            parts(addresses, &spans, &mut out);
-            out
-        };
-        assert_eq!(of(&[]), []);
-        assert_eq!(of(&[0x10, 0x2000]), [(0x1000, PART)]);
-        let both = [(PART, PART + 0x5000), (PART + 0x8000, 2 * PART)];
-        assert_eq!(of(&[PART + 0x6000, PART + 0x9000]), both);
-        assert_eq!(of(&[0, PART]), [(0x1000, PART + 0x5000), both[1]]);
-        assert_eq!(of(&[PART, 2 * PART]), [both[0], (PART + 0x8000, 3 * PART)]);
-        assert_eq!(of(&[5 * PART, 9 * PART + 7, u64::MAX >> 1]), [(9 * PART, 10 * PART)]);
     }
 }
