@@ -617,3 +617,20 @@ impl StopLoop {
         Ok(Ending::Told)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_that_is_waited_for_begins_as_real_time_and_others_do_not() {
+        let class = || sched::attributes(0).expect("its own");
+        let real_time = RealTime::start();
+        let [shared, other] = std::thread::scope(|scope| {
+            let shared = real_time.share(|| scope.spawn(class));
+            [shared, scope.spawn(class)].map(|thread| thread.join().expect("no panic").policy)
+        });
+        drop(real_time);
+        assert_eq!([shared, other, class().policy], [nix::libc::SCHED_FIFO as u32, 0, 0]);
+    }
+}

@@ -595,3 +595,32 @@ fn find(stubs: &[Stub], pid: i32) -> Result<&Stub, RestoreError> {
         reason: "the spare does not have it".into(),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::Command;
+
+    #[test]
+    fn threads_are_real_time_while_a_real_time_thread_waits_for_them() {
+        let mut child = Command::new("sleep").arg("60").spawn().expect("a child");
+        let pid = child.id() as i32;
+        let own = sched_getaffinity(Pid::from_raw(0)).expect("known");
+        let class = || sched::attributes(pid).expect("it lives");
+        let before = class();
+        let raised = |how| {
+            let together = Together::with(pid, [pid].into_iter());
+            let now = (class().policy, class().priority);
+            drop(together);
+            assert_eq!(class(), before, "{how}");
+            now
+        };
+        assert_eq!(raised("by an ordinary one"), (0, 0));
+        sched::set_fifo(7).expect("real-time");
+        let now = raised("by a real-time one");
+        sched::set_ordinary().expect("ordinary");
+        child.kill().and_then(|()| child.wait()).expect("it ends");
+        assert_eq!(now, (libc::SCHED_FIFO as u32, 7));
+        assert_eq!(sched_getaffinity(Pid::from_raw(0)).expect("known"), own);
+    }
+}

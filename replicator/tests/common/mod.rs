@@ -23,6 +23,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 /// Set in the environment of every container that a test makes.
@@ -32,8 +33,12 @@ pub const SUBJECT: &str = "NILICON_TEST_SUBJECT";
 pub struct Scratch(pub PathBuf);
 
 impl Scratch {
+    /// One of its own, also for tests that run at the same time.
     pub fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("nilicon-{name}-{}", std::process::id()));
+        static COUNT: AtomicUsize = AtomicUsize::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("nilicon-{name}-{}-{number}", std::process::id());
+        let path = std::env::temp_dir().join(name);
         std::fs::create_dir_all(&path).expect("a directory");
         Self(path)
     }
