@@ -3,8 +3,8 @@
 //!
 //! In a stop it is real-time (SCHED_FIFO), and does nothing that could be done before or after:
 //! encoding, sending, logging and bookkeeping belong to the [shipper](super::ship). A stop of a large program may have to be
-//! confirmed when the container runs again; one that is not comes to nothing, and its number is used up. Pre-copy runs
-//! at ordinary priority: it can keep a processor busy for long, and the kernel takes the
+//! confirmed when the container runs again; one that is not comes to nothing, and its number is used up. Pre-copy of a
+//! container that is at work runs at ordinary priority: it can keep a processor busy for long, and the kernel takes the
 //! processor away from real-time threads that do so, heartbeats included. Two sets of
 //! buffers go round between the two threads; when both are with the shipper no stop begins, which
 //! bounds what waits (RB-1).
@@ -496,6 +496,8 @@ impl StopLoop {
         last: bool,
         idle: bool,
     ) -> Result<(), CaptureError> {
+        // Somebody waits for what this takes, and it takes little. Files may take long.
+        let real_time = (idle && self.volumes.is_none()).then(RealTime::start);
         self.capturer.prepare()?;
         for round in 0..MAX_ROUNDS {
             let copied = match idle && round == 0 {
@@ -531,7 +533,7 @@ impl StopLoop {
             last,
             sealed: None,
             error: None,
-            real_time: Some(RealTime::start()),
+            real_time: real_time.or_else(|| Some(RealTime::start())),
             young: Vec::new(),
             partings: Vec::new(),
         };

@@ -66,6 +66,7 @@ use process::Attributes;
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tracer::{Change, Tracer};
 
@@ -107,6 +108,8 @@ struct Tracked {
     threads: threads::Threads,
     files: files::Files,
     direct: direct::Direct,
+    /// The round of pre-copy that was begun looks around notes.
+    has_notes: bool,
     attributes: Attributes,
     /// They were read while it ran, and are others than in the stop before.
     is_doubtful: bool,
@@ -148,21 +151,25 @@ impl Tracked {
         Ok(sequence)
     }
 
-    /// After a stop, while its threads run: whether the stop has looked everywhere, or what it has not looked at,
-    /// which the job looks at, shows that it need not.
-    fn confirm(&mut self, job: &Job) -> Result<bool, CaptureError> {
+    /// After a stop: whether it has looked everywhere, or what it has not looked at,
+    /// which the job looks at, shows that it need not. `stood` says that the job was done while the threads stood
+    /// still.
+    fn confirm(&mut self, job: &Job, stood: bool) -> Result<bool, CaptureError> {
         if self.space.noted().was_trusted() != Some(true) {
             return Ok(true);
         }
-        let confirmed = self.look_at_rest(job);
+        let confirmed = self.look_at_rest(job, stood);
         if !matches!(confirmed, Ok(true)) {
             self.space.noted().disbelieve();
         }
         confirmed
     }
 
-    fn look_at_rest(&mut self, job: &Job) -> Result<bool, CaptureError> {
+    fn look_at_rest(&mut self, job: &Job, stood: bool) -> Result<bool, CaptureError> {
         let Some(found) = self.space.see_rest(job)? else { return Ok(false) };
+        if stood {
+            return Ok(found.is_empty());
+        }
         let sequence = match self.threads.glance() {
             Err(e) if e.is_gone() => return Ok(false),
             other => other?,
@@ -175,11 +182,33 @@ impl Tracked {
     /// At the end of a stop: what stands for the mappings may be another, though they are the same, if we have
     /// asked the process.
     fn look_once_more(&mut self) -> Result<(), CaptureError> {
-        if self.threads.has_asked() && self.space.noted().was_trusted() == Some(true) {
+        if self.threads.has_asked() && self.space.noted().must_know_where_it_stands() {
             let sequence = self.glance(false)?;
             self.space.noted().stands_at(sequence);
         }
         Ok(())
+    }
+
+    /// Begins a round of pre-copy around the notes since the last stop, if it has enough of them.
+    fn begin_around_notes(&mut self, pid: i32, job: &mut Job) -> Result<(), CaptureError> {
+        self.space.consider_notes();
+        self.has_notes = self.space.noted().is_enough();
+        if self.has_notes {
+            self.space.noted().look_so_far();
+            let sequence = self.glance(false)?;
+            self.has_notes = self.space.begin_around_notes(job, sequence);
+        }
+        if self.has_notes {
+            self.direct.round(|| self.threads.reads(pid));
+        }
+        Ok(())
+    }
+
+    /// Takes a glance, and begins a round of pre-copy of all its memory with it.
+    fn begin_round(&mut self, pid: i32, job: &mut Job) -> Result<(), CaptureError> {
+        let sequence = self.glance(true)?;
+        self.direct.round(|| self.threads.reads(pid));
+        Ok(self.space.begin(job, sequence, true)?)
     }
 
     /// A round of pre-copy, which a job may have begun. `look_ahead` has looked at the descriptors.
@@ -244,6 +273,8 @@ pub struct Capturer {
     still: bool,
     /// It hardly ran before this stop, and a helper may have its processor when it has run for a moment.
     idle: bool,
+    /// Looks at what a stop leaves out.
+    rest: Option<Arc<Job>>,
     glances: Glances,
     refusals: refusals::Refusals,
     remains: lineage::Remains,
@@ -425,24 +456,50 @@ impl Capturer {
     /// One round of pre-copy: copies what was written since the last round while the container
     /// runs, and reads what rarely changes. Gives the number of pages copied.
     pub fn precopy(&mut self) -> Result<usize, CaptureError> {
-        self.read_again_ahead()?;
-        self.copy_ahead(None)
+        self.precopy_with(false)
     }
 
     /// The same for a container that does nothing at the moment: its processors look for written pages,
     /// too, as they do in a stop.
     pub fn precopy_of_idle(&mut self) -> Result<usize, CaptureError> {
         self.idle = true;
+        self.precopy_with(true)
+    }
+
+    fn precopy_with(&mut self, helped: bool) -> Result<usize, CaptureError> {
         self.read_again_ahead()?;
-        let job = self.begin_scan(true)?;
-        let copied = self.copy_ahead(Some(&job));
+        let job = self.begin_round(helped)?;
+        let copied = self.copy_ahead(&job, helped);
         if copied.is_err() {
             self.give_up(&job);
         }
         copied
     }
 
-    fn copy_ahead(&mut self, job: Option<&Job>) -> Result<usize, CaptureError> {
+    /// Lets the scan of a round begin: around notes where that is enough, and if it is `helped` by a processor of
+    /// the container everywhere else.
+    fn begin_round(&mut self, helped: bool) -> Result<Arc<Job>, CaptureError> {
+        let mut job = Job::to_take();
+        for (pid, tracked) in &mut self.processes {
+            let begun = tracked.begin_around_notes(*pid, &mut job).and_then(|()| {
+                match helped && !tracked.has_notes {
+                    true => tracked.begin_round(*pid, &mut job),
+                    false => Ok(()),
+                }
+            });
+            match begun {
+                Err(e) if !e.is_gone() => return Err(e),
+                _ => {}
+            }
+        }
+        let job = Arc::new(job);
+        if helped {
+            self.helpers.call(&job);
+        }
+        Ok(job)
+    }
+
+    fn copy_ahead(&mut self, job: &Job, helped: bool) -> Result<usize, CaptureError> {
         let Self { processes, pages, objects, diag, namespaces, .. } = self;
         let before = pages.pages();
         for (pid, tracked) in processes {
@@ -455,9 +512,13 @@ impl Capturer {
                 let handle = tracked.handle.as_fd();
                 tracked.files.look_ahead(*pid, handle, objects, diag)
             });
-            let round = tracked.round(*pid, pages, objects, job);
+            let round = match tracked.has_notes {
+                true => tracked.space.round_around_notes(pages, job),
+                false => tracked.round(*pid, pages, objects, helped.then_some(job)),
+            };
             match (round, read) {
                 (Ok(()), Ok(())) => {
+                    tracked.space.make_ready();
                     let locked = tracked.attributes.locked;
                     let (changed, shown) =
                         (tracked.space.is_changed(), tracked.space.shows_flags());

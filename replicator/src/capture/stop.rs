@@ -45,16 +45,17 @@ impl Capturer {
                 times.seal = lap.next();
             }
             let stays = self.still && captured.is_ok();
+            let stood = self.leave_rest();
             let thawed = if stays { Ok(()) } else { self.tracer.thaw() };
             times.thaw = lap.next();
             let captured = captured?;
             thawed?;
-            Ok(captured)
+            Ok((captured, stood))
         });
         times.total = begin.elapsed();
         boundary.release_input();
-        let result = result?;
-        let confirmed = self.confirm();
+        let (result, stood) = result?;
+        let confirmed = self.confirm(stood);
         times.confirm = begin.elapsed() - times.total;
         if !confirmed? {
             return Err(CaptureError::Transient("a page was written and not noted"));
@@ -68,19 +69,23 @@ impl Capturer {
         Ok(times)
     }
 
-    /// Whether the last stop has looked everywhere where it had to.
-    fn confirm(&mut self) -> Result<bool, CaptureError> {
-        let (mut job, mut all) = (Job::to_look(), true);
+    /// The container is about to run again: whether everything was looked at that the stop leaves out. If not, a helper
+    /// goes on only if it does not take a processor that is needed.
+    fn leave_rest(&mut self) -> bool {
         let idle = std::mem::take(&mut self.idle);
-        for tracked in self.processes.values_mut() {
-            tracked.space.add_rest(&mut job);
+        let Some(job) = &self.rest else { return true };
+        if !idle {
+            job.leave();
         }
-        let job = Arc::new(job);
-        if idle {
-            self.helpers.call(&job);
-        }
+        job.is_done()
+    }
+
+    /// Whether the last stop has looked everywhere where it had to. `stood` says that all of the rest was looked at in it.
+    fn confirm(&mut self, stood: bool) -> Result<bool, CaptureError> {
+        let Some(job) = self.rest.take() else { return Ok(true) };
+        let mut all = true;
         for tracked in self.processes.values_mut() {
-            all &= tracked.confirm(&job)?;
+            all &= tracked.confirm(&job, stood)?;
         }
         Ok(all)
     }
@@ -91,7 +96,7 @@ impl Capturer {
         lap: &mut Lap,
     ) -> Result<State, CaptureError> {
         self.attach_new()?;
-        let job = self.begin_scan(false)?;
+        let job = self.begin_scan()?;
         spent(&mut times.memory, &mut times.kinds.memory, lap);
         let captured = self.capture_with(&job, times, lap);
         if captured.is_err() {
@@ -105,37 +110,31 @@ impl Capturer {
         self.processes.values_mut().for_each(|t| t.space.give_up(job));
     }
 
-    /// Lets the scan of all memory begin, elsewhere if there is a processor for it. Processes that run
-    /// (`running`) may end meanwhile.
-    pub(super) fn begin_scan(&mut self, running: bool) -> Result<Arc<Job>, CaptureError> {
-        let mut job = Job::default();
+    /// Lets the scan of all memory begin, elsewhere if there is a processor for it, and a look at what it leaves
+    /// out.
+    fn begin_scan(&mut self) -> Result<Arc<Job>, CaptureError> {
         for (tid, address) in self.interrupted.take_written() {
             let process = self.tracer.process_of(tid).and_then(|pid| self.processes.get_mut(&pid));
             if let Some(tracked) = process {
                 tracked.space.noted().wrote(address);
             }
         }
-        for (pid, tracked) in &mut self.processes {
+        let (mut job, mut rest) = (Job::to_take(), Job::to_look());
+        for tracked in self.processes.values_mut() {
             if self.still {
                 // What stands still cannot be taken back.
                 tracked.space.noted().shut();
             }
-            let begun = tracked.glance(running).and_then(|sequence| {
-                if running {
-                    tracked.direct.round(|| tracked.threads.reads(*pid));
-                }
-                match self.refusals.collecting() {
-                    true => Ok(()),
-                    false => Ok(tracked.space.begin(&mut job, sequence, running)?),
-                }
-            });
-            match begun {
-                Err(e) if running && e.is_gone() => {}
-                other => other?,
+            let sequence = tracked.glance(false)?;
+            if !self.refusals.collecting() {
+                tracked.space.begin(&mut job, sequence, false)?;
+                tracked.space.add_rest(&mut rest);
             }
         }
-        let job = Arc::new(job);
+        let (job, rest) = (Arc::new(job), Arc::new(rest));
         self.helpers.call(&job);
+        self.helpers.call(&rest);
+        self.rest = Some(rest);
         Ok(job)
     }
 
@@ -244,7 +243,7 @@ impl Capturer {
             }
             let volumes = self.tmpfs.volumes();
             refuse_mappings(*pid, tracked.space.vmas(), volumes, &mut self.refusals)?;
-            let mappings = tracked.space.mappings();
+            let mappings = tracked.space.take_mappings();
             let stuck = guards::refuse_stuck(*pid, &threads, tracked.space.vmas());
             self.refusals.admit(stuck)?;
             let advice =

@@ -58,6 +58,13 @@ pub(in crate::capture) struct Note {
     pub(in crate::capture) error: u64,
 }
 
+impl Note {
+    /// The page was there, and protected.
+    pub(in crate::capture) fn was_there(&self) -> bool {
+        self.error & 1 != 0
+    }
+}
+
 /// The programs, loaded, and what they share with us.
 #[derive(Debug)]
 pub(super) struct Faults {
@@ -375,17 +382,22 @@ impl Notes {
         self.known.words.at(self.of_process(1)).load(Ordering::SeqCst) != 0
     }
 
+    /// How many there are.
+    pub(in crate::capture) fn count(&self) -> usize {
+        self.known.words.at(self.of_process(0)).load(Ordering::SeqCst) as usize
+    }
+
     /// Replaces the contents of `out` by the notes. False if there were more than are kept.
     pub(in crate::capture) fn read(&self, out: &mut Vec<Note>) -> bool {
         out.clear();
-        let count = self.known.words.at(self.of_process(0)).load(Ordering::SeqCst);
+        let count = self.count();
         let first = NOTES_AT + self.slot * NOTES * OF_NOTE;
         let word = |at| self.known.words.at(at).load(Ordering::SeqCst);
-        out.extend((0..(count as usize).min(NOTES)).map(|i| {
+        out.extend((0..count.min(NOTES)).map(|i| {
             let at = first + i * OF_NOTE;
             Note { address: word(at), error: word(at + 1) }
         }));
-        count <= NOTES as u64
+        count <= NOTES
     }
 
     /// These are its threads, in order, all of which stand still, and what the kernel has counted of each.

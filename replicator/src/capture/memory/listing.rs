@@ -21,7 +21,7 @@ impl AddressSpace {
         objects: &mut Objects,
         stopped: bool,
     ) -> Result<(), CaptureError> {
-        self.changed = true;
+        (self.changed, self.ready) = (true, None);
         // It is known for a list that was read after it only.
         self.sequence = None;
         self.vmas = maps::read(self.pid, objects.own_devices())?;

@@ -67,6 +67,8 @@ pub(super) struct AddressSpace {
     regions: Vec<Region>,
     guards: Guards,
     changed: bool,
+    /// What a checkpoint says of them, unless they change.
+    ready: Option<Vec<Mapping>>,
     /// The mappings are those of the last round, and a job scans their pages.
     begun: bool,
     noted: Noted,
@@ -114,6 +116,7 @@ impl AddressSpace {
             regions: Vec::new(),
             guards: Guards::default(),
             changed: true,
+            ready: None,
             begun: false,
             noted: Noted::new(match glances {
                 Glances::Off => None,
@@ -145,7 +148,8 @@ impl AddressSpace {
         (self.flushes, self.found) = (0, 0);
         let result = self.try_round(pages, objects, stopped, job, sequence);
         match &result {
-            Ok(true) if !stopped => self.noted.scanned(self.found, self.flushes),
+            Ok(true) if stopped => self.noted.taken(self.found, self.flushes),
+            Ok(true) => self.noted.scanned(self.found, self.flushes),
             _ => self.noted.shut(),
         }
         if result.is_err() {
@@ -153,9 +157,63 @@ impl AddressSpace {
             self.keep();
         }
         if !stopped {
-            self.noted.consider(self.spans.iter().map(|(start, end)| end - start).sum());
+            self.consider_notes();
         }
         result.map(drop)
+    }
+
+    /// Begins to note faults, or ends it, if its size has changed.
+    pub(super) fn consider_notes(&mut self) {
+        self.noted.consider(self.spans.iter().map(|(start, end)| end - start).sum());
+    }
+
+    /// Begins a round before a stop that looks around the notes since the last one, if these can be all: the
+    /// scan is left to a job. A glance was taken after [`Noted::look_so_far`].
+    pub(super) fn begin_around_notes(&mut self, job: &mut Job, sequence: Option<u64>) -> bool {
+        self.begun = self.noted.is_same(sequence);
+        if self.begun {
+            let Self { noted, spans, pagemap, pid, .. } = self;
+            noted
+                .so_far(spans)
+                .iter()
+                .for_each(|(start, end)| job.add(pagemap, *pid, *start, *end));
+        }
+        self.begun
+    }
+
+    /// The rest of such a round.
+    pub(super) fn round_around_notes(
+        &mut self,
+        pages: &mut PageSet,
+        job: &Job,
+    ) -> Result<(), CaptureError> {
+        let result = self.try_around_notes(pages, job);
+        match &result {
+            Ok(Scan::Complete) => {}
+            Ok(_) => self.noted.shut(),
+            Err(_) => {
+                self.noted.shut();
+                self.keep();
+            }
+        }
+        result.map(drop)
+    }
+
+    fn try_around_notes(&mut self, pages: &mut PageSet, job: &Job) -> Result<Scan, CaptureError> {
+        (self.flushes, self.begun) = (0, false);
+        self.regions.clear();
+        self.regions.append(&mut self.carry);
+        let carried = self.regions.len();
+        let scan = job.collect(self.pid, &mut self.buffer, &mut self.regions)?;
+        self.count(carried);
+        if scan == Scan::Complete {
+            self.noted.looked_so_far(self.flushes);
+        }
+        for region in &self.regions {
+            self.guards.remove(region.start, region.end);
+        }
+        self.copy(pages, false)?;
+        Ok(scan)
     }
 
     /// What was scanned counts as clean from now on, so it must not be forgotten.
@@ -233,18 +291,32 @@ impl AddressSpace {
         };
         if !scanned {
             self.relist(pages, objects, stopped)?;
-        } else if self.noted.is_beginning() {
-            let found = &self.regions[carried..];
-            self.flushes += noted::flushes(found, &self.extents);
-            self.found = found.iter().map(|r| (r.end - r.start) / PAGE as u64).sum();
-        } else if stopped && self.scan_later()? == Scan::Complete && self.checked {
-            self.check_notes(carried)?;
+        } else {
+            self.count(carried);
+        }
+        let mut known = scanned;
+        if scanned && stopped {
+            let before = self.regions.len();
+            known = self.scan_later()? == Scan::Complete;
+            self.count(before);
+            if known && self.checked {
+                self.check_notes(carried)?;
+            }
         }
         for region in &self.regions {
             self.guards.remove(region.start, region.end);
         }
         self.copy(pages, stopped)?;
-        Ok(scanned)
+        Ok(known)
+    }
+
+    /// Counts the regions from there on, which a scan has found.
+    fn count(&mut self, from: usize) {
+        let found = &self.regions[from..];
+        if self.noted.has_notes() {
+            self.flushes += noted::flushes(found, &self.extents);
+        }
+        self.found += found.iter().map(|r| (r.end - r.start) / PAGE as u64).sum::<u64>();
     }
 
     /// Compares what a scan of all memory has found, behind what was `carried`, with what notes tell of.
@@ -296,7 +368,7 @@ impl AddressSpace {
         Ok(Scan::Complete)
     }
 
-    /// After a stop, while the process runs: adds what it has not looked at.
+    /// Adds what the stop does not look at.
     pub(super) fn add_rest(&mut self, job: &mut Job) {
         let Self { noted, spans, pagemap, pid, .. } = self;
         noted.rest(spans).iter().for_each(|(start, end)| job.add(pagemap, *pid, *start, *end));
@@ -306,7 +378,10 @@ impl AddressSpace {
     pub(super) fn see_rest(&mut self, job: &Job) -> Result<Option<Vec<Region>>, CaptureError> {
         let mut found = Vec::new();
         match job.collect(self.pid, &mut self.buffer, &mut found) {
-            Ok(Scan::Complete) => Ok(Some(found)),
+            Ok(Scan::Complete) => {
+                self.noted.without_later(&mut found);
+                Ok(Some(found))
+            }
             Ok(_) => Ok(None),
             Err(e) if e.is_gone() => Ok(None),
             Err(e) => Err(e),
@@ -322,7 +397,7 @@ impl AddressSpace {
             let scan = self.take_into(start, end, &mut found)?;
             objects.written(id, start, offset, &found);
             found.iter().for_each(|r| self.guards.remove(r.start, r.end));
-            if self.noted.is_beginning() {
+            if self.noted.has_notes() {
                 self.flushes += noted::flushes(&found, &self.extents);
             }
             if scan != Scan::Complete {
@@ -374,7 +449,21 @@ impl AddressSpace {
     }
 
     /// The mappings for the checkpoint, those new since the last one marked fresh.
-    pub(super) fn mappings(&self) -> Vec<Mapping> {
+    pub(super) fn take_mappings(&mut self) -> Vec<Mapping> {
+        match self.ready.take().filter(|_| !self.changed) {
+            Some(ready) => ready,
+            None => self.mappings(),
+        }
+    }
+
+    /// Before a stop: makes them ready, as they are if none is changed.
+    pub(super) fn make_ready(&mut self) {
+        if !self.changed && self.ready.is_none() {
+            self.ready = Some(self.mappings());
+        }
+    }
+
+    fn mappings(&self) -> Vec<Mapping> {
         let mut out = Vec::with_capacity(self.vmas.len() + self.fresh.len());
         for vma in &self.vmas {
             if !vma.is_part_of_image() {
@@ -403,6 +492,7 @@ impl AddressSpace {
     /// Whether the mappings changed since the last checkpoint, and forgets it.
     pub(super) fn finish(&mut self) -> bool {
         self.fresh.clear();
+        self.ready = None;
         std::mem::replace(&mut self.changed, false)
     }
 

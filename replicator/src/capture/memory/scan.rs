@@ -1,4 +1,4 @@
-//! The scan of a stop, and that of its confirmation, on two processors: while a container stands still its own processors have
+//! The scan of a stop, and the look at what it leaves out, on two processors: while a container stands still its own processors have
 //! nothing to do, and one of them looks for written pages while the stop thread reads threads and
 //! descriptors. Whoever is done first takes the next piece, so that a helper that gets no processor
 //! delays the stop by one piece at most.
@@ -11,15 +11,19 @@ use crate::sys::pagemap::{self, Buffer, Pagemap, Region, Scan};
 use crate::sys::{SysResult, sched};
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// Bytes of memory in one piece.
 const PIECE: u64 = 8 << 20;
-/// Memory of fewer bytes is scanned sooner than a helper is awake.
+/// Fewer bytes of memory in fewer pieces are scanned sooner than a helper is awake.
 const WORTH: u64 = 32 << 20;
+const MANY: usize = 8;
+/// For so many pieces there is room at once.
+const PIECES: usize = 256;
 /// How often a piece that somebody else has begun is looked at before its scanner may need our
 /// processor, and for how long it then gets it.
 const PATIENCE: u32 = 1_000;
@@ -40,10 +44,9 @@ struct Piece {
 }
 
 /// What becomes of the pages that are found.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 enum Then {
     /// They are protected.
-    #[default]
     Protect,
     /// They are left as they are.
     Leave,
@@ -56,13 +59,14 @@ struct Found {
 }
 
 /// What is to be scanned in one stop.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(in crate::capture) struct Job {
     pieces: Vec<Piece>,
     then: Then,
     bytes: u64,
     next: AtomicUsize,
     done: AtomicUsize,
+    left: AtomicBool,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -70,9 +74,25 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Job {
+    /// One that protects what it finds.
+    pub(in crate::capture) fn to_take() -> Self {
+        Self::new(Then::Protect)
+    }
+
     /// One that protects nothing, so that the next scan finds the same.
     pub(in crate::capture) fn to_look() -> Self {
-        Self { then: Then::Leave, ..Self::default() }
+        Self::new(Then::Leave)
+    }
+
+    fn new(then: Then) -> Self {
+        Self {
+            pieces: Vec::with_capacity(PIECES),
+            then,
+            bytes: 0,
+            next: AtomicUsize::new(0),
+            done: AtomicUsize::new(0),
+            left: AtomicBool::new(false),
+        }
     }
 
     /// Adds memory of a process.
@@ -86,22 +106,40 @@ impl Job {
         }
     }
 
+    /// Helpers begin no more pieces: whoever collects scans the rest alone.
+    pub(in crate::capture) fn leave(&self) {
+        self.left.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether all pieces were scanned.
+    pub(in crate::capture) fn is_done(&self) -> bool {
+        self.done.load(Ordering::SeqCst) == self.pieces.len()
+    }
+
+    fn help(&self, buffer: &mut Buffer) {
+        while !self.left.load(Ordering::SeqCst) && self.scan_next(buffer) {}
+    }
+
     /// Scans pieces until none is left that nobody has begun.
     fn work(&self, buffer: &mut Buffer) {
-        while let Some(piece) = self.pieces.get(self.next.fetch_add(1, Ordering::SeqCst)) {
-            let mut found = lock(&piece.found);
-            let Found { regions, result } = &mut *found;
-            let (start, end) = (piece.start, piece.end);
-            let pagemap = &piece.pagemap;
-            *result = Some(match self.then {
-                Then::Protect => {
-                    pagemap.take_written(start, end, pagemap::WRITTEN, buffer, regions)
-                }
-                Then::Leave => pagemap.see_written(start, end, buffer, regions),
-            });
-            drop(found);
-            self.done.fetch_add(1, Ordering::SeqCst);
-        }
+        while self.scan_next(buffer) {}
+    }
+
+    /// Scans a piece, unless none is left.
+    fn scan_next(&self, buffer: &mut Buffer) -> bool {
+        let next = self.next.fetch_add(1, Ordering::SeqCst);
+        let Some(piece) = self.pieces.get(next) else { return false };
+        let mut found = lock(&piece.found);
+        let Found { regions, result } = &mut *found;
+        let (start, end) = (piece.start, piece.end);
+        let pagemap = &piece.pagemap;
+        *result = Some(match self.then {
+            Then::Protect => pagemap.take_written(start, end, pagemap::WRITTEN, buffer, regions),
+            Then::Leave => pagemap.see_written(start, end, buffer, regions),
+        });
+        drop(found);
+        self.done.fetch_add(1, Ordering::SeqCst);
+        true
     }
 
     /// Scans what is left, waits for what others have begun, and appends what was found in the memory of
@@ -190,7 +228,7 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct Order {
-    job: Option<Arc<Job>>,
+    jobs: VecDeque<Arc<Job>>,
     end: bool,
 }
 
@@ -228,8 +266,12 @@ impl Helper {
     }
 
     fn call(&self, job: &Arc<Job>) {
-        if job.bytes >= WORTH {
-            lock(&self.shared.order).job = Some(job.clone());
+        if job.bytes >= WORTH || job.pieces.len() >= MANY {
+            let mut order = lock(&self.shared.order);
+            // Nobody waits for these any more: it had no processor.
+            order.jobs.retain(|job| Arc::strong_count(job) > 1);
+            order.jobs.push_back(job.clone());
+            drop(order);
             self.shared.come.notify_one();
         }
     }
@@ -242,12 +284,12 @@ fn help(shared: &Shared) {
         if order.end {
             return;
         }
-        let Some(job) = order.job.take() else {
+        let Some(job) = order.jobs.pop_front() else {
             order = shared.come.wait(order).unwrap_or_else(|e| e.into_inner());
             continue;
         };
         drop(order);
-        job.work(&mut buffer);
+        job.help(&mut buffer);
         drop(job);
         order = lock(&shared.order);
     }
@@ -309,7 +351,7 @@ mod tests {
             for address in &wanted {
                 memory[(address - start) as usize] = round as u8;
             }
-            let mut job = Job::default();
+            let mut job = Job::to_take();
             job.add(&pagemap, me, start, start + LEN as u64);
             let job = Arc::new(job);
             helper.call(&job);
@@ -368,7 +410,7 @@ mod tests {
         let memory = memmap2::MmapMut::map_anon(LEN).expect("memory");
         let me = std::process::id() as i32;
         let pagemap = Arc::new(Pagemap::open(me).expect("pagemap"));
-        let (mut job, start) = (Job::default(), memory.as_ptr() as u64);
+        let (mut job, start) = (Job::to_take(), memory.as_ptr() as u64);
         job.add(&pagemap, me, start, start + LEN as u64);
         let scan = job.collect(me, &mut Buffer::default(), &mut Vec::new()).expect("scanned");
         assert!(matches!(scan, Scan::Unregistered(_)));

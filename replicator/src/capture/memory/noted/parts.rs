@@ -1,4 +1,4 @@
-//! Where notes and written pages lie: parts of memory, each as large as what one page of page tables
+//! Where notes and written pages lie: parts of memory, none larger than what one page of page tables
 //! translates.
 
 use crate::image::pages::PAGE;
@@ -34,19 +34,30 @@ pub(in crate::capture::memory) fn flushes(found: &[Region], extents: &[Extent]) 
     count
 }
 
-/// Replaces the contents of `out` by the parts around these addresses, as far as they lie in spans.
-/// Addresses and spans lie in order.
-pub(super) fn parts(addresses: &[u64], spans: &[(u64, u64)], out: &mut Vec<(u64, u64)>) {
+/// Where something was written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Place {
+    pub(super) address: u64,
+    /// Its page was there and protected. If it was not, its page of page tables may be new: whatever lies there is not protected.
+    pub(super) was_there: bool,
+}
+
+/// Replaces the contents of `out` by the parts around these places, as far as they lie in spans: of what one
+/// page of page tables translates, all or what lies between the first and the last page. Places and spans lie in order.
+pub(super) fn parts(places: &[Place], spans: &[(u64, u64)], out: &mut Vec<(u64, u64)>) {
+    const PAGE: u64 = crate::image::pages::PAGE as u64;
     out.clear();
-    for address in addresses {
-        let start = address / PART * PART;
-        let end = start + PART;
-        let first = spans.partition_point(|(_, e)| *e <= start);
-        for (s, e) in spans[first..].iter().take_while(|(s, _)| *s < end) {
+    for within in places.chunk_by(|a, b| a.address / PART == b.address / PART) {
+        let (first, last) = (within[0], within[within.len() - 1]);
+        let (start, end) = match within.iter().all(|place| place.was_there) {
+            true => (first.address / PAGE * PAGE, last.address / PAGE * PAGE + PAGE),
+            false => (first.address / PART * PART, first.address / PART * PART + PART),
+        };
+        let from = spans.partition_point(|(_, e)| *e <= start);
+        for (s, e) in spans[from..].iter().take_while(|(s, _)| *s < end) {
             let (start, end) = (start.max(*s), end.min(*e));
             match out.last_mut() {
-                Some((_, last)) if start < *last => {}
-                Some((_, last)) if start == *last => *last = end,
+                Some((_, last)) if start == *last && start % PART == 0 => *last = end,
                 _ => out.push((start, end)),
             }
         }
@@ -132,17 +143,38 @@ mod tests {
     #[test]
     fn parts_lie_in_spans_and_once() {
         let spans = [(0x1000, PART + 0x5000), (PART + 0x8000, 3 * PART), (9 * PART, 10 * PART)];
-        let of = |addresses: &[u64]| {
+        let of = |addresses: &[u64], was_there| {
+            let places: Vec<Place> =
+                addresses.iter().map(|&address| Place { address, was_there }).collect();
             let mut out = vec![(1, 2)];
-            parts(addresses, &spans, &mut out);
+            parts(&places, &spans, &mut out);
             out
         };
-        assert_eq!(of(&[]), []);
-        assert_eq!(of(&[0x10, 0x2000]), [(0x1000, PART)]);
+        assert_eq!(of(&[], false), []);
+        assert_eq!(of(&[0x10, 0x2000], false), [(0x1000, PART)]);
         let both = [(PART, PART + 0x5000), (PART + 0x8000, 2 * PART)];
-        assert_eq!(of(&[PART + 0x6000, PART + 0x9000]), both);
-        assert_eq!(of(&[0, PART]), [(0x1000, PART + 0x5000), both[1]]);
-        assert_eq!(of(&[PART, 2 * PART]), [both[0], (PART + 0x8000, 3 * PART)]);
-        assert_eq!(of(&[5 * PART, 9 * PART + 7, u64::MAX >> 1]), [(9 * PART, 10 * PART)]);
+        assert_eq!(of(&[PART + 0x6000, PART + 0x9000], false), both);
+        assert_eq!(of(&[0, PART], false), [(0x1000, PART + 0x5000), both[1]]);
+        assert_eq!(of(&[PART, 2 * PART], false), [both[0], (PART + 0x8000, 3 * PART)]);
+        let far = [5 * PART, 9 * PART + 7, u64::MAX >> 1];
+        assert_eq!(of(&far, false), [(9 * PART, 10 * PART)]);
+        // Pages that were there: those between the first and the last of one page of page tables.
+        assert_eq!(of(&far, true), [(9 * PART, 9 * PART + 0x1000)]);
+        assert_eq!(of(&[0x10, 0x2008, 0x4ff8], true), [(0x1000, 0x5000)]);
+        let around = [(PART + 0x4000, PART + 0x5000), (PART + 0x8000, PART + 0xa000)];
+        assert_eq!(of(&[PART + 0x4000, PART + 0x9000], true), around);
+        let three = [PART - 1, PART, 2 * PART - 1];
+        let merged = [(PART - 0x1000, PART + 0x5000), (PART + 0x8000, 2 * PART)];
+        assert_eq!(of(&three, true), merged);
+        assert_eq!(of(&[PART], true), [(PART, PART + 0x1000)]);
+    }
+
+    #[test]
+    fn one_page_that_was_not_there_is_enough_to_look_around_it() {
+        let place = |address, was_there| Place { address, was_there };
+        let places = [place(0x1000, true), place(0x3000, false), place(PART, true)];
+        let mut out = Vec::new();
+        parts(&places, &[(0, 2 * PART)], &mut out);
+        assert_eq!(out, [(0, PART + 0x1000)]);
     }
 }

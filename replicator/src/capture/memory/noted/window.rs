@@ -1,4 +1,4 @@
-//! The time from a round to the stop after it, and what makes the notes of it doubtful (see [`super`]).
+//! The time from a round, or a stop, to the stop after it, and what makes the notes of it doubtful (see [`super`]).
 
 use super::Counts;
 use crate::capture::glance::Note;
@@ -19,7 +19,7 @@ pub(super) enum Doubt {
     Astray(Note),
 }
 
-/// The time from a round to the stop after it.
+/// The time from a round, or a stop, to the stop after it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum Window {
     #[default]
@@ -58,25 +58,53 @@ fn expected_of(expected: &[(i32, u64)], tid: i32) -> Option<u64> {
     Some(expected[at].1)
 }
 
+/// Whether no thread is in a fault that was noted before `expected` was read, which was before `counts` were.
+pub(super) fn are_out(counts: &Counts, expected: &[(i32, u64)]) -> bool {
+    let is_out = |&(tid, count): &(i32, u64)| {
+        expected_of(expected, tid).is_some_and(|expected| count >= expected)
+    };
+    counts.threads.iter().all(is_out)
+}
+
 impl Window {
+    /// Whether it is one of this memory, with these mappings.
+    pub(super) fn is_of(&self, memory: u64, sequence: Option<u64>) -> bool {
+        matches!(self, Self::Open(begun) if begun.memory == memory && Some(begun.sequence) == sequence)
+    }
+
     /// A scan is about to begin. `expected` was read after all older notes were forgotten, and before
     /// `counts`: a thread of which no more is counted than was expected then is in a fault that was
     /// noted before.
-    pub(super) fn begin(
-        counts: &Counts,
-        expected: &[(i32, u64)],
-        sequence: Option<u64>,
-        is_quiet: bool,
-    ) -> Self {
-        let is_out = |&(tid, count): &(i32, u64)| {
-            expected_of(expected, tid).is_some_and(|expected| count >= expected)
-        };
+    pub(super) fn begin(counts: &Counts, expected: &[(i32, u64)], sequence: Option<u64>) -> Self {
         match sequence {
-            Some(sequence) if is_quiet && counts.threads.iter().all(is_out) => {
+            Some(sequence) if are_out(counts, expected) => {
                 let Counts { memory, flushes, ended, .. } = *counts;
                 Self::Begun(Beginning { memory, flushes, ended, sequence })
             }
             _ => Self::Shut,
+        }
+    }
+
+    /// All threads stand still, so that nobody is in a fault, and scans have passed all of the memory that may have been
+    /// written since the last ones. They have flushed translations as often since the glance of `counts`.
+    pub(super) fn begin_in_stop(counts: &Counts, sequence: Option<u64>, flushes: u64) -> Self {
+        let Counts { memory, ended, .. } = *counts;
+        let flushes = counts.flushes.wrapping_add(flushes);
+        let open = |sequence| Self::Open(Beginning { memory, flushes, ended, sequence });
+        sequence.map_or(Self::Shut, open)
+    }
+
+    /// A scan of some of the memory has flushed translations as often.
+    pub(super) fn flushed(&mut self, flushes: u64) {
+        if let Self::Open(begun) = self {
+            begun.flushes = begun.flushes.wrapping_add(flushes);
+        }
+    }
+
+    /// Of one that has begun in this stop, after another glance.
+    pub(super) fn stands_at(&mut self, counts: &Counts, sequence: Option<u64>) {
+        if matches!(self, Self::Open(_)) {
+            *self = Self::begin_in_stop(counts, sequence, 0);
         }
     }
 
@@ -172,7 +200,7 @@ mod tests {
     }
 
     fn judged(change: impl FnOnce(&mut Case)) -> Result<(), Doubt> {
-        let mut window = Window::begin(&counts(), &[(1, 100), (2, 200)], Some(8), true);
+        let mut window = Window::begin(&counts(), &[(1, 100), (2, 200)], Some(8));
         window.scanned(3);
         let mut now = counts();
         now.flushes += 3;
@@ -234,16 +262,15 @@ mod tests {
 
     #[test]
     fn a_window_begins_with_no_fault_under_way_and_a_whole_scan() {
-        let begun = |expected: &[(i32, u64)], sequence, quiet| {
-            Window::begin(&counts(), expected, sequence, quiet) != Window::Shut
+        let begun = |expected: &[(i32, u64)], sequence| {
+            Window::begin(&counts(), expected, sequence) != Window::Shut
         };
-        assert!(begun(&[(1, 100), (2, 200)], Some(8), true));
+        assert!(begun(&[(1, 100), (2, 200)], Some(8)));
         // Faults that were noted and counted between the two looks.
-        assert!(begun(&[(0, 3), (1, 90), (2, 200)], Some(8), true));
-        assert!(!begun(&[(1, 101), (2, 200)], Some(8), true), "it is in a fault");
-        assert!(!begun(&[(1, 100)], Some(8), true), "it is new");
-        assert!(!begun(&[(1, 100), (2, 200)], None, true));
-        assert!(!begun(&[(1, 100), (2, 200)], Some(8), false));
+        assert!(begun(&[(0, 3), (1, 90), (2, 200)], Some(8)));
+        assert!(!begun(&[(1, 101), (2, 200)], Some(8)), "it is in a fault");
+        assert!(!begun(&[(1, 100)], Some(8)), "it is new");
+        assert!(!begun(&[(1, 100), (2, 200)], None));
         let guards = Guards::default();
         let seen = Seen {
             counts: &counts(),
@@ -255,12 +282,50 @@ mod tests {
             extents: &[],
             guards: &guards,
         };
-        let mut window = Window::begin(&counts(), &[(1, 100), (2, 200)], Some(8), true);
+        let mut window = Window::begin(&counts(), &[(1, 100), (2, 200)], Some(8));
         assert_eq!(window.judge(&seen), Err(Doubt::Unscanned));
         window.scanned(0);
         assert_eq!(window.judge(&seen), Ok(()));
         // A scan that no glance came before.
         window.scanned(0);
         assert_eq!(window.judge(&seen), Err(Doubt::Unscanned));
+    }
+
+    #[test]
+    fn a_window_that_begins_in_a_stop_counts_what_scans_flush() {
+        let guards = Guards::default();
+        let judged = |window: Window, flushes: u64| {
+            window.judge(&Seen {
+                counts: &Counts { flushes, ..counts() },
+                expected: &[(1, 100), (2, 200)],
+                sequence: Some(8),
+                is_strange: false,
+                is_quiet: true,
+                notes: Some(&[]),
+                extents: &[],
+                guards: &guards,
+            })
+        };
+        let mut window = Window::begin_in_stop(&counts(), Some(8), 3);
+        assert_eq!(judged(window, 13), Ok(()));
+        assert_eq!(judged(window, 12), Err(Doubt::Flushed));
+        window.flushed(2);
+        assert_eq!(judged(window, 15), Ok(()));
+        assert!(window.is_of(77, Some(8)));
+        assert!(
+            !window.is_of(78, Some(8)) && !window.is_of(77, Some(9)) && !window.is_of(77, None)
+        );
+        // Another glance in that stop, after calls in the process.
+        window.stands_at(&Counts { flushes: 20, ..counts() }, Some(8));
+        assert_eq!(judged(window, 20), Ok(()));
+        assert_eq!(Window::begin_in_stop(&counts(), None, 3), Window::Shut);
+        let mut shut = Window::Shut;
+        shut.stands_at(&counts(), Some(8));
+        shut.flushed(1);
+        assert_eq!(shut, Window::Shut);
+        let mut begun = Window::begin(&counts(), &[(1, 100), (2, 200)], Some(8));
+        begun.flushed(1);
+        begun.scanned(3);
+        assert_eq!(judged(begun, 13), Ok(()), "one that has not begun to scan has not flushed");
     }
 }
