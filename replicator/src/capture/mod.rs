@@ -192,8 +192,8 @@ impl Tracked {
     /// Begins a round of pre-copy around the notes since the last stop, if it has enough of them.
     fn begin_around_notes(&mut self, pid: i32, job: &mut Job) -> Result<(), CaptureError> {
         self.space.consider_notes();
-        self.has_notes = self.space.noted().is_enough();
-        if self.has_notes {
+        self.has_notes = false;
+        if self.space.noted().is_enough() {
             self.space.noted().look_so_far();
             let sequence = self.glance(false)?;
             self.has_notes = self.space.begin_around_notes(job, sequence);
