@@ -265,10 +265,8 @@ impl Capturer {
                 exe: a.exe.clone(),
                 threads,
                 actions: inner.actions,
-                pending: match tracked.threads.nothing_pends() && !may_be_signals {
-                    true => Vec::new(),
-                    false => ptrace::pending(*pid, true)?,
-                },
+                // Whatever a glance says: a timer whose callback runs in that moment has no time left and no signal yet.
+                pending: ptrace::pending(*pid, true)?,
                 fds,
                 cwd: a.cwd.clone(),
                 umask: a.umask,

@@ -248,11 +248,6 @@ impl Threads {
         self.glance.as_ref().is_none_or(TaskGlance::may_go_off)
     }
 
-    /// Whether the last glance says that no signal waits for the process.
-    pub(super) fn nothing_pends(&self) -> bool {
-        self.glance.as_ref().is_some_and(TaskGlance::nothing_pends)
-    }
-
     /// Whether a glance tells that /proc would say of the process what it did when
     /// [`Threads::remember_outside`] was last called.
     pub(super) fn is_unchanged_outside(&self) -> bool {

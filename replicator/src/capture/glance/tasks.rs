@@ -98,7 +98,6 @@ const UNDO_LIST: usize = 37;
 const UNDO_FIRST: usize = 38;
 
 const PROCESS: &[Wanted] = &[
-    (SIGNAL, "shared_pending.signal", Use::Data),
     (SIGNAL, "real_timer.state", Use::Data),
     (SIGNAL, "it", Use::Data),
     (SIGNAL, "it_real_incr", Use::Setting),
@@ -145,9 +144,8 @@ const FAULTS: [Wanted; 6] = [
     (GROUP, "maj_flt", Use::Data),
     (MEMORY, "context.tlb_gen", Use::Data),
 ];
-const SHARED_PENDING: usize = 0;
-const REAL_TIMER: usize = 1;
-const CPU_TIMERS: usize = 2;
+const REAL_TIMER: usize = 0;
+const CPU_TIMERS: usize = 1;
 
 /// The program, loaded.
 #[derive(Debug)]
@@ -486,11 +484,6 @@ impl TaskGlance {
             before[1].extend_from_slice(&now[..self.known.process.len()]);
         }
         self.outside = before;
-    }
-
-    /// Whether no signal waits for the process.
-    pub(in crate::capture) fn nothing_pends(&self) -> bool {
-        self.of_process().is_some_and(|now| self.known.process.get(now, SHARED_PENDING) == 0)
     }
 }
 
