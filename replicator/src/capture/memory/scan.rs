@@ -117,7 +117,8 @@ impl Job {
     }
 
     fn help(&self, buffer: &mut Buffer) {
-        while !self.left.load(Ordering::SeqCst) && self.scan_next(buffer) {}
+        let may_go_on = || !self.left.load(Ordering::SeqCst);
+        while may_go_on() && self.scan_next(buffer) {}
     }
 
     /// Scans pieces until none is left that nobody has begun.
