@@ -147,10 +147,18 @@ impl Stage {
         self.control.set_nonblocking(false).expect("set");
     }
 
-    /// Waits until what was written is acknowledged.
+    /// Waits until what was written is acknowledged: on both sides, as a cork (TCP_CORK) keeps it for 200 ms.
     fn settle(&self) {
         let quiet = |s: &TcpStream| sockopt::out_queue(s.as_fd()).expect("asked") == 0;
-        wait_until("all is sent", || quiet(&self.control) && self.clients.iter().all(quiet));
+        let sockets = format!("/proc/{}/net/tcp", self.original.launched.pid);
+        let is_out =
+            |line: &str| line.split_whitespace().nth(4).is_some_and(|q| q.starts_with("00000000:"));
+        wait_until("all is sent", || {
+            let theirs = std::fs::read_to_string(&sockets).expect("its sockets");
+            theirs.lines().skip(1).all(is_out)
+                && quiet(&self.control)
+                && self.clients.iter().all(quiet)
+        });
         // Acknowledgements that wait for data to go with.
         std::thread::sleep(Duration::from_millis(60));
     }

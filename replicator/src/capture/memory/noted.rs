@@ -152,7 +152,7 @@ impl Noted {
     /// A glance at threads that run is about to be taken, before the scan of a round.
     pub(in crate::capture) fn before_glance(&mut self) {
         self.window = Window::Shut;
-        (self.trusted, self.looked) = (None, 0);
+        self.looked = 0;
         if let Some(notes) = &self.notes {
             notes.begin(&mut self.expected);
         }
@@ -473,6 +473,38 @@ mod tests {
         let mut found = vec![region(0x2000, 0x3000), region(0x7000, 0x9000)];
         noted.without_later(&mut found);
         assert_eq!(found, [region(0x2000, 0x3000), region(0x7000, 0x8000)]);
+    }
+
+    #[test]
+    fn a_stop_need_not_look_where_a_round_has_unless_a_thread_was_in_a_fault() {
+        let looked = |counted: &[(i32, u64)]| {
+            let mut noted = Noted::new(None);
+            noted.window = Window::begin_in_stop(&noted.counts, Some(8), 0);
+            noted.list = vec![Note { address: 0x5008, error: 7 }; 3];
+            noted.expected = vec![(1, 100), (2, 200)];
+            noted.counts.threads = counted.to_vec();
+            assert_eq!(noted.so_far(&[(0x1000, 0x9000)]), [(0x5000, 0x6000)]);
+            noted.looked_so_far(2);
+            noted.so_far(&[(0x1000, 0x9000)]).is_empty()
+        };
+        assert!(looked(&[(1, 100), (2, 201)]));
+        assert!(!looked(&[(1, 99), (2, 200)]), "it is in one that was noted before");
+        assert!(!looked(&[(1, 100), (2, 200), (3, 0)]), "nobody knows this one");
+    }
+
+    #[test]
+    fn a_program_that_writes_much_is_busy_for_a_while() {
+        let mut noted = Noted::new(Some(WORTH));
+        noted.window = Window::begin_in_stop(&noted.counts, Some(8), 0);
+        noted.scanned(BUSY, 0);
+        assert!(noted.busy.is_none());
+        noted.scanned(BUSY + 1, 0);
+        assert_eq!(noted.window, Window::Shut);
+        noted.consider(WORTH);
+        assert!(noted.busy.is_some(), "not over yet");
+        noted.busy = Some(Instant::now() - BUSY_FOR);
+        noted.consider(0);
+        assert!(noted.busy.is_none());
     }
 
     #[test]

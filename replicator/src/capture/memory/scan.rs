@@ -407,6 +407,25 @@ mod tests {
     }
 
     #[test]
+    fn helpers_begin_nothing_more_of_a_job_that_was_left() {
+        let Some((memory, _fd)) = watched() else {
+            println!("skipped: no userfaultfd");
+            return;
+        };
+        let me = std::process::id() as i32;
+        let pagemap = Arc::new(Pagemap::open(me).expect("pagemap"));
+        let (mut job, start) = (Job::to_look(), memory.as_ptr() as u64);
+        job.add(&pagemap, me, start, start + LEN as u64);
+        let mut buffer = Buffer::default();
+        job.leave();
+        job.help(&mut buffer);
+        assert_eq!(job.done.load(Ordering::SeqCst), 0);
+        assert!(!job.is_done());
+        job.collect(me, &mut buffer, &mut Vec::new()).expect("scanned");
+        assert!(job.is_done());
+    }
+
+    #[test]
     fn memory_that_is_not_watched_is_told() {
         let memory = memmap2::MmapMut::map_anon(LEN).expect("memory");
         let me = std::process::id() as i32;
