@@ -237,6 +237,17 @@ fn what_faults_is_found_around_the_notes() {
     });
 }
 
+/// A fault of such a page does not tell whether what lies around it is protected: all of it is looked at.
+#[test]
+fn a_page_that_was_not_there_is_found_around_its_note() {
+    in_both_modes("parts", |subject| {
+        // Others may have moved pages at the first.
+        let mut parts = 0..8;
+        let touch = |part| subject.once(&format!("{part} 1 touch"), AfterRound) == AroundNotes;
+        assert!(parts.any(touch), "always doubted");
+    });
+}
+
 #[test]
 fn more_faults_than_are_kept_are_doubted() {
     in_both_modes("many", |subject| {

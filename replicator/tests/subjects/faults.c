@@ -23,13 +23,14 @@
 #define PAGE 4096L
 #define PART (2L << 20)
 #define PAGES (80L << 8)
+#define PARTS 8
 #define WORKERS 3
 #ifndef MADV_GUARD_INSTALL
 #define MADV_GUARD_INSTALL 102
 #define MADV_GUARD_REMOVE 103
 #endif
 
-static char *area, *readable, *fresh;
+static char *area, *readable, *fresh, *parts;
 static int tells[WORKERS + 1][2], answers[2];
 static sigjmp_buf back;
 extern char **environ;
@@ -90,6 +91,7 @@ static void reach(int from, pid_t whose)
 {
 	struct order o;
 	munmap(area, PAGES * PAGE);
+	munmap(parts, PARTS * PART);
 	while (read(from, &o, sizeof o) == sizeof o) {
 		struct iovec here = { &o.value, sizeof o.value };
 		struct iovec there = { area + o.place * PAGE + 128, sizeof o.value };
@@ -131,6 +133,8 @@ static void do_it(const char *how, struct order o)
 	if (!strcmp(how, "nothing")) {
 	} else if (!strcmp(how, "store")) {
 		store(o);
+	} else if (!strcmp(how, "touch")) {
+		*(volatile long *)(parts + o.place * PART + 5 * PAGE) = o.value;
 	} else if (!strcmp(how, "read")) {
 		int fd = open("/proc/self/exe", O_RDONLY);
 		if (pread(fd, at + 1000, len, o.value % 1000) <= 0)
@@ -239,9 +243,12 @@ int main(int count, char **args)
 	area = mmap(NULL, PAGES * PAGE + PART, PROT_READ | PROT_WRITE, flags, -1, 0);
 	readable = mmap(NULL, PAGE, PROT_READ, flags, -1, 0);
 	fresh = mmap(NULL, 64 * PAGE, PROT_READ | PROT_WRITE, flags, -1, 0);
-	if (count < 2 || area == MAP_FAILED || readable == MAP_FAILED || fresh == MAP_FAILED)
+	parts = mmap(NULL, (PARTS + 1) * PART, PROT_READ | PROT_WRITE, flags, -1, 0);
+	if (count < 2 || parts == MAP_FAILED || area == MAP_FAILED || readable == MAP_FAILED || fresh == MAP_FAILED)
 		die("begin");
 	area += PART - (long)area % PART;
+	parts += PART - (long)parts % PART;
+	madvise(parts, PARTS * PART, MADV_NOHUGEPAGE);
 	if (pipe(answers))
 		die("pipe");
 	for (int i = 0; i <= WORKERS; i++)

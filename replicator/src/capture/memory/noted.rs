@@ -403,8 +403,7 @@ impl Noted {
     /// Whether each page that was `found` written in [`Noted::rest`] after the last stop was noted since then, and
     /// it is still the same memory with the same mappings, by a glance that was taken after the look.
     ///
-    /// A part in which nobody had touched anything has no page of page tables, and cannot be protected: once one of
-    /// its pages is there all others count as written.
+    /// Memory that was given back (MADV_DONTNEED) is not protected any more: a part of it counts as written as a whole.
     pub(in crate::capture) fn confirms(&mut self, found: &[Region], sequence: Option<u64>) -> bool {
         let (memory, mapped, before) = self.stopped;
         let is_same = (self.counts.memory, sequence) == (memory, mapped);

@@ -131,7 +131,7 @@ mod tests {
         assert!(!noted(&[page(5), page(7)], &[0x5008, 0x6000]));
         assert!(noted(&[region(0x5000, 0x7000)], &[0x5008, 0x6000]));
         assert!(!noted(&[region(0x5000, 0x8000)], &[0x5008, 0x6000]), "three pages, two notes");
-        // A part that nobody had touched, up to where the span begins or ends.
+        // A part that was given back, up to where the span begins or ends.
         assert!(noted(&[region(3 * PART, 4 * PART)], &[3 * PART + 0x9000]));
         assert!(noted(&[region(0x3000, PART)], &[0x9000]));
         assert!(!noted(&[region(0x4000, PART)], &[0x9000]), "not all of it");
