@@ -4,20 +4,19 @@
 
 mod common;
 
-use common::{CONTAINER, Lan, Original, Scratch, wait_until};
+use common::stage::{Stage, obey};
+use common::{Original, Scratch, wait_until};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use replicator::Epoch;
-use replicator::capture::{CaptureError, Glances, NoBoundary, StopTimes, warm_up};
-use replicator::image::net::TcpConnection;
+use replicator::capture::{CaptureError, Glances, NoBoundary, warm_up};
 use replicator::image::{Kind, Process};
 use replicator::sys::sockopt;
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
-use std::time::Duration;
 
 const PORT: u16 = 7100;
 
@@ -30,10 +29,6 @@ fn subject() {
 }
 
 fn run() {
-    let listener = TcpListener::bind(("0.0.0.0", PORT)).expect("bound");
-    println!("listening");
-    let (control, _) = listener.accept().expect("accepted");
-    let mut lines = BufReader::new(control.try_clone().expect("a duplicate")).lines();
     let mut streams: Vec<TcpStream> = Vec::new();
     let mut epolls: Vec<Epoll> = Vec::new();
     let mut events: Vec<EventFd> = Vec::new();
@@ -41,8 +36,7 @@ fn run() {
     let mut files: Vec<std::fs::File> = Vec::new();
     let mut memory = Vec::new();
     let event = |data| EpollEvent::new(EpollFlags::EPOLLIN, data);
-    while let Some(Ok(line)) = lines.next() {
-        let words: Vec<&str> = line.split(' ').collect();
+    obey(PORT, |listener, words| {
         let n = |at: usize| words[at].parse::<usize>().expect("a number");
         match words[0] {
             "accept" => streams.push(listener.accept().expect("accepted").0),
@@ -97,98 +91,20 @@ fn run() {
                 assert_eq!(fresh.0.as_raw_fd(), number);
                 epolls.push(fresh);
             }
+            // It can be told nothing meanwhile.
             "flood" => {
-                (&control).write_all(b".").expect("answered");
-                for round in 0..4u8 {
-                    wait_until("it is told", || Path::new(&format!("go{round}")).exists());
-                    streams[n(1)].write_all(&[round; 100]).expect("written");
-                    std::fs::write(format!("done{round}"), "").expect("said");
-                }
-                continue;
+                let mut stream = streams[n(1)].try_clone().expect("a duplicate");
+                std::thread::spawn(move || {
+                    for round in 0..4u8 {
+                        wait_until("it is told", || Path::new(&format!("go{round}")).exists());
+                        stream.write_all(&[round; 100]).expect("written");
+                        std::fs::write(format!("done{round}"), "").expect("said");
+                    }
+                });
             }
             other => panic!("{other}?"),
         }
-        (&control).write_all(b".").expect("answered");
-    }
-}
-
-struct Stage {
-    original: Original,
-    lan: Lan,
-    control: TcpStream,
-    clients: Vec<TcpStream>,
-    _dir: Scratch,
-}
-
-impl Stage {
-    fn new(name: &str) -> Self {
-        let dir = Scratch::new(name);
-        let lan = Lan::new(name);
-        let exe = std::env::current_exe().expect("a path");
-        let command = [exe.to_str().expect("a path"), "--exact", "subject", "--nocapture"];
-        let mut original = Original::start_with(&dir, &command, |pid| lan.connect(pid, "cable"));
-        original.capturer.set_glances(Glances::Checked);
-        lan.plug("cable");
-        let console = original.console();
-        original.pump_until("it listens", || {
-            std::fs::read_to_string(&console).is_ok_and(|s| s.contains("listening"))
-        });
-        let control = Self::dial(&lan);
-        Self { original, lan, control, clients: Vec::new(), _dir: dir }
-    }
-
-    fn dial(lan: &Lan) -> TcpStream {
-        let connect = || TcpStream::connect((CONTAINER, PORT)).expect("connected");
-        lan.namespace.enter(connect).expect("entered")
-    }
-
-    fn tell(&mut self, line: &str) {
-        if line == "accept" {
-            self.clients.push(Self::dial(&self.lan));
-        }
-        self.control.write_all(format!("{line}\n").as_bytes()).expect("sent");
-        self.control.set_nonblocking(true).expect("set");
-        let control = &self.control;
-        let answered = || (&mut { control }).read(&mut [0]).is_ok_and(|n| n == 1);
-        self.original.pump_until(line, answered);
-        self.control.set_nonblocking(false).expect("set");
-        self.settle();
-    }
-
-    /// Waits until what was written is acknowledged.
-    fn settle(&self) {
-        let quiet = |s: &TcpStream| sockopt::out_queue(s.as_fd()).expect("asked") == 0;
-        wait_until("all is sent", || quiet(&self.control) && self.clients.iter().all(quiet));
-        // Acknowledgements that wait for data to go with.
-        std::thread::sleep(Duration::from_millis(50));
-    }
-
-    fn stop(&mut self) -> StopTimes {
-        let o = &mut self.original;
-        o.epoch += 1;
-        loop {
-            match o.capturer.stop(Epoch(o.epoch), &mut NoBoundary, &mut o.state, &mut o.pages) {
-                Err(CaptureError::Transient(_)) => {}
-                other => return other.expect("a glance shows what is there"),
-            }
-        }
-    }
-
-    fn look_ahead(&mut self) {
-        self.original.capturer.prepare().expect("prepared");
-        self.original.capturer.precopy().expect("looked ahead");
-    }
-
-    fn connection(&self, client: usize) -> &TcpConnection {
-        let address = self.clients[client].local_addr().expect("an address");
-        let all = self.original.state.descriptions.iter();
-        all.filter_map(|d| match &d.kind {
-            Kind::Tcp(c) => Some(&**c),
-            _ => None,
-        })
-        .find(|c| c.remote == address)
-        .expect("captured")
-    }
+    });
 }
 
 #[test]
@@ -197,7 +113,7 @@ fn whatever_changes_before_a_stop_is_seen_in_it() {
         println!("skipped: this kernel shows descriptors one by one only");
         return;
     }
-    let mut stage = Stage::new("glances");
+    let mut stage = Stage::new("glances", PORT);
     let set = |i, level, name, value| format!("set {i} {level} {name} {value}");
     let steps: Vec<String> = [
         "accept",
@@ -247,7 +163,7 @@ fn whatever_changes_before_a_stop_is_seen_in_it() {
     let mut glanced = 0;
     for step in &steps {
         stage.look_ahead();
-        stage.tell(step);
+        stage.does(step);
         stage.stop();
         // Nothing has changed since: now all can be seen at once.
         stage.look_ahead();
@@ -265,9 +181,9 @@ fn queues_are_what_they_are_at_each_stop() {
         println!("skipped: this kernel shows descriptors one by one only");
         return;
     }
-    let mut stage = Stage::new("queues");
+    let mut stage = Stage::new("queues", PORT);
     for _ in 0..2 {
-        stage.tell("accept");
+        stage.does("accept");
     }
     stage.look_ahead();
     stage.stop();
@@ -281,11 +197,11 @@ fn queues_are_what_they_are_at_each_stop() {
         stage.stop();
         assert_eq!(stage.connection(0).receive_queue, queue, "nothing has changed");
     }
-    stage.tell("read 0 3");
+    stage.does("read 0 3");
     stage.stop();
     assert_eq!(stage.connection(0).receive_queue, b"two2three");
     // As many bytes as were read, and others: the length alone says nothing.
-    stage.tell("read 0 4");
+    stage.does("read 0 4");
     stage.clients[0].write_all(b"four").expect("sent");
     stage.settle();
     stage.stop();
@@ -293,7 +209,7 @@ fn queues_are_what_they_are_at_each_stop() {
 
     // What it has sent and nobody acknowledges, because the cable is cut. So it is told in another
     // way.
-    stage.tell("flood 1");
+    stage.does("flood 1");
     stage.look_ahead();
     stage.lan.unplug("cable");
     let mut sent = Vec::new();
@@ -387,7 +303,7 @@ fn names_pipes_and_mappings_are_what_they_are_at_each_stop() {
         println!("skipped: this kernel shows descriptors one by one only");
         return;
     }
-    let mut stage = Stage::new("names");
+    let mut stage = Stage::new("names", PORT);
     // Believed, or it would be looked at one by one.
     stage.original.capturer.set_glances(Glances::On);
     let at = stage.original.dir.to_string_lossy().into_owned();
@@ -416,7 +332,7 @@ fn names_pipes_and_mappings_are_what_they_are_at_each_stop() {
     ];
     for step in &steps {
         stage.look_ahead();
-        stage.tell(step);
+        stage.does(step);
         stage.stop();
         stage.shows_what_there_is(step);
         stage.stop();
@@ -425,6 +341,12 @@ fn names_pipes_and_mappings_are_what_they_are_at_each_stop() {
 }
 
 impl Stage {
+    /// Has the program do something, and waits until all of it is sent.
+    fn does(&mut self, line: &str) {
+        self.tell(line);
+        self.settle();
+    }
+
     /// Compares paths, pipes and mappings of the last stop with /proc.
     fn shows_what_there_is(&self, step: &str) {
         let (state, pid) = (&self.original.state, self.original.launched.pid);

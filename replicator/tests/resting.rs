@@ -4,16 +4,14 @@
 
 mod common;
 
-use common::{CONTAINER, Lan, Original, Scratch, wait_until};
+use common::stage::{Stage, obey};
 use nix::fcntl::{FcntlArg, FdFlag, FlockArg, OFlag, fcntl};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
-use replicator::Epoch;
-use replicator::capture::{CaptureError, Glances, NoBoundary, StopTimes, warm_up};
-use replicator::image::Kind;
+use replicator::capture::warm_up;
 use replicator::image::net::TcpConnection;
 use replicator::sys::sockopt;
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
@@ -35,16 +33,11 @@ fn subject() {
 }
 
 fn run() {
-    let listener = TcpListener::bind(("0.0.0.0", PORT)).expect("bound");
-    println!("listening");
-    let (control, _) = listener.accept().expect("accepted");
-    let mut lines = BufReader::new(control.try_clone().expect("a duplicate")).lines();
     let mut streams: Vec<TcpStream> = Vec::new();
     let mut spare: Vec<OwnedFd> = Vec::new();
     let mut locks = Vec::new();
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).expect("epoll");
-    while let Some(Ok(line)) = lines.next() {
-        let words: Vec<&str> = line.split(' ').collect();
+    obey(PORT, |listener, words| {
         let n = |at: usize| words[at].parse::<usize>().expect("a number");
         let event = |data: usize| EpollEvent::new(EpollFlags::EPOLLIN, data as u64);
         match words[0] {
@@ -98,93 +91,15 @@ fn run() {
             }
             other => panic!("{other}?"),
         }
-        (&control).write_all(b".").expect("answered");
-    }
+    });
 }
 
-struct Stage {
-    original: Original,
-    lan: Lan,
-    control: TcpStream,
-    clients: Vec<TcpStream>,
-    _dir: Scratch,
-}
-
-impl Stage {
-    fn new(name: &str) -> Self {
-        let dir = Scratch::new(name);
-        let lan = Lan::new(name);
-        let exe = std::env::current_exe().expect("a path");
-        let command = [exe.to_str().expect("a path"), "--exact", "subject", "--nocapture"];
-        let mut original = Original::start_with(&dir, &command, |pid| lan.connect(pid, "cable"));
-        original.capturer.set_glances(Glances::Checked);
-        lan.plug("cable");
-        let console = original.console();
-        original.pump_until("it listens", || {
-            std::fs::read_to_string(&console).is_ok_and(|s| s.contains("listening"))
-        });
-        let control = Self::dial(&lan);
-        let mut me = Self { original, lan, control, clients: Vec::new(), _dir: dir };
-        (0..COUNT).for_each(|_| me.tell("accept"));
-        me.settle();
-        me
-    }
-
-    fn dial(lan: &Lan) -> TcpStream {
-        let connect = || TcpStream::connect((CONTAINER, PORT)).expect("connected");
-        lan.namespace.enter(connect).expect("entered")
-    }
-
-    fn tell(&mut self, line: &str) {
-        if matches!(line.split(' ').next(), Some("accept" | "swap")) {
-            self.clients.push(Self::dial(&self.lan));
-        }
-        self.control.write_all(format!("{line}\n").as_bytes()).expect("sent");
-        self.control.set_nonblocking(true).expect("set");
-        let control = &self.control;
-        let answered = || (&mut { control }).read(&mut [0]).is_ok_and(|n| n == 1);
-        self.original.pump_until(line, answered);
-        self.control.set_nonblocking(false).expect("set");
-    }
-
-    /// Waits until what was written is acknowledged: on both sides, as a cork (TCP_CORK) keeps it for 200 ms.
-    fn settle(&self) {
-        let quiet = |s: &TcpStream| sockopt::out_queue(s.as_fd()).expect("asked") == 0;
-        let sockets = format!("/proc/{}/net/tcp", self.original.launched.pid);
-        let is_out =
-            |line: &str| line.split_whitespace().nth(4).is_some_and(|q| q.starts_with("00000000:"));
-        wait_until("all is sent", || {
-            let theirs = std::fs::read_to_string(&sockets).expect("its sockets");
-            theirs.lines().skip(1).all(is_out)
-                && quiet(&self.control)
-                && self.clients.iter().all(quiet)
-        });
-        // Acknowledgements that wait for data to go with.
-        std::thread::sleep(Duration::from_millis(60));
-    }
-
-    fn stop(&mut self) -> StopTimes {
-        let o = &mut self.original;
-        o.epoch += 1;
-        loop {
-            match o.capturer.stop(Epoch(o.epoch), &mut NoBoundary, &mut o.state, &mut o.pages) {
-                Err(CaptureError::Transient(_)) => {}
-                other => return other.expect("a glance shows what is there"),
-            }
-        }
-    }
-
-    fn look_ahead(&mut self) {
-        self.original.capturer.prepare().expect("prepared");
-        self.original.capturer.precopy().expect("looked ahead");
-    }
-
-    fn connections(&self) -> impl Iterator<Item = &TcpConnection> {
-        self.original.state.descriptions.iter().filter_map(|d| match &d.kind {
-            Kind::Tcp(c) => Some(&**c),
-            _ => None,
-        })
-    }
+/// With all connections.
+fn stage(name: &str) -> Stage {
+    let mut stage = Stage::new(name, PORT);
+    (0..COUNT).for_each(|_| stage.tell("accept"));
+    stage.settle();
+    stage
 }
 
 /// What is done to the connection with this number, and whether a later look need not walk for it.
@@ -264,7 +179,7 @@ fn a_change_of_one_connection_is_seen_among_many() {
         println!("skipped: this kernel shows descriptors one by one only");
         return;
     }
-    let mut stage = Stage::new("resting");
+    let mut stage = stage("resting");
     stage.look_ahead();
     stage.stop();
     let mut rest = ALL;
@@ -278,6 +193,9 @@ fn a_change_of_one_connection_is_seen_among_many() {
         assert!(before.resting + 3 >= rest, "{change}: only {} of {rest} rest", before.resting);
         rest = before.resting;
         stage.look_ahead();
+        if change.starts_with("swap") {
+            stage.dial();
+        }
         stage.tell(&change);
         stage.settle();
         let times = stage.stop();
@@ -297,7 +215,7 @@ fn what_rests_is_in_each_checkpoint_as_it_is_at_that_time() {
         println!("skipped: this kernel shows descriptors one by one only");
         return;
     }
-    let mut stage = Stage::new("rested");
+    let mut stage = stage("rested");
     stage.look_ahead();
     stage.look_ahead();
     stage.stop();

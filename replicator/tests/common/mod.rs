@@ -3,6 +3,7 @@
 #![allow(dead_code, unreachable_pub, reason = "each test program uses its part of it")]
 
 pub mod shadow;
+pub mod stage;
 pub mod subject;
 
 use netns_tools::links::Network;
