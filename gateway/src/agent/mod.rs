@@ -55,7 +55,8 @@ use tokio::sync::{Notify, mpsc};
 use volumes::Files;
 use worker::{Duty, Place, Seen};
 
-/// Threads of the runtime that carries checkpoints and heartbeats, and their nice value: clients
+/// Most threads of the runtime that carries checkpoints and heartbeats, no more than it has processors (they would
+/// only wake each other), and their nice value: clients
 /// wait for what they carry, but real-time ones would be woken by each frame of the input log and
 /// take the processor from those very clients.
 const WORKERS: usize = 2;
@@ -105,7 +106,7 @@ pub fn run(options: AgentOptions) -> Result<()> {
     mask.add(Signal::SIGCHLD);
     pthread_sigmask(SigmaskHow::SIG_BLOCK, Some(&mask), None).context("block SIGCHLD")?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(WORKERS)
+        .worker_threads(std::thread::available_parallelism().map_or(1, |n| n.get().min(WORKERS)))
         .event_interval(EVENT_INTERVAL)
         .enable_all()
         .on_thread_start(|| {

@@ -10,8 +10,8 @@ use super::pki::Identity;
 use nix::sys::socket::{setsockopt, sockopt};
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::{
-    ClientConfig, Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, ServerConfig,
-    TransportConfig, VarInt,
+    AckFrequencyConfig, ClientConfig, Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig,
+    ServerConfig, TransportConfig, VarInt,
 };
 use rustls::RootCertStore;
 use rustls::client::Resumption;
@@ -41,6 +41,10 @@ const SOCKET_BUFFER: usize = 8 << 20;
 /// Datagrams that wait to be sent or read; heartbeats that wait for long are worth nothing.
 const DATAGRAMS: usize = 16 << 10;
 
+/// Packets that a peer may receive before it confirms them without having anything else to say. An epoch is a packet
+/// or two, and its acknowledgement carries the confirmation.
+const UNCONFIRMED: u32 = 10;
+
 /// UDP payload that the route to a peer carries, as far as it is known now.
 pub fn route_payload(peer: SocketAddr) -> u16 {
     let fallback = 1200;
@@ -60,10 +64,13 @@ fn transport(peer: SocketAddr) -> TransportConfig {
     let mut discovery = MtuDiscoveryConfig::default();
     // Over IPv6 the route's size is not asked for, so probes go up to the largest.
     discovery.upper_bound(if peer.is_ipv4() { payload } else { LARGEST });
+    let mut confirmations = AckFrequencyConfig::default();
+    confirmations.ack_eliciting_threshold(VarInt::from_u32(UNCONFIRMED));
     let mut t = TransportConfig::default();
     t.initial_mtu(payload)
         .mtu_discovery_config(Some(discovery))
         .max_idle_timeout(Some(IdleTimeout::from(VarInt::from_u32(IDLE.as_millis() as u32))))
+        .ack_frequency_config(Some(confirmations))
         .keep_alive_interval(None)
         .initial_rtt(Duration::from_millis(20))
         .stream_receive_window(VarInt::from_u32(STREAM_WINDOW))
