@@ -153,7 +153,7 @@ fn link() -> Result<(), Failure> {
             source: Source::Anonymous,
             fresh: false,
         };
-        let process = Process { pid: 1, mappings: vec![mapping], ..Process::default() };
+        let process = Process { pid: 1, mappings: vec![mapping].into(), ..Process::default() };
         let state = State { processes: vec![process], ..State::default() };
         let run =
             Run { process: 0, start: 0x10000, count: pages as u32, content: Content::Data(0) };

@@ -46,6 +46,8 @@ struct Subject {
     step: u64,
     /// Stops that were sealed and then refuted.
     refuted: usize,
+    /// Stops whose checkpoint was there before they were confirmed, or refuted.
+    early: usize,
     dir: Scratch,
 }
 
@@ -75,7 +77,7 @@ impl Subject {
         let pid = original.launched.pid;
         let snapshot = Snapshot { pid, wanted: true, ..Snapshot::default() };
         let (step, refuted, shadow) = (0, 0, Shadow::default());
-        let mut me = Self { original, shadow, snapshot, step, refuted, dir };
+        let mut me = Self { original, shadow, snapshot, step, refuted, early: 0, dir };
         me.stop(|_| ());
         // Pages may have been moved when notes began.
         for _ in 0..12 {
@@ -117,7 +119,13 @@ impl Subject {
         let epoch = Epoch(o.epoch);
         let snapshot = &mut self.snapshot;
         snapshot.sealed.clear();
-        let stopped = o.capturer.stop(epoch, snapshot, &mut o.state, &mut o.pages);
+        let taken = o.capturer.take(epoch, snapshot, &mut o.state, &mut o.pages);
+        let stopped = taken.and_then(|mut taken| {
+            self.early += usize::from(!taken.is_confirmed());
+            o.capturer.confirm(&mut taken)?;
+            assert!(taken.is_confirmed());
+            Ok(taken.times())
+        });
         if let Err(error) = &stopped
             && self.snapshot.sealed == [epoch]
         {
@@ -375,6 +383,7 @@ fn what_was_missed_is_found_before_anybody_gets_the_checkpoint() {
             std::thread::sleep(Duration::from_millis(100));
         }
         assert_eq!(subject.refuted, before + 1);
+        assert!(subject.early > 0, "each checkpoint was confirmed before it was there");
         let times = subject.try_stop(|_| ()).expect("it looks everywhere");
         assert_eq!((times.noted, times.doubted), (0, 1), "what was refuted is not believed");
     }

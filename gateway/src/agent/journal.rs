@@ -22,7 +22,7 @@ pub fn monotonic_us() -> u64 {
 #[derive(Debug)]
 pub(super) struct Journal {
     file: Option<File>,
-    line: Vec<u8>,
+    lines: Vec<u8>,
 }
 
 impl Journal {
@@ -32,18 +32,19 @@ impl Journal {
         let file = append(&path)
             .inspect_err(|error| tracing::warn!(%error, path = %path.display(), "no journal"))
             .ok();
-        Self { file, line: Vec::new() }
+        Self { file, lines: Vec::new() }
     }
 
-    pub(super) fn write(&mut self, record: &EpochRecord) {
-        let Some(file) = &mut self.file else { return };
-        self.line.clear();
-        let written = serde_json::to_writer(&mut self.line, record)
-            .map_err(std::io::Error::from)
-            .and_then(|()| {
-                self.line.push(b'\n');
-                file.write_all(&self.line)
-            });
+    /// Adds records, in one call.
+    pub(super) fn write(&mut self, records: &[EpochRecord]) {
+        let Some(file) = self.file.as_mut().filter(|_| !records.is_empty()) else { return };
+        self.lines.clear();
+        let add = |record| {
+            serde_json::to_writer(&mut self.lines, record)?;
+            self.lines.push(b'\n');
+            Ok::<(), std::io::Error>(())
+        };
+        let written = records.iter().try_for_each(add).and_then(|()| file.write_all(&self.lines));
         if let Err(error) = written {
             tracing::warn!(%error, "the journal of epochs ends here");
             self.file = None;

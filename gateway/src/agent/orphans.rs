@@ -36,12 +36,15 @@ pub(super) struct Closed {
     pid: i32,
     /// Those to be asked for.
     asked: HashSet<Ends>,
+    /// Those that were when the last checkpoint was taken.
+    before: HashSet<Ends>,
 }
 
 impl Closed {
     /// `pid` is the container's first process; `left` are those that it was restored with.
     pub(super) fn of(name: &str, pid: i32, left: Vec<Ends>) -> Self {
-        Self { name: name.to_owned(), pid, asked: left.into_iter().collect() }
+        let asked = left.into_iter().collect();
+        Self { name: name.to_owned(), pid, asked, before: HashSet::new() }
     }
 
     /// Those of a checkpoint that its container was restored with.
@@ -57,6 +60,7 @@ impl Closed {
     /// Adds what was closed to a checkpoint whose output has just been sealed.
     pub(super) fn add(&mut self, state: &mut State, gate: &Gate) {
         self.hear(gate);
+        self.before.clone_from(&self.asked);
         strike_out(&mut self.asked, state);
         if self.asked.is_empty() {
             return;
@@ -70,6 +74,11 @@ impl Closed {
         if let Err(error) = in_network_of(self.pid, || self.ask(state, find)) {
             tracing::debug!(%error, "closed connections are not read");
         }
+    }
+
+    /// That checkpoint has come to nothing: who was asked for is asked for again.
+    pub(super) fn take_back(&mut self) {
+        self.asked.extend(self.before.drain());
     }
 
     /// Asks for those that may be there. What is there still goes into the checkpoint, and is asked for the
@@ -214,6 +223,18 @@ mod tests {
         assert_eq!(questions, asked([1, 3]), "the second was gone");
         assert_eq!(second.farewells, [connection(ends(3))]);
         assert_eq!(closed.asked, asked([3]), "now the first is gone, too");
+    }
+
+    #[test]
+    fn who_was_named_by_a_checkpoint_that_came_to_nothing_is_asked_for_again() {
+        let mut closed = closed(1..=3);
+        closed.before.clone_from(&closed.asked);
+        let mut state = State { farewells: vec![connection(ends(1))], ..State::default() };
+        strike_out(&mut closed.asked, &state);
+        closed.ask(&mut state, |_| Ok(None));
+        assert_eq!(closed.asked, asked([]));
+        closed.take_back();
+        assert_eq!(closed.asked, asked(1..=3));
     }
 
     #[test]

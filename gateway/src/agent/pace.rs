@@ -33,8 +33,6 @@ use std::time::Duration;
 const FAULT: Duration = Duration::from_nanos(850);
 /// Most time that output gathers, in units of [`Rates::gather`].
 const GATHERINGS: u32 = 8;
-/// The part of the gathering time that one frame alone has at least, to be joined by a second.
-const ALONE: u32 = 5;
 /// Weight of the newest cost in the average: one in so many.
 const MEMORY: u32 = 4;
 /// A look at least so often while the budget is used up.
@@ -121,6 +119,8 @@ pub(super) struct Pacer {
     lead: Duration,
     /// Output that waits: since when, frames at the last change, and when that was.
     waiting: Option<(Duration, usize, Duration)>,
+    /// The last decision took an answer of one frame for all that comes.
+    hasty: bool,
 }
 
 impl Pacer {
@@ -133,6 +133,7 @@ impl Pacer {
             work: Default::default(),
             lead: Duration::ZERO,
             waiting: None,
+            hasty: false,
         }
     }
 
@@ -158,6 +159,12 @@ impl Pacer {
         self.work.0 = total;
     }
 
+    /// Whether the last decision, which is asked about once, took an answer of one frame for all that comes. If
+    /// there are more of them by the end of pre-copy, [`Pacer::look`] is to be asked again.
+    pub(super) fn was_hasty(&mut self) -> bool {
+        std::mem::take(&mut self.hasty)
+    }
+
     /// A stop was taken back; the next is tried after `pause`, whatever it costs.
     pub(super) fn taken_back(&mut self, now: Duration, pause: Duration) {
         let again = (now + pause).saturating_sub(self.rates.min);
@@ -177,10 +184,12 @@ impl Pacer {
     /// What to do now.
     pub(super) fn look(&mut self, look: Look) -> Next {
         let Rates { min, max, gather, .. } = self.rates;
+        self.hasty = false;
         let worth = max / WORTH;
         let max = max - self.lead.min(max / LEAD);
         let since = self.since(look.now);
-        if since < min {
+        // Without output nothing is due then either.
+        if since < min && (look.awaited || look.output > 0) {
             return Next::After(min - since);
         }
         if look.awaited {
@@ -206,10 +215,8 @@ impl Pacer {
         self.waiting = Some((begun, frames, changed));
         let quiet = look.now - changed;
         // The answer to the only one who asks: what follows it gathers while pre-copy runs.
-        let gather = match look.all_wait && frames == 1 {
-            true => gather.saturating_sub(self.lead).max(gather / ALONE),
-            false => gather,
-        };
+        let alone = look.all_wait && frames == 1;
+        let gather = if alone { gather.saturating_sub(self.lead) } else { gather };
         if quiet < gather && look.now - begun < gather * GATHERINGS {
             return Next::After((gather - quiet).min(max - since));
         }
@@ -217,6 +224,7 @@ impl Pacer {
         if !look.all_wait || quiet < gather {
             short = short.max(self.short_of_work(since));
         }
+        self.hasty = alone && short.is_zero();
         if short.is_zero() { Next::Stop } else { Next::After(short.min(GLANCE).min(max - since)) }
     }
 
@@ -311,14 +319,18 @@ mod tests {
         (0..20).for_each(|_| p.prepared(us(60)));
         let at = run(&mut p, us(0), |now| begun(now, 700), |_| us(50));
         assert!((us(740)..us(760)).contains(&at), "{at:?}: 60 us of 100 are to come");
-        (0..20).for_each(|_| p.prepared(us(400)));
-        p.waiting = None;
-        let at = run(&mut p, us(0), |now| begun(now, 700), |_| us(50));
-        assert!((us(720)..us(740)).contains(&at), "{at:?}: all of it is to come");
         p.waiting = None;
         let two = |now| begun(now, 700) + begun(now, 715);
         let at = run(&mut p, us(0), two, |_| us(50));
-        assert!((us(815)..us(840)).contains(&at), "{at:?}: there was a second one");
+        assert!((us(815)..us(860)).contains(&at), "{at:?}: there was a second one");
+        (0..20).for_each(|_| p.prepared(us(400)));
+        p.waiting = None;
+        let at = run(&mut p, us(0), |now| begun(now, 700), |_| us(50));
+        assert_eq!(at, us(700), "all of it is to come");
+        assert!(p.was_hasty() && !p.was_hasty());
+        // Meanwhile more has come: all of it is awaited.
+        let at = run(&mut p, us(900), |_| 3, |_| us(50));
+        assert!((us(1_000)..us(1_020)).contains(&at) && !p.was_hasty(), "{at:?}");
         p.waiting = None;
         let at = run_with(&mut p, us(0), |now| begun(now, 700), |_| us(50), false);
         assert!(at >= us(800), "{at:?}: others may be answered as well");

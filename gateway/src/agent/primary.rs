@@ -89,6 +89,8 @@ pub(super) struct Shell {
     /// Processor time that the shipper has used, in nanoseconds.
     shipping: AtomicU64,
     progress: AtomicU64,
+    /// The stop thread waits for checkpoints to go their way: for room, or for the last of them.
+    attentive: AtomicBool,
     /// Pulses may come seldom.
     rests: AtomicBool,
     end: AtomicBool,
@@ -148,6 +150,7 @@ impl Shell {
             unsent: AtomicUsize::new(0),
             shipping: AtomicU64::new(0),
             progress: AtomicU64::new(0),
+            attentive: AtomicBool::new(true),
             rests: AtomicBool::new(false),
             end: AtomicBool::new(false),
             handing_over: AtomicBool::new(false),
@@ -184,6 +187,20 @@ impl Shell {
         let _ = self.wake.write(1);
     }
 
+    /// Whether the stop thread is to be woken for each checkpoint that has gone a step of its way. To be said
+    /// before it looks how far they are.
+    pub(super) fn attend(&self, attentive: bool) {
+        self.attentive.store(attentive, Ordering::SeqCst);
+    }
+
+    /// A checkpoint has gone a step of its way: wakes the stop thread if that waits for it. With one client each
+    /// epoch takes three steps, and a thread that looks takes the processor from who answers it.
+    fn step(&self) {
+        if self.attentive.load(Ordering::SeqCst) {
+            self.wake_up();
+        }
+    }
+
     /// Tells the stop thread to end the container.
     pub(super) fn end(&self) {
         self.end.store(true, Ordering::Release);
@@ -202,7 +219,7 @@ impl Shell {
     /// Whether a stop may begin: there is a backup and the pipeline has room.
     pub(super) fn may_begin_stop(&self) -> bool {
         let core = lock(&self.core);
-        let unsent = self.unsent.load(Ordering::Acquire);
+        let unsent = self.unsent.load(Ordering::SeqCst);
         core.may_begin_stop() && core.in_flight() + unsent < core.depth()
     }
 
@@ -269,7 +286,7 @@ impl Shell {
 
     /// Whether all checkpoints that were taken have left the shipper.
     pub(super) fn all_shipped(&self) -> bool {
-        self.unsent.load(Ordering::Acquire) == 0
+        self.unsent.load(Ordering::SeqCst) == 0
     }
 
     /// The container holds something that cannot be protected; no output leaves until it is gone,
@@ -322,7 +339,7 @@ impl Shell {
 
     /// A checkpoint was handed to the shipper.
     pub(super) fn taken(&self) {
-        self.unsent.fetch_add(1, Ordering::AcqRel);
+        self.unsent.fetch_add(1, Ordering::SeqCst);
         self.progress.fetch_add(1, Ordering::Relaxed);
     }
 
@@ -373,22 +390,28 @@ impl Shell {
     fn handle_with(&self, mut core: MutexGuard<'_, Primary>, input: Input) {
         let heard =
             matches!(input, Input::Heard(_) | Input::Pulse { .. } | Input::Quiet(_) | Input::Tick);
-        let rested = core.pace() == Pace::Rests;
+        let (rested, before) = (core.pace() == Pace::Rests, core.state());
         let actions = core.handle(self.origin.elapsed(), input);
         let stirs = rested && core.pace() != Pace::Rests;
         self.rests.store(core.pace_of_pulses() == Pace::Rests, Ordering::Release);
+        let only_a_step = core.state() == before
+            && actions.iter().all(|action| matches!(action, Action::Release(_)));
         drop(core);
         // Somebody waits from now on: the backup is to know, and to be judged as usual.
         if let Some(standby) = self.standby.as_ref().filter(|_| stirs) {
             standby.pulse.stir();
         }
-        let idle = actions.is_empty() && heard;
+        let (idle, silent) = (actions.is_empty() && heard, actions.is_empty() && only_a_step);
         for action in actions {
             self.act(action);
         }
-        if !idle {
+        if !idle && !silent {
             self.follow_state();
-            self.wake_up();
+        }
+        match only_a_step {
+            _ if idle => {}
+            true => self.step(),
+            false => self.wake_up(),
         }
     }
 

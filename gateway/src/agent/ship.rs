@@ -3,18 +3,23 @@
 //! A checkpoint that was taken for a connection that is gone is dropped: what it holds is in the
 //! full copy that the next connection begins with. The backup then gets every later epoch, and
 //! output of the dropped one waits for them.
+//!
+//! A small checkpoint comes here before its stop was confirmed, and is coded meanwhile: nothing of it leaves
+//! before its [`Verdict`] is known.
 
-use super::primary::Shell;
+use super::primary::{Shell, lock};
 use super::stop::Taken;
 use bytes::Bytes;
+use replicator::image::State;
 use replicator::image::pages::PageSet;
 use replicator::protocol::LinkId;
 use replicator::protocol::primary::Input;
 use replicator::sys::sched;
 use replicator::transport::link::Closed;
 use replicator::wire::{BuildError, CheckpointBuilder, Limits};
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
 
 /// Ahead of ordinary work, behind everything that is real-time.
 const NICE: i32 = -10;
@@ -36,6 +41,62 @@ enum ShipError {
     Stale,
 }
 
+/// Whether a checkpoint is one: what its stop has not looked at is looked at while it is being coded.
+#[derive(Debug)]
+pub(super) struct Verdict {
+    told: Mutex<Option<Told>>,
+    come: Condvar,
+}
+
+/// What a verdict says: how long it took, if the checkpoint is one.
+type Told = Option<Duration>;
+
+impl Default for Verdict {
+    fn default() -> Self {
+        Self { told: Mutex::new(Some(Some(Duration::ZERO))), come: Condvar::new() }
+    }
+}
+
+impl Verdict {
+    /// It is not known from now on; whoever is given this must tell it.
+    pub(super) fn open(self: &Arc<Self>) -> Teller {
+        *lock(&self.told) = None;
+        Teller(self.clone())
+    }
+
+    fn is_told(&self) -> bool {
+        lock(&self.told).is_some()
+    }
+
+    /// Waits for it.
+    fn wait(&self) -> Told {
+        let told = self.come.wait_while(lock(&self.told), |told| told.is_none());
+        told.unwrap_or_else(PoisonError::into_inner).flatten()
+    }
+}
+
+/// Tells a verdict: that the checkpoint is none, if it goes without a word.
+#[derive(Debug)]
+pub(super) struct Teller(Arc<Verdict>);
+
+impl Teller {
+    /// The checkpoint is one, as was known after so long.
+    pub(super) fn confirm(self, took: Duration) {
+        self.tell(Some(took));
+    }
+
+    fn tell(&self, told: Told) {
+        lock(&self.0.told).get_or_insert(told);
+        self.0.come.notify_one();
+    }
+}
+
+impl Drop for Teller {
+    fn drop(&mut self) {
+        self.tell(None);
+    }
+}
+
 /// Runs until the stop thread is gone.
 pub(super) fn run(shell: Arc<Shell>, taken: Receiver<Taken>, buffers: SyncSender<Taken>) {
     if let Err(error) = sched::set_nice(NICE) {
@@ -43,12 +104,13 @@ pub(super) fn run(shell: Arc<Shell>, taken: Receiver<Taken>, buffers: SyncSender
     }
     let mut builder: Option<(LinkId, CheckpointBuilder)> = None;
     for mut taken in taken {
+        let verdict = taken.verdict.clone();
         // The container stands still until this one is with the backup.
         let hurry = shell.hands_over();
         if hurry && let Err(error) = sched::set_fifo(PRIORITY) {
             tracing::debug!(%error, "a switchover competes with ordinary work");
         }
-        if let Err(error) = ship(&shell, &mut builder, &taken) {
+        if let Err(error) = ship(&shell, &mut builder, &mut taken) {
             tracing::info!(epoch = %taken.epoch, %error, "a checkpoint was dropped");
             builder = None;
             if matches!(error, ShipError::Build(_)) {
@@ -56,6 +118,10 @@ pub(super) fn run(shell: Arc<Shell>, taken: Receiver<Taken>, buffers: SyncSender
                 shell.handle(Input::Lost(taken.link));
             }
         }
+        // The stop thread is done with it.
+        verdict.wait();
+        // Taken apart here rather than where the next one is awaited.
+        taken.state = State::default();
         if taken.full {
             // As large as the container, and of no use for what follows.
             taken.pages = PageSet::default();
@@ -75,6 +141,8 @@ pub(super) fn run(shell: Arc<Shell>, taken: Receiver<Taken>, buffers: SyncSender
 struct Batch {
     frames: Vec<Bytes>,
     bytes: usize,
+    /// None leaves before all do.
+    keeps: bool,
 }
 
 impl Batch {
@@ -82,7 +150,7 @@ impl Batch {
     fn add(&mut self, frame: Bytes) -> Option<Vec<Bytes>> {
         self.bytes += frame.len();
         self.frames.push(frame);
-        (self.bytes >= BATCH).then(|| {
+        (self.bytes >= BATCH && !self.keeps).then(|| {
             self.bytes = 0;
             std::mem::take(&mut self.frames)
         })
@@ -92,7 +160,7 @@ impl Batch {
 fn ship(
     shell: &Shell,
     builder: &mut Option<(LinkId, CheckpointBuilder)>,
-    taken: &Taken,
+    taken: &mut Taken,
 ) -> Result<(), ShipError> {
     let link = shell.link_for(taken).ok_or(ShipError::Stale)?;
     if taken.full {
@@ -103,17 +171,26 @@ fn ship(
         _ => return Err(ShipError::Stale),
     };
     let mut sent = Ok(());
-    let mut batch = Batch::default();
+    let mut batch = Batch { keeps: !taken.verdict.is_told(), ..Batch::default() };
     let mut send = |frame| {
         if let (Ok(()), Some(full)) = (&sent, batch.add(frame)) {
             sent = link.send_all(full);
         }
     };
     send(builder.begin_as(taken.generation, taken.epoch, taken.full, taken.provisional));
-    builder.pages(&taken.pages, &taken.state.owners(), &mut send)?;
+    let owners = taken.state.owners();
+    builder.pages(&taken.pages, &owners, &mut send)?;
     builder.files(&taken.files, &mut send)?;
     let finished = builder.finish(&taken.state, &mut send)?;
     sent?;
+    match taken.verdict.wait() {
+        Some(took) if batch.keeps => taken.times.confirm = took,
+        Some(_) => {}
+        None => {
+            builder.take_back(&taken.pages.runs, &owners);
+            return Ok(());
+        }
+    }
     shell.note(taken, finished.bytes);
     // The ledger learns of the digest before the frame leaves that completes the checkpoint.
     if !shell.sent(taken, finished.digest) {
@@ -122,4 +199,38 @@ fn ship(
     batch.frames.push(finished.end);
     link.send_all(batch.frames)?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_verdict_is_awaited_and_none_is_one() {
+        let verdict = Arc::new(Verdict::default());
+        assert_eq!(verdict.wait(), Some(Duration::ZERO), "nothing was open");
+        for took in [Some(Duration::from_micros(7)), None] {
+            let teller = verdict.open();
+            assert!(!verdict.is_told());
+            let waiting = verdict.clone();
+            let waits = std::thread::spawn(move || waiting.wait());
+            match took {
+                Some(took) => teller.confirm(took),
+                None => drop(teller),
+            }
+            assert_eq!(waits.join().expect("no panic"), took);
+            assert!(verdict.is_told());
+        }
+    }
+
+    #[test]
+    fn what_is_not_confirmed_is_kept_together() {
+        let frame = || Bytes::from(vec![0; BATCH / 2]);
+        let mut batch = Batch::default();
+        assert!(batch.add(frame()).is_none());
+        assert_eq!(batch.add(frame()).map(|frames| frames.len()), Some(2));
+        let mut batch = Batch { keeps: true, ..Batch::default() };
+        assert!((0..5).all(|_| batch.add(frame()).is_none()));
+        assert_eq!(batch.frames.len(), 5);
+    }
 }

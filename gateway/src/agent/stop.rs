@@ -13,6 +13,7 @@ use super::network::Place;
 use super::orphans::Closed;
 use super::pace::{self, Look, Pacer};
 use super::primary::{Next, Shell};
+use super::ship::Verdict;
 use super::young;
 use crate::frames::gate::{Gate, InputHold};
 use anyhow::{Context, Result};
@@ -22,7 +23,7 @@ use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::time::TimeSpec;
-use replicator::capture::{Boundary, CaptureError, Capturer, StopTimes};
+use replicator::capture::{self, Boundary, CaptureError, Capturer, StopTimes};
 use replicator::image::State;
 use replicator::image::net::{Parting, Young};
 use replicator::image::pages::PageSet;
@@ -94,6 +95,8 @@ pub(super) struct Taken {
     pub(super) volumes: Duration,
     /// When output was sealed.
     pub(super) sealed: Option<Instant>,
+    /// Whether it is one.
+    pub(super) verdict: Arc<Verdict>,
     /// Time since the stop before.
     pub(super) interval: Duration,
 }
@@ -254,6 +257,10 @@ pub(super) struct StopLoop {
     pub(super) lost: bool,
     /// The connections that it has closed.
     pub(super) closed: Closed,
+    /// The container hardly ran in the last epoch, and a stop takes little.
+    pub(super) rests: bool,
+    /// Whoever waits for output of such a container is real-time already when it comes.
+    pub(super) poised: Option<RealTime>,
 }
 
 /// A container that stands still after its last checkpoint here.
@@ -300,6 +307,7 @@ impl StopLoop {
     }
 
     fn turn(&mut self) -> Result<(), CaptureError> {
+        self.shell.attend(true);
         self.take_back_buffers();
         self.shell.settle_output(&self.gate);
         if self.still.is_some() {
@@ -327,12 +335,14 @@ impl StopLoop {
             self.stirs();
             pace::Next::Stop
         } else {
+            self.shell.attend(false);
+            let (output, waiting) = self.gate.output();
             let look = Look {
                 now: self.origin.elapsed(),
                 awaited: self.shell.full_is_due(),
                 settled: self.shell.is_settled() && !self.capturer.keeps_connections(),
-                output: self.gate.open_frames(),
-                all_wait: self.gate.waiting().all(),
+                output,
+                all_wait: waiting.all(),
                 used: self.capturer.cpu_time(),
             };
             let next = self.pacer.look(look);
@@ -340,9 +350,21 @@ impl StopLoop {
             next
         };
         match next {
-            pace::Next::Stop => self.checkpoint()?,
-            pace::Next::OnOutput(time) => self.sleep(time, true)?,
-            pace::Next::After(time) => self.sleep(time, false)?,
+            pace::Next::Stop => {
+                self.checkpoint()?;
+                // Of the stop itself.
+                drain_signals(&self.signals);
+            }
+            pace::Next::OnOutput(time) => {
+                if self.rests {
+                    self.poised.get_or_insert_with(RealTime::start);
+                }
+                self.sleep(time, true)?;
+            }
+            pace::Next::After(time) => {
+                self.poised = None;
+                self.sleep(time, false)?;
+            }
         }
         self.capturer.pump()
     }
@@ -429,6 +451,7 @@ impl StopLoop {
         let begun = self.origin.elapsed();
         let Next { link, full, provisional, generation } = self.shell.next();
         let last = !provisional && self.shell.hands_over();
+        (taken.link, taken.full, taken.epoch) = (link, full, self.epoch);
         (taken.provisional, taken.generation) = (provisional, generation);
         if full {
             self.capturer.begin_full();
@@ -437,6 +460,8 @@ impl StopLoop {
             }
         }
         let idle = !full && self.pacer.busy(self.capturer.cpu_time()) < HARDLY;
+        // Somebody waits for what this takes, and it takes little. Files may take long.
+        self.rests = idle && self.volumes.is_none();
         let result = self.prepare_and_stop(&mut taken, last, idle);
         if let Some(error) = self.seal_failed.take() {
             if last {
@@ -444,8 +469,15 @@ impl StopLoop {
             }
             return Err(of_volumes(error));
         }
-        match result {
-            Ok(()) => {}
+        let mut stopped = match result {
+            Ok(Some(stopped)) => stopped,
+            Ok(None) => {
+                if full {
+                    self.shell.full_again(link);
+                }
+                self.buffers.push(taken);
+                return Ok(());
+            }
             Err(CaptureError::Ended) => return Err(CaptureError::Ended),
             // Whatever else failed has changed nothing in the container: it is tried again.
             Err(e) => {
@@ -458,6 +490,13 @@ impl StopLoop {
                 self.buffers.push(taken);
                 return self.taken_back(e);
             }
+        };
+        let (now, used) = (self.origin.elapsed(), self.capturer.cpu_time());
+        taken.interval = self.pacer.since(now);
+        let times = taken.times;
+        self.hand_over(taken, &mut stopped)?;
+        if !stopped.is_confirmed() {
+            return Ok(());
         }
         if self.transient_since.take().is_some() {
             self.shell.unfreeze();
@@ -465,16 +504,12 @@ impl StopLoop {
         if last {
             self.still = Some(Standing { last: self.epoch, told: false });
         }
-        (taken.link, taken.full, taken.epoch) = (link, full, self.epoch);
-        let now = self.origin.elapsed();
-        taken.interval = self.pacer.since(now);
         // A full copy says nothing about the next epoch.
         if !full {
-            let stop = taken.times.total + taken.times.confirm;
-            self.pacer.prepared((now - begun).saturating_sub(stop));
+            self.pacer.prepared((now - begun).saturating_sub(times.total + times.confirm));
         }
-        let (stop, pages) = (taken.times.total, if full { 0 } else { taken.times.pages });
-        self.pacer.stopped(now, self.capturer.cpu_time(), stop, pages);
+        let pages = if full { 0 } else { times.pages };
+        self.pacer.stopped(now, used, times.total, pages);
         let work = sched::thread_time() + self.shell.shipping();
         if full {
             self.pacer.copied(work)
@@ -482,22 +517,46 @@ impl StopLoop {
             self.pacer.worked(work)
         }
         self.epoch = self.epoch.next();
+        Ok(())
+    }
+
+    /// Gives a checkpoint to the shipper, who codes it while the rest of its stop is confirmed. One that turns out
+    /// to be none is taken back.
+    fn hand_over(
+        &mut self,
+        taken: Taken,
+        stopped: &mut capture::Taken,
+    ) -> Result<(), CaptureError> {
+        let teller = (!stopped.is_confirmed()).then(|| taken.verdict.open());
         self.shell.taken();
         if self.to_ship.send(taken).is_err() {
             return Err(CaptureError::Transient("the shipper has ended"));
         }
-        Ok(())
+        match (self.capturer.confirm(stopped), teller) {
+            (Ok(()), None) => Ok(()),
+            (Ok(()), Some(teller)) => {
+                teller.confirm(stopped.times().confirm);
+                Ok(())
+            }
+            (Err(CaptureError::Ended), _) => Err(CaptureError::Ended),
+            (Err(error), _) => {
+                self.closed.take_back();
+                self.epoch = self.epoch.next();
+                self.taken_back(error)
+            }
+        }
     }
 
-    /// `idle` says that the container has hardly done anything since the last stop.
+    /// `idle` says that the container has hardly done anything since the last stop. None: more output is to come first.
     fn prepare_and_stop(
         &mut self,
         taken: &mut Taken,
         last: bool,
         idle: bool,
-    ) -> Result<(), CaptureError> {
-        // Somebody waits for what this takes, and it takes little. Files may take long.
-        let real_time = (idle && self.volumes.is_none()).then(RealTime::start);
+    ) -> Result<Option<capture::Taken>, CaptureError> {
+        let hasty = self.pacer.was_hasty();
+        let poised = self.poised.take();
+        let real_time = self.rests.then(|| poised.unwrap_or_else(RealTime::start));
         self.capturer.prepare()?;
         for round in 0..MAX_ROUNDS {
             let copied = match idle && round == 0 {
@@ -509,6 +568,9 @@ impl StopLoop {
             }
             drain_signals(&self.signals);
             self.capturer.pump()?;
+        }
+        if hasty && self.gate.output().0 > 1 {
+            return Ok(None);
         }
         if let Some(volumes) = &self.volumes
             && let Err(error) = volumes.precopy()
@@ -537,8 +599,15 @@ impl StopLoop {
             young: Vec::new(),
             partings: Vec::new(),
         };
-        let stopped =
-            self.capturer.stop(self.epoch, &mut boundary, &mut taken.state, &mut taken.pages);
+        let (state, pages) = (&mut taken.state, &mut taken.pages);
+        let mut stopped = self.capturer.take(self.epoch, &mut boundary, state, pages);
+        // What was taken of files cannot be put back, and nothing counts that was not sealed.
+        let at_once = taken.full || self.volumes.is_some() || boundary.error.is_some();
+        if let Some(Err(error)) =
+            stopped.as_mut().ok().filter(|_| at_once).map(|taken| self.capturer.confirm(taken))
+        {
+            stopped = Err(error);
+        }
         if let Some(error) = boundary.volumes_failed {
             self.seal_failed = Some(error);
             return Err(CaptureError::Transient("volumes cannot be read"));
@@ -549,7 +618,8 @@ impl StopLoop {
             self.closed.hear(&self.gate);
             self.epoch = self.epoch.next();
         }
-        taken.times = stopped?;
+        let stopped = stopped?;
+        taken.times = stopped.times();
         taken.volumes = boundary.volumes_took;
         if let Some(error) = boundary.error {
             tracing::error!(%error, "output cannot be sealed");
@@ -564,7 +634,7 @@ impl StopLoop {
             self.closed.add(&mut taken.state, &self.gate);
         }
         young::add(&mut taken.state, boundary.young, boundary.partings, &self.gate);
-        Ok(())
+        Ok(Some(stopped))
     }
 
     fn taken_back(&mut self, why: CaptureError) -> Result<(), CaptureError> {
@@ -598,6 +668,7 @@ impl StopLoop {
 
     /// Looks after the container without taking checkpoints, until it or the agent ends.
     pub(super) fn only_look_after(&mut self) -> Result<Ending> {
+        self.poised = None;
         self.capturer.let_go();
         while !self.shell.must_end() {
             match self.capturer.pump() {

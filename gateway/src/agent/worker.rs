@@ -224,6 +224,8 @@ impl Place {
             seal_failed: None,
             lost: false,
             closed: Closed::of(name, pid, closed),
+            rests: false,
+            poised: None,
         };
         let mut ending = stops.run();
         if let Ok(Ending::Unprotectable(why)) = ending {

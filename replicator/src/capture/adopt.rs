@@ -63,6 +63,8 @@ impl Capturer {
             still: false,
             idle: false,
             rest: None,
+            copies: Vec::new(),
+            unconfirmed: Vec::new(),
             glances: Glances::On,
             refusals: refusals::Refusals::default(),
             remains: lineage::Remains::default(),

@@ -76,6 +76,7 @@ pub use namespaces::namespaces_of;
 pub use one_shot::{Held, about, other_end};
 pub use orphans::Orphans;
 pub use refusals::Refusal;
+pub use stop::Taken;
 pub use survey::Survey;
 pub use times::{KindTimes, StopTimes};
 
@@ -235,6 +236,14 @@ impl Tracked {
     }
 }
 
+/// The clock of a process's processor time, as clock_getcpuclockid(3) would give it after asking the kernel
+/// whether there is such a process; to read it asks the same.
+fn processor_clock(pid: i32) -> nix::time::ClockId {
+    /// CPUCLOCK_SCHED of a process, in the kernel's `include/linux/posix-timers_types.h`.
+    const SCHED: i32 = 2;
+    nix::time::ClockId::from_raw((!pid) << 3 | SCHED)
+}
+
 /// How descriptors are looked at.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Glances {
@@ -275,6 +284,10 @@ pub struct Capturer {
     idle: bool,
     /// Looks at what a stop leaves out.
     rest: Option<Arc<Job>>,
+    /// For copies that helpers make.
+    copies: Vec<u8>,
+    /// The objects of a checkpoint that is to be confirmed.
+    unconfirmed: Vec<u32>,
     glances: Glances,
     refusals: refusals::Refusals,
     remains: lineage::Remains,
@@ -297,10 +310,8 @@ impl Capturer {
     /// Processor time that the container's processes have used so far, in all: how much it is at
     /// work. Those that have ended count no more.
     pub fn cpu_time(&self) -> Duration {
-        let used = |pid: &i32| {
-            let clock = nix::time::clock_getcpuclockid(nix::unistd::Pid::from_raw(*pid)).ok()?;
-            nix::time::clock_gettime(clock).ok().map(Duration::from)
-        };
+        let used =
+            |pid: &i32| nix::time::clock_gettime(processor_clock(*pid)).ok().map(Duration::from);
         self.tracer.processes().iter().filter_map(used).sum()
     }
 
@@ -473,13 +484,14 @@ impl Capturer {
         if copied.is_err() {
             self.give_up(&job);
         }
+        self.copies = job.give_back();
         copied
     }
 
     /// Lets the scan of a round begin: around notes where that is enough, and if it is `helped` by a processor of
     /// the container everywhere else.
     fn begin_round(&mut self, helped: bool) -> Result<Arc<Job>, CaptureError> {
-        let mut job = Job::to_take();
+        let mut job = Job::to_copy(std::mem::take(&mut self.copies));
         for (pid, tracked) in &mut self.processes {
             let begun = tracked.begin_around_notes(*pid, &mut job).and_then(|()| {
                 match helped && !tracked.has_notes {

@@ -278,11 +278,11 @@ impl Objects {
     }
 
     /// The checkpoint with these objects is whole.
-    pub(super) fn finish(&mut self, taken: &[Object]) {
+    pub(super) fn finish(&mut self, taken: impl Iterator<Item = u32> + Clone) {
         self.settle();
         self.known.retain(|id, known| {
             known.fresh = false;
-            taken.iter().any(|o| o.id == *id)
+            taken.clone().any(|taken| taken == *id)
         });
         self.by_key.retain(|_, id| self.known.contains_key(id));
     }

@@ -111,7 +111,10 @@ impl Capturer {
         times.pages = self.pages.pages();
         times.stop_pages = times.pages;
         times.total = begin.elapsed();
-        self.finish_pages(&state);
+        let mut pages = std::mem::take(&mut self.pages);
+        self.finish_runs(&state, &mut pages);
+        self.finish(state.objects.iter().map(|o| o.id));
+        self.pages = pages;
         Ok((state, times, notes))
     }
 

@@ -17,6 +17,32 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Instant;
 
+/// Most pages of a stop that is confirmed while they are put into frames.
+const COPIED_AGAIN: usize = 128;
+
+/// A stop that may come to nothing yet, see [`Capturer::confirm`].
+#[derive(Debug)]
+#[must_use = "what was taken counts once it is confirmed"]
+pub struct Taken {
+    times: StopTimes,
+    begin: Instant,
+    /// All memory was looked at while the container stood still.
+    stood: bool,
+    confirmed: bool,
+}
+
+impl Taken {
+    /// Whether nothing is left to be confirmed.
+    pub fn is_confirmed(&self) -> bool {
+        self.confirmed
+    }
+
+    /// How long its stages took so far.
+    pub fn times(&self) -> StopTimes {
+        self.times
+    }
+}
+
 impl Capturer {
     /// Stops the container, captures what changed and lets it go on (CP-1). The result replaces
     /// the contents of `state` and `pages`.
@@ -31,6 +57,24 @@ impl Capturer {
         state: &mut State,
         pages: &mut PageSet,
     ) -> Result<StopTimes, CaptureError> {
+        let mut taken = self.take(epoch, boundary, state, pages)?;
+        self.confirm(&mut taken)?;
+        Ok(taken.times)
+    }
+
+    /// The first half of [`Capturer::stop`]: `state` and `pages` are what a checkpoint consists of, unless
+    /// [`Capturer::confirm`] finds that a page was missed. So they can be put into frames meanwhile, but none of
+    /// these may leave. Of many pages there would have to be a second copy: such a stop is confirmed here.
+    ///
+    /// # Errors
+    /// As [`Capturer::stop`].
+    pub fn take(
+        &mut self,
+        epoch: Epoch,
+        boundary: &mut dyn Boundary,
+        state: &mut State,
+        pages: &mut PageSet,
+    ) -> Result<Taken, CaptureError> {
         let begin = Instant::now();
         let mut times = StopTimes::default();
         let before = self.pages.pages();
@@ -55,18 +99,50 @@ impl Capturer {
         times.total = begin.elapsed();
         boundary.release_input();
         let (result, stood) = result?;
-        let confirmed = self.confirm(stood);
-        times.confirm = begin.elapsed() - times.total;
-        if !confirmed? {
-            return Err(CaptureError::Transient("a page was written and not noted"));
-        }
         *state = result;
         times.stop_pages = self.pages.pages() - before;
         times.pages = self.pages.pages();
-        self.finish_pages(state);
-        std::mem::swap(pages, &mut self.pages);
-        self.pages.clear();
-        Ok(times)
+        let mut taken = Taken { times, begin, stood, confirmed: false };
+        if self.rest.is_none() || stood || times.pages > COPIED_AGAIN {
+            self.look_at_rest(&mut taken)?;
+            std::mem::swap(pages, &mut self.pages);
+            self.finish_runs(state, pages);
+            self.finish(state.objects.iter().map(|o| o.id));
+        } else {
+            pages.runs.clone_from(&self.pages.runs);
+            pages.bytes.clone_from(&self.pages.bytes);
+            self.finish_runs(state, pages);
+            self.unconfirmed.clear();
+            self.unconfirmed.extend(state.objects.iter().map(|o| o.id));
+        }
+        Ok(taken)
+    }
+
+    /// The second half of [`Capturer::stop`], while the container runs: looks at the memory that the stop has not looked at.
+    ///
+    /// # Errors
+    /// As [`Capturer::stop`]: what was taken is no checkpoint then.
+    pub fn confirm(&mut self, taken: &mut Taken) -> Result<(), CaptureError> {
+        if !taken.confirmed {
+            if let Some(job) = &self.rest {
+                job.let_help();
+            }
+            self.look_at_rest(taken)?;
+            let objects = std::mem::take(&mut self.unconfirmed);
+            self.finish(objects.iter().copied());
+            self.unconfirmed = objects;
+        }
+        Ok(())
+    }
+
+    fn look_at_rest(&mut self, taken: &mut Taken) -> Result<(), CaptureError> {
+        let confirmed = self.is_all(taken.stood);
+        taken.times.confirm = taken.begin.elapsed() - taken.times.total;
+        taken.confirmed = confirmed?;
+        match taken.confirmed {
+            true => Ok(()),
+            false => Err(CaptureError::Transient("a page was written and not noted")),
+        }
     }
 
     /// The container is about to run again: whether everything was looked at that the stop leaves out. If not, a helper
@@ -81,7 +157,7 @@ impl Capturer {
     }
 
     /// Whether the last stop has looked everywhere where it had to. `stood` says that all of the rest was looked at in it.
-    fn confirm(&mut self, stood: bool) -> Result<bool, CaptureError> {
+    fn is_all(&mut self, stood: bool) -> Result<bool, CaptureError> {
         let Some(job) = self.rest.take() else { return Ok(true) };
         let mut all = true;
         for tracked in self.processes.values_mut() {
@@ -335,7 +411,7 @@ impl Capturer {
         if self.copy_objects()? {
             return Err(CaptureError::Transient("a mapped file has just got another name"));
         }
-        let mappings = state.processes.iter().flat_map(|p| &p.mappings);
+        let mappings = state.processes.iter().flat_map(|p| p.mappings.iter());
         let mapped = mappings.filter_map(|m| match m.source {
             Source::Object { id, .. } => Some(id),
             _ => None,
@@ -374,24 +450,30 @@ impl Capturer {
 
     /// After the thaw: runs get the index of their owner instead of its number, and what lies
     /// outside the mappings goes.
-    pub(super) fn finish_pages(&mut self, state: &State) {
-        self.objects.finish(&state.objects);
-        self.settled = (0, 0);
-        for tracked in self.processes.values_mut() {
-            tracked.direct.finish();
-            tracked.files.finish();
-            if tracked.space.finish()
-                && let Some(p) = state.processes.iter().find(|p| p.pid == tracked.attributes.pid)
-            {
-                memory::clip(&mut self.pages.runs, p.pid, &p.mappings);
+    pub(super) fn finish_runs(&self, state: &State, pages: &mut PageSet) {
+        for tracked in self.processes.values().filter(|t| t.space.is_changed()) {
+            if let Some(p) = state.processes.iter().find(|p| p.pid == tracked.attributes.pid) {
+                memory::clip(&mut pages.runs, p.pid, &p.mappings);
             }
         }
         let owners = state.owners();
-        self.pages.runs.retain_mut(|run| {
+        pages.runs.retain_mut(|run| {
             let index = owners.iter().position(|o| *o as u32 == run.process);
             run.process = index.unwrap_or(0) as u32;
             index.is_some()
         });
+    }
+
+    /// The checkpoint, which has these objects, is whole: the next one begins.
+    pub(super) fn finish(&mut self, objects: impl Iterator<Item = u32> + Clone) {
+        self.objects.finish(objects);
+        self.settled = (0, 0);
+        self.pages.clear();
+        for tracked in self.processes.values_mut() {
+            tracked.direct.finish();
+            tracked.files.finish();
+            tracked.space.finish();
+        }
     }
 
     fn clocks(&self) -> Result<Clocks, CaptureError> {

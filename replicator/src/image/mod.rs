@@ -24,6 +24,7 @@ pub mod unix;
 
 use object::Object;
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 use sysv::{MessageQueue, Semaphores};
 use tree::TmpfsEntry;
 
@@ -111,8 +112,8 @@ pub struct Process {
     pub pgid: i32,
     /// Session.
     pub sid: i32,
-    /// The mappings in order of address.
-    pub mappings: Vec<Mapping>,
+    /// The mappings in order of address. Shared, as most checkpoints have those of the one before.
+    pub mappings: Arc<Vec<Mapping>>,
     /// Fields of the kernel's mm_struct that prctl(2) PR_SET_MM_MAP sets.
     pub mm: MmFields,
     /// The auxiliary vector, as /proc/PID/auxv gives it.

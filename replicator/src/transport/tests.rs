@@ -276,8 +276,12 @@ fn state(pages: u64, epoch: u64) -> State {
         source: Source::Anonymous,
         fresh: false,
     };
-    let process =
-        Process { pid: 1, mappings: vec![mapping], umask: epoch as u32, ..Process::default() };
+    let process = Process {
+        pid: 1,
+        mappings: Arc::new(vec![mapping]),
+        umask: epoch as u32,
+        ..Process::default()
+    };
     State { processes: vec![process], ..State::default() }
 }
 

@@ -97,6 +97,8 @@ pub struct CheckpointBuilder {
     coder: PageCoder,
     limits: Limits,
     state: Vec<u8>,
+    /// The state before it, and the epoch before [`CheckpointBuilder::last`].
+    before: (Vec<u8>, Epoch),
     generation: Generation,
     epoch: Epoch,
     /// The epoch that was finished last.
@@ -117,6 +119,7 @@ impl CheckpointBuilder {
             coder: PageCoder::default(),
             limits,
             state: Vec::new(),
+            before: (Vec::new(), Epoch::NONE),
             generation: Generation::default(),
             epoch: Epoch::NONE,
             last: Epoch::NONE,
@@ -239,7 +242,7 @@ impl CheckpointBuilder {
             send(out.into());
         }
         self.sums.state_bytes = encoded.len() as u64;
-        self.state = encoded;
+        self.before = (std::mem::replace(&mut self.state, encoded), self.last);
         // The backup drops pages of processes that ended before the stop; so does the shadow.
         let owners = state.owners();
         for pid in self.touched.drain(..) {
@@ -255,6 +258,22 @@ impl CheckpointBuilder {
         self.last = epoch;
         let (digest, pages, bytes) = (self.sums.digest, self.sums.pages, self.bytes);
         Ok(Finished { epoch, digest, end, pages, bytes })
+    }
+
+    /// Nothing of the checkpoint that was finished last has left or will: the next one builds on what that
+    /// one was to build on. `runs` and `pids` are all that was given to [`CheckpointBuilder::pages`] for it. Not for a full
+    /// one, and once.
+    ///
+    /// Its pages are coded whole the next time: the backup may remember versions of pages that this side has
+    /// forgotten, but not the other way round.
+    pub fn take_back<'a>(&mut self, runs: impl IntoIterator<Item = &'a Run>, pids: &[i32]) {
+        for run in runs {
+            if let Some(pid) = pids.get(run.process as usize) {
+                self.shadow.forget(*pid, run.start, run.count.into());
+            }
+        }
+        self.shadow.take_back();
+        (self.state, self.last) = std::mem::take(&mut self.before);
     }
 
     /// Bytes of memory that the versions of pages sent take.

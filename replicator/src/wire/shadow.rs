@@ -81,6 +81,8 @@ pub struct Shadow {
     free: Vec<u32>,
     limit: usize,
     layout: Vec<(i32, u64, u64)>,
+    /// The layout before, if the last state had another.
+    before: Option<Vec<(i32, u64, u64)>>,
 }
 
 impl Shadow {
@@ -94,6 +96,7 @@ impl Shadow {
             free: Vec::new(),
             limit,
             layout: Vec::new(),
+            before: None,
         }
     }
 
@@ -206,6 +209,7 @@ impl Shadow {
     /// nothing was said of since [`Shadow::begin`]. Both sides call it
     /// with the state of the same checkpoint.
     pub fn follow(&mut self, state: &State) {
+        self.before = None;
         // In a first checkpoint all is new, and was just said.
         if !self.layout.is_empty() {
             let now = self.now;
@@ -218,7 +222,7 @@ impl Shadow {
         }
         let mut layout: Vec<(i32, u64, u64)> = Vec::with_capacity(self.layout.len());
         for process in &state.processes {
-            for m in &process.mappings {
+            for m in process.mappings.iter() {
                 match layout.last_mut() {
                     Some(last) if last.0 == process.pid && last.2 == m.start => last.2 = m.end,
                     _ => layout.push((process.pid, m.start, m.end)),
@@ -239,7 +243,15 @@ impl Shadow {
         for (pid, start, end) in without(&self.layout, &layout) {
             self.forget(pid, start, end.saturating_sub(start).div_ceil(PAGE as u64));
         }
-        self.layout = layout;
+        self.before = Some(std::mem::replace(&mut self.layout, layout));
+    }
+
+    /// The state that was followed last counts for nothing, since the other side never hears of it: the next one is
+    /// compared with the one before. What was forgotten stays so.
+    pub fn take_back(&mut self) {
+        if let Some(before) = self.before.take() {
+            self.layout = before;
+        }
     }
 
     /// What came with a first checkpoint and was unmapped before its stop is in no layout before.
@@ -341,6 +353,7 @@ fn without(old: &[(i32, u64, u64)], new: &[(i32, u64, u64)]) -> Vec<(i32, u64, u
 mod tests {
     use super::*;
     use crate::image::{Mapping, Process, Source};
+    use std::sync::Arc;
 
     fn key(address: u64) -> PageKey {
         PageKey { pid: 1, address }
@@ -359,7 +372,7 @@ mod tests {
             })
             .collect();
         State {
-            processes: vec![Process { pid: 1, mappings, ..Process::default() }],
+            processes: vec![Process { pid: 1, mappings: Arc::new(mappings), ..Process::default() }],
             ..State::default()
         }
     }

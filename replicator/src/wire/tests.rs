@@ -7,6 +7,7 @@ use crate::image::{Mapping, Process, Source, State, Thread};
 use crate::{Epoch, Generation};
 use bytes::Bytes;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 type Memory = BTreeMap<(i32, u64), Vec<u8>>;
 
@@ -42,7 +43,7 @@ impl Model {
             for block in 1..8u64 {
                 if self.rng.u8(..4) > 0 {
                     let old = before.iter().find(|m| m.start == block << 16);
-                    p.mappings.push(Mapping {
+                    Arc::make_mut(&mut p.mappings).push(Mapping {
                         start: block << 16,
                         end: (block + 1) << 16,
                         prot: 3,
@@ -64,7 +65,7 @@ impl Model {
     /// Another mapping takes the place of one, or several; nobody has written there yet.
     fn renew(&mut self) {
         for p in &mut self.state.processes {
-            for m in p.mappings.iter_mut().filter(|_| self.rng.u8(..4) == 0) {
+            for m in Arc::make_mut(&mut p.mappings).iter_mut().filter(|_| self.rng.u8(..4) == 0) {
                 m.fresh = true;
                 let pid = p.pid;
                 self.memory.retain(|(of, at), _| *of != pid || !(m.start..m.end).contains(at));
@@ -74,7 +75,7 @@ impl Model {
 
     /// The checkpoint is taken.
     fn settle(&mut self) {
-        let mappings = self.state.processes.iter_mut().flat_map(|p| &mut p.mappings);
+        let mappings = self.state.processes.iter_mut().flat_map(|p| Arc::make_mut(&mut p.mappings));
         mappings.for_each(|m| m.fresh = false);
     }
 
@@ -85,7 +86,7 @@ impl Model {
             let index = self.rng.usize(..2);
             let process = &self.state.processes[index];
             let pid = process.pid;
-            let Some(m) = self.rng.choice(&process.mappings) else { continue };
+            let Some(m) = self.rng.choice(process.mappings.iter()) else { continue };
             let first = self.rng.u64(..16);
             let count = self.rng.u64(1..=16 - first);
             let start = m.start + first * PAGE as u64;
@@ -107,6 +108,34 @@ impl Model {
         }
         self.state.processes[0].threads[0].regs[3] = self.rng.u64(..);
         set
+    }
+
+    /// As [`Model::remap`], where it may not be the first time since the last checkpoint: what a capture says then of what is
+    /// mapped anew.
+    fn remap_anew(&mut self) -> PageSet {
+        let starts = |p: &Process| p.mappings.iter().map(|m| m.start).collect::<Vec<_>>();
+        let before: Vec<_> = self.state.processes.iter().map(starts).collect();
+        self.remap();
+        let mut set = PageSet::default();
+        for (index, p) in self.state.processes.iter_mut().enumerate() {
+            let is_new = |m: &&mut Mapping| !before[index].contains(&m.start);
+            for m in Arc::make_mut(&mut p.mappings).iter_mut().filter(is_new) {
+                m.fresh = true;
+                let (process, count) = (index as u32, ((m.end - m.start) / PAGE as u64) as u32);
+                set.runs.push(Run { process, start: m.start, count, content: Content::Dropped });
+            }
+        }
+        set
+    }
+
+    /// Removes what lies in no mapping any more, as a capture does.
+    fn clip(&self, sets: &mut [PageSet]) {
+        for set in sets {
+            set.runs.retain(|run| {
+                let mappings = &self.state.processes[run.process as usize].mappings;
+                mappings.iter().any(|m| (m.start..m.end).contains(&run.start))
+            });
+        }
     }
 
     /// All of memory, as a full copy.
@@ -234,6 +263,7 @@ fn memory_rebuilt_from_checkpoints_equals_the_model() {
         let mut builder = CheckpointBuilder::new(Limits::default());
         let mut assembly = Assembly::new(Limits::default());
         let mut rebuilt = Memory::new();
+        let mut number = 1;
         for epoch in 1..60 {
             let full = epoch == 1 || epoch % 23 == 0;
             let mut sets = Vec::new();
@@ -248,15 +278,29 @@ fn memory_rebuilt_from_checkpoints_equals_the_model() {
             if model.rng.u8(..3) == 0 {
                 model.remap();
             }
-            let (bytes, digest) = send(&mut builder, epoch, full, &sets, &model.state);
+            while !full && model.rng.u8(..3) == 0 {
+                // It comes to nothing, and what it said is said again by the next.
+                send(&mut builder, number, full, &sets, &model.state);
+                builder.take_back(sets.iter().flat_map(|set| &set.runs), &[1, 7]);
+                number += 1;
+                if model.rng.bool() {
+                    sets.push(model.remap_anew());
+                    model.clip(&mut sets);
+                }
+                sets.push(model.change());
+            }
+            let (bytes, digest) = send(&mut builder, number, full, &sets, &model.state);
             let (receipt, checkpoint) = receive(&mut assembly, &bytes);
+            let epoch = Epoch(number);
             assert_eq!(
                 receipt,
-                Receipt { generation: GENERATION, epoch: Epoch(epoch), digest, provisional: false },
+                Receipt { generation: GENERATION, epoch, digest, provisional: false },
                 "seed {seed}"
             );
+            number += 1;
             assert_eq!((checkpoint.full, &checkpoint.state), (full, &model.state));
             apply(&mut rebuilt, &checkpoint);
+
             assert!(rebuilt == model.memory, "seed {seed} epoch {epoch}");
             model.settle();
         }
@@ -295,9 +339,10 @@ fn a_big_copy_is_cut_into_chunks_and_unchanged_pages_cost_little() {
     let content = Content::Data(0);
     let run = Run { process: 0, start: 0x10000, count: pages as u32, content };
     let set = PageSet { runs: vec![run], bytes };
-    model.state.processes[0].mappings.truncate(1);
-    model.state.processes[0].mappings[0].start = 0x10000;
-    model.state.processes[0].mappings[0].end = 0x10000 + (pages * PAGE) as u64;
+    let mappings = Arc::make_mut(&mut model.state.processes[0].mappings);
+    mappings.truncate(1);
+    mappings[0].start = 0x10000;
+    mappings[0].end = 0x10000 + (pages * PAGE) as u64;
     let mut builder = CheckpointBuilder::new(Limits::default());
     let mut assembly = Assembly::new(Limits::default());
     let (first, _) = send(&mut builder, 1, true, std::slice::from_ref(&set), &model.state);

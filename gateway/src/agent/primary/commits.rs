@@ -57,12 +57,6 @@ impl Shell {
             commit_us: 0,
             frames: 0,
         };
-        metrics::histogram!("nilicon_stop_seconds", "container" => self.name())
-            .record(t.total.as_secs_f64());
-        metrics::histogram!("nilicon_dirty_pages", "container" => self.name())
-            .record(t.pages as f64);
-        metrics::counter!("nilicon_wire_bytes_total", "container" => self.name())
-            .increment(wire_bytes);
         lock(&self.records).insert(taken.epoch.0, (record, sealed));
     }
 
@@ -74,14 +68,15 @@ impl Shell {
     /// A checkpoint has left the shipper, sent or dropped; it has used `time` so far, in all.
     pub(in crate::agent) fn shipped(&self, time: Duration) {
         self.shipping.store(time.as_nanos() as u64, Ordering::Relaxed);
-        self.unsent.fetch_sub(1, Ordering::AcqRel);
-        self.wake_up();
+        self.unsent.fetch_sub(1, Ordering::SeqCst);
+        self.step();
     }
 }
 
 // What the release thread does with a proof.
 impl Shell {
-    fn release(&self, proof: CommitProof) {
+    /// Adds the figures of the epochs that are released to `told`.
+    fn release(&self, proof: CommitProof, told: &mut Vec<EpochRecord>) {
         let epoch = proof.epoch();
         let gate = self.gate.get().filter(|_| !self.control);
         let released = gate.map_or(Ok(0), |gate| gate.release(proof));
@@ -100,29 +95,59 @@ impl Shell {
             let later = waiting.split_off(&(epoch.0 + 1));
             std::mem::replace(&mut *waiting, later)
         };
+        told.extend(records.into_values().map(|(record, sealed)| EpochRecord {
+            commit_us: (now - sealed).as_micros() as u64,
+            frames: frames as u64,
+            ..record
+        }));
+    }
+
+    fn tell(&self, told: &mut Vec<EpochRecord>) {
         let mut journal = lock(&self.journal);
-        for (mut record, sealed) in records.into_values() {
-            record.commit_us = (now - sealed).as_micros() as u64;
-            record.frames = frames as u64;
-            metrics::histogram!("nilicon_commit_seconds", "container" => self.name())
-                .record((now - sealed).as_secs_f64());
-            journal.write(&record);
+        let name = self.name();
+        let stops = metrics::histogram!("nilicon_stop_seconds", "container" => name.clone());
+        let dirty = metrics::histogram!("nilicon_dirty_pages", "container" => name.clone());
+        let wire = metrics::counter!("nilicon_wire_bytes_total", "container" => name.clone());
+        let commits = metrics::histogram!("nilicon_commit_seconds", "container" => name);
+        let seconds = |us| Duration::from_micros(us).as_secs_f64();
+        for record in told.iter() {
+            stops.record(seconds(record.stop_us));
+            dirty.record(record.dirty_pages as f64);
+            wire.increment(record.wire_bytes);
+            commits.record(seconds(record.commit_us));
         }
+        journal.write(told);
+        told.clear();
     }
 }
+
+/// Epochs whose figures are written together, and how long they wait at most: whoever was just answered wants the
+/// processor now.
+const TOGETHER: usize = 16;
+const SOON: Duration = Duration::from_millis(20);
+/// How often it is looked whether it is over.
+const PATIENCE: Duration = Duration::from_millis(200);
 
 /// Carries releases out, in order, until the shell is gone or its container's time here ends.
 pub(in crate::agent) fn release_all(
     shell: Arc<Shell>,
     proofs: std::sync::mpsc::Receiver<CommitProof>,
 ) {
+    let mut told = Vec::with_capacity(TOGETHER);
     while !shell.must_end() {
-        match proofs.recv_timeout(Duration::from_millis(200)) {
-            Ok(proof) => shell.release(proof),
+        match proofs.recv_timeout(if told.is_empty() { PATIENCE } else { SOON }) {
+            Ok(proof) => {
+                shell.release(proof, &mut told);
+                if told.len() < TOGETHER {
+                    continue;
+                }
+            }
             Err(std::sync::mpsc::RecvTimeoutError::Timeout) => {}
-            Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => return,
+            Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => break,
         }
+        shell.tell(&mut told);
     }
     // What was proven before the end, as in a switchover, leaves.
-    proofs.try_iter().for_each(|proof| shell.release(proof));
+    proofs.try_iter().for_each(|proof| shell.release(proof, &mut told));
+    shell.tell(&mut told);
 }

@@ -366,15 +366,10 @@ impl Gate {
         frames
     }
 
-    /// Frames that wait in the open epoch. While the number stays the same, the container has
-    /// nothing more to send.
-    pub fn open_frames(&self) -> usize {
-        self.shared.outbound.lock_urgent().core.open_frames()
-    }
-
-    /// Clients for whom output waits in the open epoch, and how many more may be about to ask.
-    pub fn waiting(&self) -> Waiting {
-        self.shared.outbound.lock_urgent().flows.waiting(Instant::now())
+    /// Frames of output that wait in the open epoch; and for how many clients, and how many more may be about to ask.
+    pub fn output(&self) -> (usize, Waiting) {
+        let mut out = self.shared.outbound.lock_urgent();
+        (out.core.open_frames(), out.flows.waiting(Instant::now()))
     }
 
     /// Adds the connections on which the container has said something in the epoch that was sealed last.

@@ -68,7 +68,7 @@ pub(super) struct AddressSpace {
     guards: Guards,
     changed: bool,
     /// What a checkpoint says of them, unless they change.
-    ready: Option<Vec<Mapping>>,
+    ready: Option<Arc<Vec<Mapping>>>,
     /// The mappings are those of the last round, and a job scans their pages.
     begun: bool,
     noted: Noted,
@@ -176,7 +176,7 @@ impl AddressSpace {
             noted
                 .so_far(spans)
                 .iter()
-                .for_each(|(start, end)| job.add(pagemap, *pid, *start, *end));
+                .for_each(|(start, end)| job.add_to_copy(pagemap, *pid, *start, *end));
         }
         self.begun
     }
@@ -204,7 +204,9 @@ impl AddressSpace {
         self.regions.clear();
         self.regions.append(&mut self.carry);
         let carried = self.regions.len();
-        let scan = job.collect(self.pid, &mut self.buffer, &mut self.regions)?;
+        let whose = (self.pid, self.mark);
+        let (scan, copied) =
+            job.collect_copied(whose, &mut self.buffer, &mut self.regions, pages)?;
         self.count(carried);
         if scan == Scan::Complete {
             self.noted.looked_so_far(self.flushes);
@@ -212,6 +214,7 @@ impl AddressSpace {
         for region in &self.regions {
             self.guards.remove(region.start, region.end);
         }
+        self.regions.truncate(self.regions.len() - copied);
         self.copy(pages, false)?;
         Ok(scan)
     }
@@ -449,17 +452,17 @@ impl AddressSpace {
     }
 
     /// The mappings for the checkpoint, those new since the last one marked fresh.
-    pub(super) fn take_mappings(&mut self) -> Vec<Mapping> {
-        match self.ready.take().filter(|_| !self.changed) {
+    pub(super) fn take_mappings(&self) -> Arc<Vec<Mapping>> {
+        match self.ready.clone().filter(|_| !self.changed) {
             Some(ready) => ready,
-            None => self.mappings(),
+            None => Arc::new(self.mappings()),
         }
     }
 
     /// Before a stop: makes them ready, as they are if none is changed.
     pub(super) fn make_ready(&mut self) {
         if !self.changed && self.ready.is_none() {
-            self.ready = Some(self.mappings());
+            self.ready = Some(Arc::new(self.mappings()));
         }
     }
 
@@ -489,11 +492,13 @@ impl AddressSpace {
         self.changed
     }
 
-    /// Whether the mappings changed since the last checkpoint, and forgets it.
-    pub(super) fn finish(&mut self) -> bool {
-        self.fresh.clear();
-        self.ready = None;
-        std::mem::replace(&mut self.changed, false)
+    /// The checkpoint is whole: the mappings have not changed since then.
+    pub(super) fn finish(&mut self) {
+        let changed = std::mem::replace(&mut self.changed, false);
+        if changed {
+            self.fresh.clear();
+            self.ready = None;
+        }
     }
 
     /// The mapping named `[vdso]`.

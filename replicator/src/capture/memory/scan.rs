@@ -7,13 +7,15 @@
 //! is kept for the next one ([`Job::collect`] is called whatever happened).
 
 use crate::capture::CaptureError;
+use crate::image::pages::{Content, PAGE, PageSet, Run};
+use crate::sys::memory::{self, Range};
 use crate::sys::pagemap::{self, Buffer, Pagemap, Region, Scan};
 use crate::sys::{SysResult, sched};
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -28,6 +30,8 @@ const PIECES: usize = 256;
 /// processor, and for how long it then gets it.
 const PATIENCE: u32 = 1_000;
 const PAUSE: Duration = Duration::from_micros(20);
+/// For how long others are left to finish what they do while we let more urgent work run.
+const LEISURE: Duration = Duration::from_micros(200);
 /// Real-time priority of the helper: that of the stop thread.
 const PRIORITY: i32 = 20;
 /// How often it is looked whether the container has moved to other processors.
@@ -40,6 +44,8 @@ struct Piece {
     process: i32,
     start: u64,
     end: u64,
+    /// A helper that scans it copies what it finds.
+    copy: bool,
     found: Mutex<Found>,
 }
 
@@ -56,6 +62,8 @@ enum Then {
 struct Found {
     regions: Vec<Region>,
     result: Option<SysResult<Scan>>,
+    /// Where in [`Job::copies`] the copies of all its regions lie, one after the other.
+    copied: Option<usize>,
 }
 
 /// What is to be scanned in one stop.
@@ -63,10 +71,17 @@ struct Found {
 pub(in crate::capture) struct Job {
     pieces: Vec<Piece>,
     then: Then,
+    copies: Mutex<Vec<u8>>,
+    /// What was collected has taken the copies along: to this place.
+    taken_to: OnceLock<usize>,
     bytes: u64,
     next: AtomicUsize,
     done: AtomicUsize,
     left: AtomicBool,
+    /// A helper was given it.
+    called: AtomicBool,
+    /// For those who wait until the helper can do no more.
+    helped: (Mutex<()>, Condvar),
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -79,6 +94,18 @@ impl Job {
         Self::new(Then::Protect)
     }
 
+    /// As [`Job::to_take`], for pages of which helpers put copies into a buffer, which is taken back with
+    /// [`Job::give_back`].
+    pub(in crate::capture) fn to_copy(mut buffer: Vec<u8>) -> Self {
+        buffer.clear();
+        Self { copies: Mutex::new(buffer), ..Self::new(Then::Protect) }
+    }
+
+    /// The buffer for copies, or the one that it was exchanged for.
+    pub(in crate::capture) fn give_back(&self) -> Vec<u8> {
+        std::mem::take(&mut lock(&self.copies))
+    }
+
     /// One that protects nothing, so that the next scan finds the same.
     pub(in crate::capture) fn to_look() -> Self {
         Self::new(Then::Leave)
@@ -88,21 +115,47 @@ impl Job {
         Self {
             pieces: Vec::with_capacity(PIECES),
             then,
+            copies: Mutex::default(),
+            taken_to: OnceLock::new(),
             bytes: 0,
             next: AtomicUsize::new(0),
             done: AtomicUsize::new(0),
             left: AtomicBool::new(false),
+            called: AtomicBool::new(false),
+            helped: Default::default(),
         }
     }
 
     /// Adds memory of a process.
     pub(super) fn add(&mut self, pagemap: &Arc<Pagemap>, process: i32, start: u64, end: u64) {
+        self.add_to(pagemap, process, (start, end), false);
+    }
+
+    /// The same; a helper that finds something there copies it. To be collected with
+    /// [`Job::collect_copied`].
+    pub(super) fn add_to_copy(
+        &mut self,
+        pagemap: &Arc<Pagemap>,
+        process: i32,
+        start: u64,
+        end: u64,
+    ) {
+        self.add_to(pagemap, process, (start, end), true);
+    }
+
+    fn add_to(
+        &mut self,
+        pagemap: &Arc<Pagemap>,
+        process: i32,
+        (start, end): (u64, u64),
+        copy: bool,
+    ) {
         self.bytes += end - start;
         // No page of page tables lies in two pieces, so that translations are flushed once for it.
         let borders = (start / PIECE * PIECE..end).step_by(PIECE as usize);
         for (start, end) in borders.map(|at| (at.max(start), end.min(at + PIECE))) {
             let (pagemap, found) = (pagemap.clone(), Mutex::default());
-            self.pieces.push(Piece { pagemap, process, start, end, found });
+            self.pieces.push(Piece { pagemap, process, start, end, copy, found });
         }
     }
 
@@ -118,29 +171,91 @@ impl Job {
 
     fn help(&self, buffer: &mut Buffer) {
         let may_go_on = || !self.left.load(Ordering::SeqCst);
-        while may_go_on() && self.scan_next(buffer) {}
+        while may_go_on() && self.scan_next(buffer, true) {}
+        let (lock_of, come) = &self.helped;
+        drop(lock(lock_of));
+        come.notify_all();
+    }
+
+    /// Leaves all of it to a helper, if one has it and keeps it, for as long as that does not take [`LEISURE`].
+    pub(in crate::capture) fn let_help(&self) {
+        let has = self.called.load(Ordering::SeqCst) && !self.left.load(Ordering::SeqCst);
+        if has {
+            let (lock_of, come) = &self.helped;
+            let _ = come.wait_timeout_while(lock(lock_of), LEISURE, |()| !self.is_done());
+        }
     }
 
     /// Scans pieces until none is left that nobody has begun.
     fn work(&self, buffer: &mut Buffer) {
-        while self.scan_next(buffer) {}
+        while self.scan_next(buffer, false) {}
     }
 
-    /// Scans a piece, unless none is left.
-    fn scan_next(&self, buffer: &mut Buffer) -> bool {
+    /// Scans a piece, unless none is left. A helper copies what it finds.
+    fn scan_next(&self, buffer: &mut Buffer, helps: bool) -> bool {
         let next = self.next.fetch_add(1, Ordering::SeqCst);
         let Some(piece) = self.pieces.get(next) else { return false };
         let mut found = lock(&piece.found);
-        let Found { regions, result } = &mut *found;
+        let Found { regions, result, copied } = &mut *found;
         let (start, end) = (piece.start, piece.end);
         let pagemap = &piece.pagemap;
         *result = Some(match self.then {
             Then::Protect => pagemap.take_written(start, end, pagemap::WRITTEN, buffer, regions),
             Then::Leave => pagemap.see_written(start, end, buffer, regions),
         });
+        if helps && piece.copy && matches!(result, Some(Ok(Scan::Complete))) {
+            *copied = self.copy(piece.process, regions);
+        }
         drop(found);
         self.done.fetch_add(1, Ordering::SeqCst);
         true
+    }
+
+    /// Copies regions; gives where, if all of them could be read.
+    fn copy(&self, process: i32, regions: &[Region]) -> Option<usize> {
+        let range = |r: &Region| Range { start: r.start, len: (r.end - r.start) as usize };
+        let ranges: Vec<Range> = regions.iter().map(range).collect();
+        let mut copies = lock(&self.copies);
+        let at = copies.len();
+        memory::read_appended(process, &ranges, &mut copies).is_ok().then_some(at)
+    }
+
+    /// As [`Job::collect`]. Regions that were copied are appended to `out` behind all others, and their copies to
+    /// `pages`, as those of `mark`. Gives how many are behind.
+    pub(super) fn collect_copied(
+        &self,
+        (process, mark): (i32, u32),
+        buffer: &mut Buffer,
+        out: &mut Vec<Region>,
+        pages: &mut PageSet,
+    ) -> Result<(Scan, usize), CaptureError> {
+        self.finish(buffer);
+        let to = *self.taken_to.get_or_init(|| self.move_copies(&mut pages.bytes));
+        let mut behind = Vec::new();
+        for piece in self.pieces.iter().filter(|p| p.process == process) {
+            let mut found = lock(&piece.found);
+            let Some(at) = found.copied.take() else { continue };
+            let mut at = to + at;
+            for r in found.regions.drain(..) {
+                let (start, count) = (r.start, ((r.end - r.start) / PAGE as u64) as u32);
+                pages.runs.push(Run { process: mark, start, count, content: Content::Data(at) });
+                at += count as usize * PAGE;
+                behind.push(r);
+            }
+        }
+        let scan = self.collect(process, buffer, out);
+        out.extend_from_slice(&behind);
+        Ok((scan?, behind.len()))
+    }
+
+    /// Appends all copies; gives where they are.
+    fn move_copies(&self, to: &mut Vec<u8>) -> usize {
+        let (mut copies, at) = (lock(&self.copies), to.len());
+        match at {
+            0 => std::mem::swap(&mut *copies, to),
+            _ => to.extend_from_slice(&copies),
+        }
+        at
     }
 
     /// Scans what is left, waits for what others have begun, and appends what was found in the memory of
@@ -151,16 +266,7 @@ impl Job {
         buffer: &mut Buffer,
         out: &mut Vec<Region>,
     ) -> Result<Scan, CaptureError> {
-        self.work(buffer);
-        let mut looks = 0;
-        while self.done.load(Ordering::SeqCst) < self.pieces.len() {
-            // To whoever has the same priority; sleeping lets those of a lower one on.
-            looks += 1;
-            match looks < PATIENCE {
-                true => std::thread::yield_now(),
-                false => std::thread::sleep(PAUSE),
-            }
-        }
+        self.finish(buffer);
         let mut whole = Ok(Scan::Complete);
         for piece in self.pieces.iter().filter(|p| p.process == process) {
             let mut found = lock(&piece.found);
@@ -172,6 +278,20 @@ impl Job {
             }
         }
         whole
+    }
+
+    /// Scans what is left, and waits for what others have begun.
+    fn finish(&self, buffer: &mut Buffer) {
+        self.work(buffer);
+        let mut looks = 0;
+        while self.done.load(Ordering::SeqCst) < self.pieces.len() {
+            // To whoever has the same priority; sleeping lets those of a lower one on.
+            looks += 1;
+            match looks < PATIENCE {
+                true => std::thread::yield_now(),
+                false => std::thread::sleep(PAUSE),
+            }
+        }
     }
 }
 
@@ -272,6 +392,7 @@ impl Helper {
             // Nobody waits for these any more: it had no processor.
             order.jobs.retain(|job| Arc::strong_count(job) > 1);
             order.jobs.push_back(job.clone());
+            job.called.store(true, Ordering::SeqCst);
             drop(order);
             self.shared.come.notify_one();
         }
@@ -316,7 +437,6 @@ impl Drop for Helper {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::image::pages::PAGE;
     use crate::sys::{probe, uffd};
     use std::os::fd::AsFd;
 
@@ -367,6 +487,63 @@ mod tests {
             let mut again = Vec::new();
             job.collect(me, &mut buffer, &mut again).expect("nothing is left");
             assert!(again.is_empty());
+        }
+    }
+
+    #[test]
+    fn what_helpers_copy_is_what_was_written() {
+        let Some((mut memory, _fd)) = watched() else {
+            println!("skipped: no userfaultfd");
+            return;
+        };
+        let me = std::process::id() as i32;
+        let pagemap = Arc::new(Pagemap::open(me).expect("pagemap"));
+        let (start, mut buffer) = (memory.as_ptr() as u64, Buffer::default());
+        // Two processes, as it were: pieces are only told apart by the number.
+        let (mine, half) = (me, start + LEN as u64 / 2);
+        let mut copies = Vec::new();
+        for round in 0..4usize {
+            let pages: Vec<usize> = (0..LEN / PAGE).filter(|p| p % (500 + round) == 3).collect();
+            for page in &pages {
+                memory[page * PAGE + round] = round as u8 + 1;
+            }
+            let mut job = Job::to_copy(copies);
+            job.add_to_copy(&pagemap, mine, start, half);
+            job.add_to_copy(&pagemap, mine, half, start + LEN as u64);
+            // Helpers do nothing, half, or all of it; the first two to an empty set.
+            let helped = [0, 6, 12, 6][round];
+            (0..helped).for_each(|_| assert!(job.scan_next(&mut buffer, true)));
+            let mut set = PageSet::default();
+            if round > 1 {
+                set.bytes.extend_from_slice(&[9; 3 * PAGE]);
+            }
+            let (mut regions, before) = (Vec::new(), set.pages());
+            let (scan, behind) = job
+                .collect_copied((mine, 7), &mut buffer, &mut regions, &mut set)
+                .expect("collected");
+            assert_eq!(scan, Scan::Complete);
+            let count = |regions: &[Region]| -> usize {
+                regions.iter().map(|r| ((r.end - r.start) as usize) / PAGE).sum()
+            };
+            let (rest, copied) = regions.split_at(regions.len() - behind);
+            assert_eq!(
+                count(&regions),
+                pages.len() + if round == 0 { LEN / PAGE - pages.len() } else { 0 }
+            );
+            assert_eq!(count(copied) == 0, helped == 0);
+            assert_eq!(count(rest) == 0, helped == 12);
+            assert_eq!(set.pages() - before, count(copied));
+            for (run, region) in set.runs.iter().zip(copied) {
+                let Content::Data(at) = run.content else { panic!("{run:?}") };
+                let (from, len) = ((region.start - start) as usize, run.count as usize * PAGE);
+                assert_eq!(
+                    (run.process, run.start, len as u64),
+                    (7, region.start, region.end - region.start)
+                );
+                assert!(set.bytes[at..at + len] == memory[from..from + len], "round {round}");
+            }
+            assert!(set.bytes.starts_with(&vec![9; before * PAGE]), "what was there stays");
+            copies = job.give_back();
         }
     }
 
