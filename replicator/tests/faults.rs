@@ -7,6 +7,8 @@ mod common;
 
 use common::shadow::{Shadow, Snapshot};
 use common::{Original, Scratch};
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
 use replicator::Epoch;
 use replicator::capture::{CaptureError, Glances, StopTimes, warm_up};
 use replicator::image::advice::Advice;
@@ -383,10 +385,37 @@ fn what_was_missed_is_found_before_anybody_gets_the_checkpoint() {
             std::thread::sleep(Duration::from_millis(100));
         }
         assert_eq!(subject.refuted, before + 1);
-        assert!(subject.early > 0, "each checkpoint was confirmed before it was there");
         let times = subject.try_stop(|_| ()).expect("it looks everywhere");
         assert_eq!((times.noted, times.doubted), (0, 1), "what was refuted is not believed");
     }
+}
+
+/// Without a helper nothing of the rest is looked at while the program stands still, so that its checkpoint is there
+/// before it is confirmed, or refuted.
+#[test]
+fn what_is_taken_before_it_is_confirmed_is_the_checkpoint_if_it_is_one() {
+    let all = sched_getaffinity(Pid::from_raw(0)).expect("known");
+    let first = (0..CpuSet::count()).find(|cpu| all.is_set(*cpu) == Ok(true)).expect("one");
+    let mut one = CpuSet::new();
+    one.set(first).expect("a processor");
+    sched_setaffinity(Pid::from_raw(0), &one).expect("placed");
+    let Some(mut subject) = Subject::start("alone", Glances::Noted) else { return };
+    subject.is_believed_again();
+    assert!(subject.early > 0, "each was confirmed first");
+    for number in [3_000, 20_000] {
+        subject.is_believed_again();
+        let (refuted, early) = (subject.refuted, subject.early);
+        for _ in 0..TRIES {
+            if subject.try_stop(|me| me.store_unnoted(number)()).is_err() {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        assert!(subject.refuted == refuted + 1 && subject.early > early);
+        // It has the pages of the one that came to nothing, too.
+        subject.try_stop(|_| ()).expect("it looks everywhere");
+    }
+    sched_setaffinity(Pid::from_raw(0), &all).expect("as before");
 }
 
 /// The same when the program has just gone on: that stop may have looked everywhere before, and the next one, which
