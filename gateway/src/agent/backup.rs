@@ -21,7 +21,7 @@ use super::journal::Memory;
 use super::judge::Judge;
 use super::primary::{SharedStatus, lock};
 use super::status::{Phase, Role};
-use super::stop;
+use super::urgency;
 use super::volumes::Files;
 use super::worker::Place;
 use crate::frames::gate::Gate;
@@ -311,7 +311,7 @@ fn act(shell: &Arc<Standby>, orders: &mpsc::UnboundedSender<Order>, action: Acti
 
 /// Makes a thread real-time that clients wait for; it makes itself ordinary again.
 pub(super) fn hurry(thread: i32) {
-    if let Err(error) = sched::set_fifo_of(thread, stop::PRIORITY) {
+    if let Err(error) = sched::set_fifo_of(thread, urgency::PRIORITY) {
         tracing::debug!(%error, "a takeover competes with ordinary work");
     }
 }

@@ -19,6 +19,7 @@ mod ship;
 pub mod status;
 mod stop;
 mod takeover;
+mod urgency;
 pub mod volumes;
 mod worker;
 mod young;

@@ -14,14 +14,14 @@ use super::orphans::Closed;
 use super::pace::{self, Look, Pacer};
 use super::primary::{Next, Shell};
 use super::ship::Verdict;
+use super::urgency::RealTime;
 use super::young;
 use crate::frames::gate::{Gate, InputHold};
 use anyhow::{Context, Result};
 use netns_tools::topology::OnUnprotectable;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, ppoll};
-use nix::sys::signal::{SigSet, Signal};
-use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::signalfd::SignalFd;
 use nix::sys::time::TimeSpec;
 use replicator::capture::{self, Boundary, CaptureError, Capturer, StopTimes};
 use replicator::image::State;
@@ -37,10 +37,6 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError};
 use std::time::{Duration, Instant};
 
-/// Real-time priority in a stop; the gate's threads run below it.
-pub(super) const PRIORITY: i32 = 20;
-/// Nice value between stops.
-const NICE: i32 = -10;
 /// How long a stop that was taken back waits before it is tried again.
 const RETRY: Duration = Duration::from_millis(1);
 /// For how long stops may be taken back in a row before protection is given up.
@@ -99,63 +95,6 @@ pub(super) struct Taken {
     pub(super) verdict: Arc<Verdict>,
     /// Time since the stop before.
     pub(super) interval: Duration,
-}
-
-/// Makes the calling thread the one that may stop a container, with SIGCHLD as a descriptor.
-/// SIGCHLD must be blocked in every thread of the process.
-pub(super) fn become_stop_thread() -> Result<SignalFd> {
-    // Ordinary threads with this mark give their priority to no child: the container starts as
-    // any other program.
-    if let Err(error) = sched::set_ordinary() {
-        tracing::warn!(%error, "the container may start as a real-time program");
-    }
-    go_before_others()
-}
-
-fn go_before_others() -> Result<SignalFd> {
-    if let Err(error) = sched::set_nice(NICE) {
-        tracing::warn!(%error, "stops will be longer when the machine is busy");
-    }
-    let mut set = SigSet::empty();
-    set.add(Signal::SIGCHLD);
-    SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
-        .context("cannot watch the container's processes (signalfd)")
-}
-
-/// Real-time while it lives.
-pub(super) struct RealTime(());
-
-impl RealTime {
-    /// Makes the calling thread real-time, if the system allows it.
-    pub(super) fn start() -> Self {
-        if let Err(error) = sched::set_fifo(PRIORITY) {
-            tracing::debug!(%error, "not real-time");
-        }
-        Self(())
-    }
-
-    /// As [`become_stop_thread`] does. To become an ordinary thread first would mean to wait for a processor.
-    pub(super) fn become_stop_thread(&self) -> Result<SignalFd> {
-        go_before_others()
-    }
-
-    /// Threads that are begun meanwhile are real-time as well, and for good; otherwise they are ordinary.
-    pub(super) fn share<T>(&self, begin: impl FnOnce() -> T) -> T {
-        let shared = sched::set_fifo_with_children(PRIORITY);
-        let result = begin();
-        if let Err(error) = shared.and_then(|()| sched::set_fifo(PRIORITY)) {
-            tracing::debug!(%error, "not real-time");
-        }
-        result
-    }
-}
-
-impl Drop for RealTime {
-    fn drop(&mut self) {
-        if let Err(error) = sched::set_ordinary() {
-            tracing::debug!(%error, "real-time for good");
-        }
-    }
 }
 
 /// Waits until a descriptor is readable or the time has passed. Which is not told: look.
@@ -688,22 +627,5 @@ impl StopLoop {
             }
         }
         Ok(Ending::Told)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_thread_that_is_waited_for_begins_as_real_time_and_others_do_not() {
-        let class = || sched::attributes(0).expect("its own");
-        let real_time = RealTime::start();
-        let [shared, other] = std::thread::scope(|scope| {
-            let shared = real_time.share(|| scope.spawn(class));
-            [shared, scope.spawn(class)].map(|thread| thread.join().expect("no panic").policy)
-        });
-        drop(real_time);
-        assert_eq!([shared, other, class().policy], [nix::libc::SCHED_FIFO as u32, 0, 0]);
     }
 }

@@ -12,7 +12,7 @@ use super::backup::{Warm, ms};
 use super::journal::monotonic_us;
 use super::network::Place;
 use super::status::{FailoverPhases, FailoverRecord};
-use super::stop::RealTime;
+use super::urgency::RealTime;
 use super::young;
 use crate::frames::Mac;
 use crate::frames::gate::Gate;

@@ -5,7 +5,8 @@
 use super::{Life, Place};
 use crate::agent::primary::lock;
 use crate::agent::status::{Phase, Role};
-use crate::agent::stop::{become_stop_thread, drain_signals, sleep_on};
+use crate::agent::stop::{drain_signals, sleep_on};
+use crate::agent::urgency::become_stop_thread;
 use crate::frames::gate::{Gate, GateConfig};
 use anyhow::{Context, Result, bail};
 use netns_tools::namespace::Namespace;
