@@ -401,18 +401,18 @@ impl Shell {
         if let Some(standby) = self.standby.as_ref().filter(|_| stirs) {
             standby.pulse.stir();
         }
-        let (idle, silent) = (actions.is_empty() && heard, actions.is_empty() && only_a_step);
+        let silent = actions.is_empty() && only_a_step;
+        let idle = actions.is_empty() && heard;
         for action in actions {
             self.act(action);
         }
-        if !idle && !silent {
+        if idle {
+            return;
+        }
+        if !silent {
             self.follow_state();
         }
-        match only_a_step {
-            _ if idle => {}
-            true => self.step(),
-            false => self.wake_up(),
-        }
+        if only_a_step { self.step() } else { self.wake_up() }
     }
 
     fn act(&self, action: Action) {

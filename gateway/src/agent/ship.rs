@@ -7,7 +7,7 @@
 //! A small checkpoint comes here before its stop was confirmed, and is coded meanwhile: nothing of it leaves
 //! before its [`Verdict`] is known.
 
-use super::primary::{Shell, lock};
+use super::primary::Shell;
 use super::stop::Taken;
 use bytes::Bytes;
 use replicator::image::State;
@@ -17,8 +17,8 @@ use replicator::protocol::primary::Input;
 use replicator::sys::sched;
 use replicator::transport::link::Closed;
 use replicator::wire::{BuildError, CheckpointBuilder, Limits};
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 /// Ahead of ordinary work, behind everything that is real-time.
@@ -41,61 +41,9 @@ enum ShipError {
     Stale,
 }
 
-/// Whether a checkpoint is one: what its stop has not looked at is looked at while it is being coded.
-#[derive(Debug)]
-pub(super) struct Verdict {
-    told: Mutex<Option<Told>>,
-    come: Condvar,
-}
-
-/// What a verdict says: how long it took, if the checkpoint is one.
-type Told = Option<Duration>;
-
-impl Default for Verdict {
-    fn default() -> Self {
-        Self { told: Mutex::new(Some(Some(Duration::ZERO))), come: Condvar::new() }
-    }
-}
-
-impl Verdict {
-    /// It is not known from now on; whoever is given this must tell it.
-    pub(super) fn open(self: &Arc<Self>) -> Teller {
-        *lock(&self.told) = None;
-        Teller(self.clone())
-    }
-
-    fn is_told(&self) -> bool {
-        lock(&self.told).is_some()
-    }
-
-    /// Waits for it.
-    fn wait(&self) -> Told {
-        let told = self.come.wait_while(lock(&self.told), |told| told.is_none());
-        told.unwrap_or_else(PoisonError::into_inner).flatten()
-    }
-}
-
-/// Tells a verdict: that the checkpoint is none, if it goes without a word.
-#[derive(Debug)]
-pub(super) struct Teller(Arc<Verdict>);
-
-impl Teller {
-    /// The checkpoint is one, as was known after so long.
-    pub(super) fn confirm(self, took: Duration) {
-        self.tell(Some(took));
-    }
-
-    fn tell(&self, told: Told) {
-        lock(&self.0.told).get_or_insert(told);
-        self.0.come.notify_one();
-    }
-}
-
-impl Drop for Teller {
-    fn drop(&mut self) {
-        self.tell(None);
-    }
-}
+/// Whether a checkpoint is one, which is known once what its stop has not looked at was looked at: after so long, or
+/// never if it is none.
+pub(super) type Verdict = Receiver<Duration>;
 
 /// Runs until the stop thread is gone.
 pub(super) fn run(shell: Arc<Shell>, taken: Receiver<Taken>, buffers: SyncSender<Taken>) {
@@ -104,7 +52,6 @@ pub(super) fn run(shell: Arc<Shell>, taken: Receiver<Taken>, buffers: SyncSender
     }
     let mut builder: Option<(LinkId, CheckpointBuilder)> = None;
     for mut taken in taken {
-        let verdict = taken.verdict.clone();
         // The container stands still until this one is with the backup.
         let hurry = shell.hands_over();
         if hurry && let Err(error) = sched::set_fifo(PRIORITY) {
@@ -118,8 +65,6 @@ pub(super) fn run(shell: Arc<Shell>, taken: Receiver<Taken>, buffers: SyncSender
                 shell.handle(Input::Lost(taken.link));
             }
         }
-        // The stop thread is done with it.
-        verdict.wait();
         // Taken apart here rather than where the next one is awaited.
         taken.state = State::default();
         if taken.full {
@@ -171,7 +116,8 @@ fn ship(
         _ => return Err(ShipError::Stale),
     };
     let mut sent = Ok(());
-    let mut batch = Batch { keeps: !taken.verdict.is_told(), ..Batch::default() };
+    let verdict = taken.verdict.take();
+    let mut batch = Batch { keeps: verdict.is_some(), ..Batch::default() };
     let mut send = |frame| {
         if let (Ok(()), Some(full)) = (&sent, batch.add(frame)) {
             sent = link.send_all(full);
@@ -183,13 +129,12 @@ fn ship(
     builder.files(&taken.files, &mut send)?;
     let finished = builder.finish(&taken.state, &mut send)?;
     sent?;
-    match taken.verdict.wait() {
-        Some(took) if batch.keeps => taken.times.confirm = took,
-        Some(_) => {}
-        None => {
+    if let Some(verdict) = verdict {
+        let Ok(took) = verdict.recv() else {
             builder.take_back(&taken.pages.runs, &owners);
             return Ok(());
-        }
+        };
+        taken.times.confirm = took;
     }
     shell.note(taken, finished.bytes);
     // The ledger learns of the digest before the frame leaves that completes the checkpoint.
@@ -204,24 +149,6 @@ fn ship(
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_verdict_is_awaited_and_none_is_one() {
-        let verdict = Arc::new(Verdict::default());
-        assert_eq!(verdict.wait(), Some(Duration::ZERO), "nothing was open");
-        for took in [Some(Duration::from_micros(7)), None] {
-            let teller = verdict.open();
-            assert!(!verdict.is_told());
-            let waiting = verdict.clone();
-            let waits = std::thread::spawn(move || waiting.wait());
-            match took {
-                Some(took) => teller.confirm(took),
-                None => drop(teller),
-            }
-            assert_eq!(waits.join().expect("no panic"), took);
-            assert!(verdict.is_told());
-        }
-    }
 
     #[test]
     fn what_is_not_confirmed_is_kept_together() {

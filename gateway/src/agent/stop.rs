@@ -34,7 +34,7 @@ use replicator::volume::{VolumeError, Volumes};
 use replicator::{Epoch, Generation};
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender, TryRecvError};
+use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 use std::time::{Duration, Instant};
 
 /// How long a stop that was taken back waits before it is tried again.
@@ -91,8 +91,8 @@ pub(super) struct Taken {
     pub(super) volumes: Duration,
     /// When output was sealed.
     pub(super) sealed: Option<Instant>,
-    /// Whether it is one.
-    pub(super) verdict: Arc<Verdict>,
+    /// Whether it is one, if that is not known yet.
+    pub(super) verdict: Option<Verdict>,
     /// Time since the stop before.
     pub(super) interval: Duration,
 }
@@ -463,22 +463,23 @@ impl StopLoop {
     /// to be none is taken back.
     fn hand_over(
         &mut self,
-        taken: Taken,
+        mut taken: Taken,
         stopped: &mut capture::Taken,
     ) -> Result<(), CaptureError> {
-        let teller = (!stopped.is_confirmed()).then(|| taken.verdict.open());
+        let (tell, verdict) = sync_channel(1);
+        taken.verdict = (!stopped.is_confirmed()).then_some(verdict);
         self.shell.taken();
         if self.to_ship.send(taken).is_err() {
             return Err(CaptureError::Transient("the shipper has ended"));
         }
-        match (self.capturer.confirm(stopped), teller) {
-            (Ok(()), None) => Ok(()),
-            (Ok(()), Some(teller)) => {
-                teller.confirm(stopped.times().confirm);
+        match self.capturer.confirm(stopped) {
+            // Nobody hears it where it was known before, or the shipper has dropped the checkpoint.
+            Ok(()) => {
+                let _ = tell.send(stopped.times().confirm);
                 Ok(())
             }
-            (Err(CaptureError::Ended), _) => Err(CaptureError::Ended),
-            (Err(error), _) => {
+            Err(CaptureError::Ended) => Err(CaptureError::Ended),
+            Err(error) => {
                 self.closed.take_back();
                 self.epoch = self.epoch.next();
                 self.taken_back(error)

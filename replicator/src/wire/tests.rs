@@ -300,7 +300,6 @@ fn memory_rebuilt_from_checkpoints_equals_the_model() {
             number += 1;
             assert_eq!((checkpoint.full, &checkpoint.state), (full, &model.state));
             apply(&mut rebuilt, &checkpoint);
-
             assert!(rebuilt == model.memory, "seed {seed} epoch {epoch}");
             model.settle();
         }

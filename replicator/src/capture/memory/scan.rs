@@ -1,7 +1,7 @@
 //! The scan of a stop, and the look at what it leaves out, on two processors: while a container stands still its own processors have
 //! nothing to do, and one of them looks for written pages while the stop thread reads threads and
 //! descriptors. Whoever is done first takes the next piece, so that a helper that gets no processor
-//! delays the stop by one piece at most.
+//! delays the stop by one piece at most. In the round before a stop it copies what it finds as well.
 //!
 //! A scan protects again what it finds, so nothing of it may be lost: what a stop that fails has found
 //! is kept for the next one ([`Job::collect`] is called whatever happened).
@@ -499,8 +499,7 @@ mod tests {
         let me = std::process::id() as i32;
         let pagemap = Arc::new(Pagemap::open(me).expect("pagemap"));
         let (start, mut buffer) = (memory.as_ptr() as u64, Buffer::default());
-        // Two processes, as it were: pieces are only told apart by the number.
-        let (mine, half) = (me, start + LEN as u64 / 2);
+        let half = start + LEN as u64 / 2;
         let mut copies = Vec::new();
         for round in 0..4usize {
             let pages: Vec<usize> = (0..LEN / PAGE).filter(|p| p % (500 + round) == 3).collect();
@@ -508,8 +507,8 @@ mod tests {
                 memory[page * PAGE + round] = round as u8 + 1;
             }
             let mut job = Job::to_copy(copies);
-            job.add_to_copy(&pagemap, mine, start, half);
-            job.add_to_copy(&pagemap, mine, half, start + LEN as u64);
+            job.add_to_copy(&pagemap, me, start, half);
+            job.add_to_copy(&pagemap, me, half, start + LEN as u64);
             // Helpers do nothing, half, or all of it; the first two to an empty set.
             let helped = [0, 6, 12, 6][round];
             (0..helped).for_each(|_| assert!(job.scan_next(&mut buffer, true)));
@@ -519,7 +518,7 @@ mod tests {
             }
             let (mut regions, before) = (Vec::new(), set.pages());
             let (scan, behind) = job
-                .collect_copied((mine, 7), &mut buffer, &mut regions, &mut set)
+                .collect_copied((me, 7), &mut buffer, &mut regions, &mut set)
                 .expect("collected");
             assert_eq!(scan, Scan::Complete);
             let count = |regions: &[Region]| -> usize {
