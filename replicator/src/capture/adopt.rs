@@ -1,12 +1,12 @@
 //! Taking a container's processes over, all of its tree at the start and each new one later: seized,
 //! their memory watched, what cannot be protected refused (CP-3).
 
-use super::memory::{self, AddressSpace};
+use super::memory::AddressSpace;
 use super::tracer::{self, Tracer};
 use super::{
-    CaptureError, Capturer, Glances, Tracked, advice, direct, farewell, files, lineage, maps,
-    namespaces, objects, process, refusals, sharing, surroundings, sysv, threads, timers, tmpfs,
-    waits,
+    CaptureError, Capturer, Glances, Tracked, advice, direct, farewell, files, helpers, lineage,
+    maps, namespaces, objects, process, refusals, sharing, surroundings, sysv, threads, timers,
+    tmpfs, waits,
 };
 use crate::image::pages::PageSet;
 use crate::sys::remote::{self, Batch, Call, SCRATCH};
@@ -69,7 +69,7 @@ impl Capturer {
             refusals: refusals::Refusals::default(),
             remains: lineage::Remains::default(),
             farewells: farewell::Farewells::default(),
-            helpers: memory::Helpers::of(root),
+            helpers: helpers::Helpers::of(root),
         })
     }
 

@@ -21,6 +21,7 @@ mod fdinfo;
 mod files;
 mod glance;
 mod guards;
+mod helpers;
 mod homes;
 mod inet;
 mod inotify;
@@ -292,8 +293,8 @@ pub struct Capturer {
     refusals: refusals::Refusals,
     remains: lineage::Remains,
     farewells: farewell::Farewells,
-    /// Looks for written pages while the container stands still.
-    helpers: memory::Helpers,
+    /// Takes part while the container stands still.
+    helpers: helpers::Helpers,
 }
 
 impl Capturer {

@@ -22,7 +22,7 @@ use cut::split_fresh;
 use listing::list;
 pub(super) use noted::Counts;
 use noted::Noted;
-pub(super) use scan::{Helpers, Job};
+pub(super) use scan::Job;
 
 use super::guards::Guards;
 use super::objects::Objects;

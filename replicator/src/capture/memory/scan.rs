@@ -1,23 +1,19 @@
-//! The scan of a stop, and the look at what it leaves out, on two processors: while a container stands still its own processors have
-//! nothing to do, and one of them looks for written pages while the stop thread reads threads and
-//! descriptors. Whoever is done first takes the next piece, so that a helper that gets no processor
-//! delays the stop by one piece at most. In the round before a stop it copies what it finds as well.
+//! The scan of a stop, and the look at what it leaves out, on two processors: a [helper](crate::capture::helpers)
+//! looks for written pages while the stop thread reads threads and
+//! descriptors. In the round before a stop it copies what it finds as well.
 //!
 //! A scan protects again what it finds, so nothing of it may be lost: what a stop that fails has found
 //! is kept for the next one ([`Job::collect`] is called whatever happened).
 
 use crate::capture::CaptureError;
+use crate::capture::helpers::Help;
 use crate::image::pages::{Content, PAGE, PageSet, Run};
+use crate::sys::SysResult;
 use crate::sys::memory::{self, Range};
 use crate::sys::pagemap::{self, Buffer, Pagemap, Region, Scan};
-use crate::sys::{SysResult, sched};
-use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
-use nix::unistd::Pid;
-use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Bytes of memory in one piece.
 const PIECE: u64 = 8 << 20;
@@ -32,10 +28,6 @@ const PATIENCE: u32 = 1_000;
 const PAUSE: Duration = Duration::from_micros(20);
 /// For how long others are left to finish what they do while we let more urgent work run.
 const LEISURE: Duration = Duration::from_micros(200);
-/// Real-time priority of the helper: that of the stop thread.
-const PRIORITY: i32 = 20;
-/// How often it is looked whether the container has moved to other processors.
-const FOLLOW: Duration = Duration::from_secs(1);
 
 /// A part of one process's memory.
 #[derive(Debug)]
@@ -169,14 +161,6 @@ impl Job {
         self.done.load(Ordering::SeqCst) == self.pieces.len()
     }
 
-    fn help(&self, buffer: &mut Buffer) {
-        let may_go_on = || !self.left.load(Ordering::SeqCst);
-        while may_go_on() && self.scan_next(buffer, true) {}
-        let (lock_of, come) = &self.helped;
-        drop(lock(lock_of));
-        come.notify_all();
-    }
-
     /// Leaves all of it to a helper, if one has it and keeps it, for as long as that does not take [`LEISURE`].
     pub(in crate::capture) fn let_help(&self) {
         let has = self.called.load(Ordering::SeqCst) && !self.left.load(Ordering::SeqCst);
@@ -295,148 +279,28 @@ impl Job {
     }
 }
 
-/// The thread that helps, if there is a processor for it, and where it belongs: a container may be given
-/// other processors at any time.
-#[derive(Debug)]
-pub(in crate::capture) struct Helpers {
-    root: i32,
-    helper: Option<Helper>,
-    places: Option<(CpuSet, CpuSet)>,
-    looked: Instant,
-}
-
-impl Helpers {
-    /// For a container whose first process has this host pid, and the calling thread.
-    pub(in crate::capture) fn of(root: i32) -> Self {
-        let places = places(root);
-        let helper = places.and_then(|(theirs, ours)| Helper::at(theirs, ours));
-        Self { root, helper, places, looked: Instant::now() }
+impl Help for Job {
+    fn is_worth_it(&self) -> bool {
+        self.bytes >= WORTH || self.pieces.len() >= MANY
     }
 
-    /// Moves it to where the container runs now; looks now and then only. Not for a stop: it may
-    /// start a thread.
-    pub(in crate::capture) fn follow(&mut self) {
-        if self.looked.elapsed() < FOLLOW {
-            return;
-        }
-        self.looked = Instant::now();
-        let now = places(self.root);
-        if now.is_some() && now != self.places {
-            *self = Self::of(self.root);
-        }
+    fn is_called(&self) {
+        self.called.store(true, Ordering::SeqCst);
     }
 
-    /// Has it take part in a job, if that is worth its while.
-    pub(in crate::capture) fn call(&self, job: &Arc<Job>) {
-        if let Some(helper) = &self.helper {
-            helper.call(job);
-        }
-    }
-}
-
-/// A thread that helps.
-#[derive(Debug)]
-struct Helper {
-    shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
-}
-
-#[derive(Debug, Default)]
-struct Shared {
-    order: Mutex<Order>,
-    come: Condvar,
-}
-
-#[derive(Debug, Default)]
-struct Order {
-    jobs: VecDeque<Arc<Job>>,
-    end: bool,
-}
-
-impl Helper {
-    /// One that runs at these processors. None where that leaves but one for it and a caller at
-    /// `ours`.
-    fn at(theirs: CpuSet, ours: CpuSet) -> Option<Self> {
-        let either = |cpu| {
-            let has = |set: &CpuSet| set.is_set(cpu).unwrap_or(false);
-            has(&theirs) || has(&ours)
-        };
-        if (0..CpuSet::count()).filter(|cpu| either(*cpu)).count() < 2 {
-            return None;
-        }
-        let shared = Arc::<Shared>::default();
-        let for_thread = shared.clone();
-        let run = move || {
-            let placed = sched_setaffinity(Pid::from_raw(0), &theirs);
-            if let Err(error) = placed {
-                tracing::debug!(%error, "the scan is not where the container is");
-            }
-            if let Err(error) = sched::set_fifo(PRIORITY) {
-                tracing::debug!(%error, "the scan is not real-time");
-            }
-            help(&for_thread);
-        };
-        let thread = std::thread::Builder::new().name("scan".into()).spawn(run);
-        match thread {
-            Ok(thread) => Some(Self { shared, thread: Some(thread) }),
-            Err(error) => {
-                tracing::debug!(%error, "stops scan alone");
-                None
-            }
-        }
-    }
-
-    fn call(&self, job: &Arc<Job>) {
-        if job.bytes >= WORTH || job.pieces.len() >= MANY {
-            let mut order = lock(&self.shared.order);
-            // Nobody waits for these any more: it had no processor.
-            order.jobs.retain(|job| Arc::strong_count(job) > 1);
-            order.jobs.push_back(job.clone());
-            job.called.store(true, Ordering::SeqCst);
-            drop(order);
-            self.shared.come.notify_one();
-        }
-    }
-}
-
-fn help(shared: &Shared) {
-    let mut buffer = Buffer::default();
-    let mut order = lock(&shared.order);
-    loop {
-        if order.end {
-            return;
-        }
-        let Some(job) = order.jobs.pop_front() else {
-            order = shared.come.wait(order).unwrap_or_else(|e| e.into_inner());
-            continue;
-        };
-        drop(order);
-        job.help(&mut buffer);
-        drop(job);
-        order = lock(&shared.order);
-    }
-}
-
-/// The processors of a process, and of the calling thread.
-fn places(pid: i32) -> Option<(CpuSet, CpuSet)> {
-    let of = |pid| sched_getaffinity(Pid::from_raw(pid)).ok();
-    Some((of(pid)?, of(0)?))
-}
-
-impl Drop for Helper {
-    fn drop(&mut self) {
-        lock(&self.shared.order).end = true;
-        self.shared.come.notify_one();
-        if let Some(thread) = self.thread.take() {
-            // It has not panicked: nothing in it does.
-            let _ = thread.join();
-        }
+    fn help(&self, scratch: &mut Buffer) {
+        let may_go_on = || !self.left.load(Ordering::SeqCst);
+        while may_go_on() && self.scan_next(scratch, true) {}
+        let (lock_of, come) = &self.helped;
+        drop(lock(lock_of));
+        come.notify_all();
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::capture::helpers::Helpers;
     use crate::sys::{probe, uffd};
     use std::os::fd::AsFd;
 
@@ -544,42 +408,6 @@ mod tests {
             assert!(set.bytes.starts_with(&vec![9; before * PAGE]), "what was there stays");
             copies = job.give_back();
         }
-    }
-
-    #[test]
-    fn a_helper_follows_to_other_processors() {
-        let me = nix::unistd::gettid();
-        let all = sched_getaffinity(me).expect("known");
-        let set: Vec<usize> = (0..CpuSet::count()).filter(|c| all.is_set(*c) == Ok(true)).collect();
-        let [first, .., last] = set[..] else {
-            println!("skipped: one processor");
-            return;
-        };
-        let only = |cpu| {
-            let mut set = CpuSet::new();
-            set.set(cpu).expect("a processor");
-            set
-        };
-        let mut child = std::process::Command::new("sleep").arg("60").spawn().expect("a child");
-        let root = child.id() as i32;
-        let place = |pid: Pid, cpu| sched_setaffinity(pid, &only(cpu)).expect("placed");
-        place(me, first);
-        place(Pid::from_raw(root), first);
-        let mut helpers = Helpers::of(root);
-        assert!(helpers.helper.is_none(), "one processor for both");
-        place(Pid::from_raw(root), last);
-        helpers.looked -= FOLLOW;
-        helpers.follow();
-        assert!(helpers.helper.is_some(), "one for each");
-        place(Pid::from_raw(root), first);
-        helpers.follow();
-        assert!(helpers.helper.is_some(), "it looks now and then");
-        helpers.looked -= FOLLOW;
-        helpers.follow();
-        assert!(helpers.helper.is_none(), "one for both again");
-        child.kill().expect("ended");
-        child.wait().expect("gone");
-        sched_setaffinity(me, &all).expect("as before");
     }
 
     #[test]
