@@ -195,6 +195,12 @@ impl Capturer {
                 tracked.space.noted().wrote(address);
             }
         }
+        // First of all, as it takes longest where there is something to help with.
+        for tracked in self.processes.values_mut() {
+            if let Some(pieces) = tracked.files.begin_glance() {
+                self.helpers.call(&pieces);
+            }
+        }
         let (mut job, mut rest) = (Job::to_take(), Job::to_look());
         for tracked in self.processes.values_mut() {
             if self.still {

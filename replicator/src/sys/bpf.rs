@@ -149,14 +149,15 @@ impl Shared {
     pub fn new(len: usize) -> SysResult<Self> {
         let attr = Attr::new().word(MAP_TYPE_ARRAY).word(4).word(len as u32).word(1).word(MMAPABLE);
         let map = attr.open(MAP_CREATE, "BPF_MAP_CREATE", "shared memory")?;
-        // SAFETY: nobody else has the map; the programs that do run within `run`, which nothing that
-        // was borrowed of these bytes outlives.
+        // SAFETY: nobody else has the map; the programs that do run while nothing of these bytes is borrowed, see
+        // `map`.
         let bytes = unsafe { MmapOptions::new().len(len).map_mut(&map) };
         let failed = |source| SysError { call: "mmap", object: "shared memory".into(), source };
         Ok(Self { map, bytes: bytes.map_err(failed)? })
     }
 
-    /// The map. A program that has it must be run by [`Shared::run`] alone.
+    /// The map. A program that has it runs in [`Shared::run`] alone, of this memory or of other memory that it
+    /// shares: then nothing that was borrowed of these bytes lives on meanwhile.
     pub fn map(&self) -> BorrowedFd<'_> {
         self.map.as_fd()
     }

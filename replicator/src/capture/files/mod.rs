@@ -17,7 +17,7 @@ mod resting;
 mod seen;
 
 use super::fdinfo::{self, Info, Watched};
-use super::glance::{Glance, Row};
+use super::glance::{Glance, Pieces, Row};
 use super::numbered::ByNumber;
 use super::objects::Objects;
 use super::orphans::{Orphans, Still};
@@ -143,6 +143,11 @@ impl Files {
         };
         let (checked, uncached) = (glances == Glances::Checked, uncached.clone());
         Self { glance, checked, uncached, ..Self::default() }
+    }
+
+    /// In a stop, before [`Files::glance`]: begins that, if there is much to look at.
+    pub(super) fn begin_glance(&mut self) -> Option<Arc<Pieces>> {
+        self.glance.as_mut()?.begin()
     }
 
     /// In a stop: looks at all descriptors at once, if that is possible, and tells what epoll

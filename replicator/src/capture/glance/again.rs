@@ -3,11 +3,14 @@
 //! last time, and keeps and tells only what is different.
 //!
 //! ```text
-//!  0        what is asked, the time, and the table of descriptors as it is now
-//!  ENTRIES  of each descriptor: number, kind, and the addresses of its structures
-//!  changed  of each a byte
-//!  words    of each what was read last
+//!  a head for each runner:  what is asked, the time, and the table of descriptors as it is now
+//!  one memory for all:      of each descriptor number, kind, and the addresses of its structures
+//!                 changed   of each a byte
+//!                 words     of each what was read last
 //! ```
+//! Of many descriptors a look is in pieces, of which a [helper](crate::capture::helpers) takes some
+//! ([`Again::begin`]): nearly all of it is waiting for memory.
+//!
 //! Invariant: what was read at an address counts only if the same look has found the address where the
 //! kernel keeps it. The table leads to the file, that to the inode and the socket, and each of these
 //! addresses is one of the words that are compared. A row whose words are the same was read from the right
@@ -23,11 +26,26 @@ use super::row::{u32_at, u64_at};
 use super::sockets::{Structure, TcpLayout};
 use crate::bpf::asm::{Assembler, FP, If, Size, helper};
 use crate::bpf::btf::Btf;
+use crate::capture::helpers::Help;
+use crate::sys::pagemap::Buffer;
 use crate::sys::{SysResult, bpf};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
-/// What is asked: the thread, and how many entries.
+/// Entries of a piece, and how many are shared with a helper: it is awake after some 20 us.
+const PIECE: usize = 64;
+const MANY: usize = 4 * PIECE;
+/// How often a helper that is in the middle of a piece is looked at before it may need our processor, and for how long it
+/// then gets it.
+const PATIENCE: u32 = 1_000;
+const PAUSE: Duration = Duration::from_micros(20);
+/// No piece is begun any more.
+const OVER: usize = usize::MAX / 2;
+
+/// What is asked: the thread, and which entry is the last.
 const TASK: usize = 0;
 const COUNT: usize = 8;
 /// The entry that is next.
@@ -45,7 +63,7 @@ const OPEN: usize = 64;
 const OPEN_LEN: usize = 2048;
 /// Not zero: a connection within the container has moved on.
 const MOVED: usize = 48;
-const ENTRIES: usize = OPEN + OPEN_LEN;
+const HEAD_LEN: usize = OPEN + OPEN_LEN;
 const ENTRY: usize = 64;
 /// In an entry: number and kind, and then the address of each [`Base`] that is known.
 const KIND: usize = 4;
@@ -53,9 +71,10 @@ const IS_TCP: u32 = 1;
 const IS_LOCAL: u32 = 2;
 /// Index of the loopback device: a program for packets has to be run for one.
 const LOOPBACK: u32 = 1;
-/// Places on the stack of a program: the entry, and its index.
+/// Places on the stack of a program: the entry, its index, and the head.
 const AT: i16 = -8;
 const INDEX: i16 = -16;
+const HEAD: i16 = -24;
 
 /// What words are read in. The addresses of most stand at this place in an entry, as words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -274,7 +293,7 @@ struct Places {
 
 impl Places {
     fn new(shape: &Shape, capacity: usize) -> Self {
-        let changed = ENTRIES + capacity * ENTRY;
+        let changed = capacity * ENTRY;
         Self { capacity, changed, words: changed + capacity, stride: shape.stride() }
     }
 
@@ -283,20 +302,141 @@ impl Places {
     }
 }
 
+/// The table of a process: its length, and its bits for open numbers.
+type Table = (u32, Vec<u8>);
+
+/// A program that looks, and the head by which it is asked.
+#[derive(Debug)]
+struct Runner {
+    head: bpf::Shared,
+    program: OwnedFd,
+}
+
+impl Runner {
+    fn new(assemble: impl FnOnce(i32) -> Vec<u8>) -> SysResult<Self> {
+        let head = bpf::Shared::new(HEAD_LEN)?;
+        let program = bpf::load(&assemble(head.map().as_raw_fd()))?;
+        Ok(Self { head, program })
+    }
+
+    fn put(&mut self, at: usize, word: u32) {
+        self.head.bytes()[at..at + 4].copy_from_slice(&word.to_ne_bytes());
+    }
+
+    /// Says of which thread it is.
+    fn ask_of(&mut self, task: u64) {
+        self.head.bytes()[TASK..TASK + 8].copy_from_slice(&task.to_ne_bytes());
+    }
+
+    /// Looks at these entries. Says whether the program has come to the last of them.
+    fn run(&mut self, from: usize, to: usize) -> SysResult<bool> {
+        self.put(NEXT, from as u32);
+        self.put(COUNT, to as u32);
+        self.head.run(self.program.as_fd(), LOOPBACK)?;
+        Ok(u32_at(self.head.bytes(), NEXT) as usize == to)
+    }
+
+    /// Whether the table is that of the process and has the same numbers in it.
+    fn is_same_table(&mut self, pid: i32, (len, open): &Table) -> bool {
+        let bytes = self.head.bytes();
+        u32_at(bytes, TID) as i32 == pid
+            && u32_at(bytes, TABLE_LEN) == *len
+            && bytes[OPEN..OPEN + open.len()] == open[..]
+    }
+
+    /// When all was read.
+    fn time(&mut self) -> u64 {
+        u64_at(self.head.bytes(), TIME)
+    }
+}
+
+/// A look that is under way, in pieces.
+#[derive(Debug)]
+pub(in crate::capture) struct Pieces {
+    pid: i32,
+    /// What the helper looks with, and what the table must be.
+    helper: Mutex<(Runner, Table)>,
+    next: AtomicUsize,
+    /// Entries in all.
+    count: AtomicUsize,
+    /// Helpers at work.
+    active: AtomicUsize,
+    called: AtomicBool,
+    /// A piece could not be looked at, or not where everything was.
+    failed: AtomicBool,
+}
+
+impl Pieces {
+    /// The next piece, if there is one left.
+    fn claim(&self) -> Option<(usize, usize)> {
+        let from = self.next.fetch_add(1, Ordering::SeqCst).checked_mul(PIECE)?;
+        let count = self.count.load(Ordering::SeqCst);
+        (from < count).then(|| (from, count.min(from + PIECE)))
+    }
+
+    /// No piece is begun any more, and none is under way.
+    fn end(&self) {
+        self.next.store(OVER, Ordering::SeqCst);
+        let mut looks = 0;
+        while self.active.load(Ordering::SeqCst) > 0 {
+            // To whoever has the same priority; sleeping lets those of a lower one on.
+            looks += 1;
+            match looks < PATIENCE {
+                true => std::thread::yield_now(),
+                false => std::thread::sleep(PAUSE),
+            }
+        }
+    }
+}
+
+impl Help for Pieces {
+    fn is_worth_it(&self) -> bool {
+        self.count.load(Ordering::SeqCst) >= MANY && !self.called.load(Ordering::SeqCst)
+    }
+
+    fn is_called(&self) {
+        self.called.store(true, Ordering::SeqCst);
+    }
+
+    fn help(&self, _: &mut Buffer) {
+        self.called.store(false, Ordering::SeqCst);
+        self.active.fetch_add(1, Ordering::SeqCst);
+        let mut helper = self.helper.lock().unwrap_or_else(PoisonError::into_inner);
+        let (runner, table) = &mut *helper;
+        while let Some((from, to)) = self.claim() {
+            let whole = matches!(runner.run(from, to), Ok(true));
+            if !whole || !runner.is_same_table(self.pid, table) {
+                self.failed.store(true, Ordering::SeqCst);
+            }
+        }
+        drop(helper);
+        self.active.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
 /// Later looks at the descriptors of one process.
 #[derive(Debug)]
 pub(super) struct Again {
     pid: i32,
+    /// All but the heads. Not touched while a look is under way.
     shared: bpf::Shared,
     places: Places,
-    look: OwnedFd,
-    still: OwnedFd,
+    look: Runner,
+    still: Runner,
+    pieces: Arc<Pieces>,
+    /// Pieces were offered for the next look.
+    begun: bool,
     /// How many descriptors are known; none: a walk has to come first.
     known: usize,
-    /// Length of their table, and its bits for open numbers.
-    open: (u32, Vec<u8>),
+    open: Table,
     /// A row that is being written.
     row: Vec<u8>,
+}
+
+impl Drop for Again {
+    fn drop(&mut self) {
+        self.pieces.end();
+    }
 }
 
 impl Again {
@@ -305,10 +445,20 @@ impl Again {
         let places = Places::new(shape, (count + count / 4).next_power_of_two().max(64));
         let shared = bpf::Shared::new(places.len())?;
         let map = shared.map().as_raw_fd();
-        let look = bpf::load(&assemble_look(shape, &places, map))?;
-        let still = bpf::load(&assemble_still(shape, &places, map))?;
+        let looks = || Runner::new(|head| assemble_look(shape, &places, map, head));
+        let (look, helper) = (looks()?, looks()?);
+        let still = Runner::new(|head| assemble_still(shape, &places, map, head))?;
+        let pieces = Arc::new(Pieces {
+            pid,
+            helper: Mutex::new((helper, Table::default())),
+            next: AtomicUsize::new(OVER),
+            count: AtomicUsize::new(0),
+            active: AtomicUsize::new(0),
+            called: AtomicBool::new(false),
+            failed: AtomicBool::new(false),
+        });
         let (open, row) = Default::default();
-        Ok(Self { pid, shared, places, look, still, known: 0, open, row })
+        Ok(Self { pid, shared, places, look, still, pieces, begun: false, known: 0, open, row })
     }
 
     pub(super) fn has_room(&self, count: usize) -> bool {
@@ -320,24 +470,48 @@ impl Again {
         self.known = 0;
     }
 
-    fn put(&mut self, at: usize, word: u32) {
-        self.shared.bytes()[at..at + 4].copy_from_slice(&word.to_ne_bytes());
+    /// Begins the next look at so many rows, if it is one of many: gives what a helper may take part in. What changes from
+    /// now on may be seen or not; [`Again::look`] must follow.
+    pub(super) fn begin(&mut self, rows: usize) -> Option<Arc<Pieces>> {
+        if std::mem::take(&mut self.begun) {
+            // What it has found was not told.
+            self.forget();
+        }
+        self.begun = self.known >= MANY && self.known == rows && self.is_same_table().ok()?;
+        self.begun.then(|| {
+            self.offer();
+            self.pieces.clone()
+        })
     }
 
-    /// Looks at the first entries. Says whether the program has come to the last of them.
-    fn run(&mut self, count: usize) -> SysResult<bool> {
-        self.put(COUNT, count as u32);
-        self.shared.run(self.look.as_fd(), LOOPBACK)?;
-        Ok(u32_at(self.shared.bytes(), NEXT) as usize == count)
+    /// Whether the process has the same numbers open.
+    fn is_same_table(&mut self) -> SysResult<bool> {
+        self.look.run(0, 0)?;
+        Ok(self.look.is_same_table(self.pid, &self.open))
     }
 
-    /// Whether the table is that of the process and has the same numbers in it.
-    fn is_same_table(&mut self) -> bool {
-        let bytes = self.shared.bytes();
-        let (len, open) = &self.open;
-        u32_at(bytes, TID) as i32 == self.pid
-            && u32_at(bytes, TABLE_LEN) == *len
-            && bytes[OPEN..OPEN + open.len()] == open[..]
+    fn offer(&mut self) {
+        let pieces = &self.pieces;
+        pieces.end();
+        let (from, to) = (self.places.changed, self.places.changed + self.known);
+        self.shared.bytes()[from..to].fill(0);
+        pieces.failed.store(false, Ordering::SeqCst);
+        pieces.count.store(self.known, Ordering::SeqCst);
+        pieces.next.store(0, Ordering::SeqCst);
+    }
+
+    /// Looks at all pieces that nobody has taken, and waits for the others. Says whether each was looked at to its end.
+    fn finish(&mut self) -> SysResult<bool> {
+        let mut whole = true;
+        let mut result = Ok(());
+        while let Some((from, to)) = self.pieces.claim() {
+            match self.look.run(from, to) {
+                Ok(came) => whole &= came,
+                Err(error) => result = Err(error),
+            }
+        }
+        self.pieces.end();
+        result.map(|()| whole && !self.pieces.failed.load(Ordering::SeqCst))
     }
 
     /// Learns where everything is from rows of a walk, and looks. None: something has changed since.
@@ -353,9 +527,10 @@ impl Again {
         self.known = 0;
         let Some(first) = rows.first() else { return Ok(None) };
         let task = u64_at(&bytes[*first..], head::TASK);
+        self.pieces.end();
+        self.look.ask_of(task);
         let shared = self.shared.bytes();
-        shared[TASK..TASK + 8].copy_from_slice(&task.to_ne_bytes());
-        for (entry, at) in shared[ENTRIES..].as_chunks_mut::<ENTRY>().0.iter_mut().zip(rows) {
+        for (entry, at) in shared.as_chunks_mut::<ENTRY>().0.iter_mut().zip(rows) {
             let row = &bytes[*at..];
             let kind = if u32_at(row, head::IS_TCP) != 0 { IS_TCP } else { 0 };
             entry[..KIND].copy_from_slice(&row[head::FD..head::FD + 4]);
@@ -365,9 +540,8 @@ impl Again {
                 *place = address.to_ne_bytes();
             }
         }
-        let is_whole = self.run(rows.len())?;
-        let shared = self.shared.bytes();
-        let len = u32_at(shared, TABLE_LEN);
+        let is_whole = self.look.run(0, rows.len())?;
+        let len = u32_at(self.look.head.bytes(), TABLE_LEN);
         let mut open = vec![0u8; (len / 8) as usize];
         if open.len() > OPEN_LEN {
             return Ok(None);
@@ -381,10 +555,15 @@ impl Again {
         changed.clear();
         changed.extend(0..rows.len() as u32);
         let told = is_whole
-            && self.is_same_table()
+            && self.look.is_same_table(self.pid, &self.open)
             && self.show(shape, tcp, rows, bytes, changed).is_some();
         self.known = if told { rows.len() } else { 0 };
-        Ok(told.then(|| (u64_at(self.shared.bytes(), TIME), true)))
+        let mut helper = self.pieces.helper.lock().unwrap_or_else(PoisonError::into_inner);
+        helper.0.ask_of(task);
+        helper.1.clone_from(&self.open);
+        drop(helper);
+        self.begun = false;
+        Ok(told.then(|| (self.look.time(), true)))
     }
 
     /// Looks, and writes rows anew that are others; `changed` are the places of these. None: a walk is needed.
@@ -400,20 +579,22 @@ impl Again {
         if self.known == 0 || self.known != rows.len() {
             return Ok(None);
         }
-        // Numbers come and go most often: the table alone says so at once.
-        self.run(0)?;
-        if !self.is_same_table() {
+        if !std::mem::take(&mut self.begun) {
+            // Numbers come and go most often: the table alone says so at once.
+            if !self.is_same_table()? {
+                return Ok(None);
+            }
+            self.offer();
+        }
+        // The table is as it was once more after all pieces, whoever has taken them.
+        if !self.finish()? || !self.is_same_table()? {
             return Ok(None);
         }
         let (from, to) = (self.places.changed, self.places.changed + self.known);
-        self.shared.bytes()[from..to].fill(0);
-        if !self.run(self.known)? || !self.is_same_table() {
-            return Ok(None);
-        }
         let marks = &self.shared.bytes()[from..to];
         changed.extend((0..).zip(marks).filter(|(_, mark)| **mark != 0).map(|(i, _)| i));
         let watched_anew = self.show(shape, tcp, rows, bytes, changed);
-        Ok(watched_anew.map(|anew| (u64_at(self.shared.bytes(), TIME), anew)))
+        Ok(watched_anew.map(|anew| (self.look.time(), anew)))
     }
 
     /// Writes rows anew. None: what was read was not where it was looked for. Gives whether an entry of
@@ -430,7 +611,7 @@ impl Again {
         let (entries, all) = self.shared.bytes().split_at_mut(words);
         let mut watched_anew = false;
         for nth in changed.iter().map(|nth| *nth as usize) {
-            let entry = &mut entries[ENTRIES + nth * ENTRY..][..ENTRY];
+            let entry = &mut entries[nth * ENTRY..][..ENTRY];
             let mut kind = u32_at(entry, KIND) & IS_TCP;
             let len = head::LEN + if kind & IS_TCP != 0 { tcp.0.len() } else { 0 };
             let row = &mut bytes[rows[nth]..][..len];
@@ -454,15 +635,13 @@ impl Again {
     /// Whether the connections that may have both ends in the container have neither sent nor received
     /// anything since the last look.
     pub(super) fn stands_still(&mut self) -> SysResult<bool> {
-        let entries = &self.shared.bytes()[ENTRIES..][..self.known * ENTRY];
+        let entries = &self.shared.bytes()[..self.known * ENTRY];
         if !entries.as_chunks::<ENTRY>().0.iter().any(|e| u32_at(e, KIND) & IS_LOCAL != 0) {
             return Ok(true);
         }
-        self.put(MOVED, 0);
-        self.put(COUNT, self.known as u32);
-        self.shared.run(self.still.as_fd(), LOOPBACK)?;
-        let bytes = self.shared.bytes();
-        Ok(u32_at(bytes, MOVED) == 0 && u32_at(bytes, NEXT) as usize == self.known)
+        self.still.put(MOVED, 0);
+        let whole = self.still.run(0, self.known)?;
+        Ok(whole && u32_at(self.still.head.bytes(), MOVED) == 0)
     }
 }
 
@@ -473,18 +652,19 @@ fn readable(a: &mut Assembler, shape: &Shape) {
     a.kernel_function(shape.cast);
 }
 
-/// Begins a loop over all entries: register 6 is the shared memory, 7 the words of the entry.
+/// Begins a loop over the entries that are asked for: register 6 is the shared memory, 7 the words of the entry.
 fn write_loop(a: &mut Assembler, places: &Places) {
     use Size::{Double, Word};
     a.label("next");
     a.patience("end");
-    a.load(Word, 8, 6, NEXT as i16);
-    a.load(Word, 1, 6, COUNT as i16);
+    a.load(Double, 2, FP, HEAD);
+    a.load(Word, 8, 2, NEXT as i16);
+    a.load(Word, 1, 2, COUNT as i16);
     a.jump_reg(If::AtLeast, 8, 1, "end");
     a.jump(If::AtLeast, 8, places.capacity as i32, "end");
     a.mov(1, 8);
     a.add(1, 1);
-    a.store(Word, 6, NEXT as i16, 1);
+    a.store(Word, 2, NEXT as i16, 1);
     a.store(Double, FP, INDEX, 8);
     a.mov(7, 8);
     a.multiply(7, places.stride as i32);
@@ -492,16 +672,15 @@ fn write_loop(a: &mut Assembler, places: &Places) {
     a.add(7, places.words as i32);
     a.multiply(8, ENTRY as i32);
     a.add_reg(8, 6);
-    a.add(8, ENTRIES as i32);
     a.store(Double, FP, AT, 8);
 }
 
 /// The program that looks. Register 9 gathers the differences of an entry.
-fn assemble_look(shape: &Shape, places: &Places, map: i32) -> Vec<u8> {
+fn assemble_look(shape: &Shape, places: &Places, map: i32, head: i32) -> Vec<u8> {
     use Size::{Double, Word};
     let mut a = Assembler::default();
-    a.map_value(6, map);
-    a.store_value(Word, 6, NEXT as i16, 0);
+    a.map_value(6, head);
+    a.store(Double, FP, HEAD, 6);
     a.load(Double, 1, 6, TASK as i16);
     readable(&mut a, shape);
     a.load(Word, 1, 0, shape.tid);
@@ -518,10 +697,12 @@ fn assemble_look(shape: &Shape, places: &Places, map: i32) -> Vec<u8> {
     a.load(Word, 2, 0, shape.table_len);
     a.store(Word, 6, TABLE_LEN as i16, 2);
     a.shift_right(2, 3);
-    a.jump(If::Above, 2, OPEN_LEN as i32, "next");
+    a.jump(If::Above, 2, OPEN_LEN as i32, "entries");
     a.mov(1, 6);
     a.add(1, OPEN as i32);
     a.call(helper::PROBE_READ);
+    a.label("entries");
+    a.map_value(6, map);
     write_loop(&mut a, places);
     a.load(Word, 1, 8, KIND as i16);
     a.jump(If::AnyBit, 1, IS_TCP as i32, "tcp");
@@ -530,7 +711,8 @@ fn assemble_look(shape: &Shape, places: &Places, map: i32) -> Vec<u8> {
     write_words(&mut a, shape, &shape.tcp, places);
     a.label("end");
     a.call(helper::KTIME);
-    a.store(Double, 6, TIME as i16, 0);
+    a.load(Double, 1, FP, HEAD);
+    a.store(Double, 1, TIME as i16, 0);
     a.leave(0);
     a.finish()
 }
@@ -538,6 +720,7 @@ fn assemble_look(shape: &Shape, places: &Places, map: i32) -> Vec<u8> {
 /// Compares the words of an entry, and keeps them where any is another.
 fn write_words(a: &mut Assembler, shape: &Shape, words: &Words, places: &Places) {
     use Size::{Byte, Double};
+    touch(a, shape, words);
     a.set(9, 0);
     each_word(a, shape, words, |a, place| {
         a.load(Double, 2, 7, place);
@@ -553,6 +736,25 @@ fn write_words(a: &mut Assembler, shape: &Shape, words: &Words, places: &Places)
     a.jump(If::Always, 0, 0, "next");
 }
 
+/// Reads one word of each line of the cache that an entry takes. Nothing waits for what is read, so that all of them are
+/// on their way at once, where a comparison of all words would have the processor wait for some, and then for others.
+fn touch(a: &mut Assembler, shape: &Shape, words: &Words) {
+    const LINE: i16 = 64;
+    for base in BASES.into_iter().filter(|base| !matches!(base, Base::Slot | Base::OnExec)) {
+        let mut lines: Vec<i16> = words.of(base).map(|(from, _)| from / LINE).collect();
+        lines.dedup();
+        if lines.is_empty() {
+            continue;
+        }
+        a.load(Size::Double, 2, FP, AT);
+        a.load(Size::Double, 1, 2, 8 * base as i16);
+        readable(a, shape);
+        for line in lines {
+            a.load(Size::Double, 1, 0, line * LINE);
+        }
+    }
+}
+
 /// Reads each word to register 1, for one with its place to be used.
 fn each_word(a: &mut Assembler, shape: &Shape, words: &Words, using: impl Fn(&mut Assembler, i16)) {
     use Size::{Double, Word};
@@ -566,7 +768,8 @@ fn each_word(a: &mut Assembler, shape: &Shape, words: &Words, using: impl Fn(&mu
                     a.shift_right(2, 6);
                 }
                 a.shift_left(2, 3);
-                a.load(Double, 1, 6, table as i16);
+                a.load(Double, 3, FP, HEAD);
+                a.load(Double, 1, 3, table as i16);
                 a.add_reg(1, 2);
             }
             _ => a.load(Double, 1, 2, 8 * base as i16),
@@ -587,11 +790,12 @@ fn each_word(a: &mut Assembler, shape: &Shape, words: &Words, using: impl Fn(&mu
 }
 
 /// The program that looks whether connections within the container stand still.
-fn assemble_still(shape: &Shape, places: &Places, map: i32) -> Vec<u8> {
+fn assemble_still(shape: &Shape, places: &Places, map: i32, head: i32) -> Vec<u8> {
     use Size::{Double, Word};
     let mut a = Assembler::default();
+    a.map_value(6, head);
+    a.store(Double, FP, HEAD, 6);
     a.map_value(6, map);
-    a.store_value(Word, 6, NEXT as i16, 0);
     write_loop(&mut a, places);
     a.load(Word, 1, 8, KIND as i16);
     a.mask(1, IS_LOCAL as i32);
@@ -606,7 +810,8 @@ fn assemble_still(shape: &Shape, places: &Places, map: i32) -> Vec<u8> {
         a.or_reg(9, 1);
     }
     a.jump(If::Equal, 9, 0, "next");
-    a.store_value(Word, 6, MOVED as i16, 1);
+    a.load(Double, 1, FP, HEAD);
+    a.store_value(Word, 1, MOVED as i16, 1);
     a.label("end");
     a.leave(0);
     a.finish()

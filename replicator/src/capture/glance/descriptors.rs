@@ -2,7 +2,7 @@
 //! writes ([`super::row`]). A process with many connections is looked at in another way as long as its
 //! descriptors stay what they are ([`super::again`]).
 
-use super::again::{Again, Shape};
+use super::again::{Again, Pieces, Shape};
 use super::head;
 use super::layout::Layout;
 use super::row::{Row, u32_at, u64_at};
@@ -12,6 +12,7 @@ use crate::bpf::btf::Btf;
 use crate::sys::{SysError, SysResult, bpf};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 
 /// Place of the head on the stack.
 const HEAD: i16 = -(head::LEN as i16);
@@ -268,6 +269,11 @@ impl Glance {
     pub(in crate::capture) fn always_again(mut self) -> Self {
         self.many = 0;
         self
+    }
+
+    /// Begins the next look, which must follow, if a helper may take part in it.
+    pub(in crate::capture) fn begin(&mut self) -> Option<Arc<Pieces>> {
+        self.again.as_mut()?.begin(self.rows.len())
     }
 
     /// Looks.

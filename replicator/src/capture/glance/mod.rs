@@ -22,6 +22,7 @@ mod row;
 mod sockets;
 mod tasks;
 
+pub(super) use again::Pieces;
 pub(super) use descriptors::{Descriptors, Glance};
 pub(super) use faults::{Note, Notes};
 pub(super) use mappings::MappingGlance;

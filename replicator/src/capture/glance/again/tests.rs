@@ -1,6 +1,8 @@
 use super::{Again, Shape};
 use crate::bpf::btf::Btf;
 use crate::capture::glance::{Glance, TcpLayout};
+use crate::capture::helpers::Help;
+use crate::sys::pagemap::Buffer;
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, Command, Stdio};
 
@@ -122,6 +124,94 @@ fn later_looks_show_what_has_changed_and_nothing_else() {
     assert_eq!(changed(&glance), None, "another file");
 }
 
+/// How much of a look a helper takes.
+#[derive(Clone, Copy, Debug)]
+enum Helped {
+    All,
+    Some,
+    Nothing,
+}
+
+#[test]
+fn a_look_that_a_helper_takes_part_in_shows_the_same() {
+    let mut subject = Subject::start();
+    let [a, b] = subject.ends;
+    let Some(mut glance) = Glance::open(subject.child.id() as i32).map(Glance::always_again) else {
+        println!("skipped: no glances");
+        return;
+    };
+    subject.tell("more.extend(socket.socket() for _ in range(300))");
+    glance.look().expect("a walk");
+    glance.learn();
+    if glance.time().is_none() {
+        println!("skipped: later looks walk on this kernel");
+        return;
+    }
+    for round in 0..9 {
+        let helped = [Helped::All, Helped::Some, Helped::Nothing][round % 3];
+        // Of the first entries, of those in the middle, and of the last ones.
+        let at = [0, 150, 299][round / 3];
+        let what = format!("print(more[{at}].fileno(), flush=True)");
+        writeln!(subject.input, "{what}").expect("told");
+        let number: i32 = subject.line().trim().parse().expect("a number");
+        assert_eq!(subject.line(), "done\n");
+        let change = format!(
+            "a.send(b'x'); b.recv(1); more[{at}].setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, {})",
+            (round % 3 + 1) % 2
+        );
+        subject.tell(&change);
+        // What is acknowledged late.
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        let pieces = glance.begin().expect("much to look at");
+        assert!(pieces.is_worth_it());
+        pieces.is_called();
+        assert!(!pieces.is_worth_it(), "it is called once");
+        let help = || pieces.help(&mut Buffer::default());
+        std::thread::scope(|scope| {
+            let helper = match helped {
+                Helped::All => {
+                    help();
+                    None
+                }
+                Helped::Some => Some(scope.spawn(help)),
+                Helped::Nothing => None,
+            };
+            glance.look().expect("a look");
+            if let Some(helper) = helper {
+                helper.join().expect("no panic");
+            }
+        });
+        let mut seen = changed(&glance).expect("it need not walk");
+        seen.sort_unstable();
+        let mut expected = vec![a, b, number];
+        expected.sort_unstable();
+        assert_eq!(seen, expected, "{helped:?}, {change}");
+        // Who comes late finds nothing to do.
+        help();
+        glance.look().expect("a look");
+        assert_eq!(changed(&glance), Some(Vec::new()), "{helped:?}");
+    }
+    // What a look has found that was begun and not followed is not lost.
+    subject.tell("a.send(b'y')");
+    let pieces = glance.begin().expect("much to look at");
+    pieces.help(&mut Buffer::default());
+    assert!(glance.begin().is_none());
+    glance.look().expect("a walk");
+    assert_eq!(changed(&glance), None);
+    // Another number, and another file at one of them, seen by whoever looks there.
+    glance.learn();
+    subject.tell("more.append(os.dup(1)) if 'os' in globals() else exec('import os; more.append(os.dup(1))')");
+    assert!(glance.begin().is_none(), "another table");
+    glance.look().expect("a walk");
+    assert_eq!(changed(&glance), None, "another table");
+    glance.learn();
+    subject.tell("os.dup2(1, more[200].fileno())");
+    let pieces = glance.begin().expect("the same numbers");
+    pieces.help(&mut Buffer::default());
+    glance.look().expect("a walk");
+    assert_eq!(changed(&glance), None, "another file");
+}
+
 #[test]
 fn a_look_that_does_not_come_to_the_last_entry_says_so() {
     if Glance::open(std::process::id() as i32).is_none() {
@@ -138,6 +228,7 @@ fn a_look_that_does_not_come_to_the_last_entry_says_so() {
     let room = again.places.capacity;
     assert!(again.has_room(room) && !again.has_room(room + 1));
     // Entries without addresses: all reads as zero.
-    assert!(again.run(0).expect("a look") && again.run(room).expect("a look"));
-    assert!(!again.run(room + 1).expect("a look"), "the last one was not looked at");
+    let mut run = |to| again.look.run(0, to).expect("a look");
+    assert!(run(0) && run(room));
+    assert!(!run(room + 1), "the last one was not looked at");
 }
