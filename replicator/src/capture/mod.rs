@@ -401,9 +401,7 @@ impl Capturer {
     pub fn prepare(&mut self) -> Result<(), CaptureError> {
         self.follow_changes();
         self.helpers.follow();
-        if self.glances != Glances::Off {
-            self.files.make_ready();
-        }
+        self.files.make_ready(self.glances != Glances::Off);
         let pids = self.pids();
         if pids.iter().all(|p| self.processes.contains_key(p)) {
             return Ok(());

@@ -186,7 +186,7 @@ impl Remembered {
             What::Listener(l) => {
                 let mut listener = TcpListener { backlog: seen.backlog(), ..l.clone() };
                 options_now(seen, &mut listener.options);
-                return Ok(Kind::TcpListener(listener));
+                return Ok(Kind::TcpListener(Box::new(listener)));
             }
             What::Connection(it) => self.ready.take().unwrap_or_else(|| it.clone()),
         };

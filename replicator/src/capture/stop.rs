@@ -231,8 +231,8 @@ impl Capturer {
         let order = self.in_order()?;
         let inner_pids: HashMap<i32, i32> =
             self.processes.iter().map(|(pid, t)| (*pid, t.attributes.pid)).collect();
-        let mut builder = files::Builder::new(inner_pids.clone(), &self.files);
-        state.descriptions.reserve(self.files.descriptions());
+        let (memory, descriptions) = (&mut self.files, &mut state.descriptions);
+        let mut builder = files::Builder::new(inner_pids.clone(), memory, descriptions);
         for pid in &order {
             let tracked = self.processes.get_mut(pid).ok_or(CaptureError::Ended)?;
             tracked.files.glance(&mut builder)?;
@@ -383,6 +383,7 @@ impl Capturer {
             let settled =
                 self.farewells.settle(sending, |i| sockets.has(i), &mut state, &self.diag);
             self.refusals.admit(settled)?;
+            sockets.give_back(&mut self.files);
         }
         spent(&mut times.files, &mut times.kinds.in_flight, lap);
         // Last: memory that travels between processes as a descriptor is an object as well.

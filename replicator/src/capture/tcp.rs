@@ -170,7 +170,7 @@ pub(super) fn tcp(
             let backlog = u32::from_ne_bytes(info[28..32].try_into().expect("four bytes"));
             // Nobody has looked at it before: a survey, an image, a listener that is new.
             refuse(fd, what, diag, true)?;
-            Ok(Kind::TcpListener(listener(fd, backlog)?))
+            Ok(Kind::TcpListener(Box::new(listener(fd, backlog)?)))
         }
         state::SYN_SENT => connecting(fd, what, diag),
         state::CLOSE if has_ended(fd)? => Ok(Kind::Tcp(Box::new(closed(fd)?))),
@@ -246,7 +246,7 @@ fn idle(fd: BorrowedFd<'_>, kind: i32) -> Result<Kind, CaptureError> {
     if stream {
         options.max_segment = max_segment(fd)?;
     }
-    Ok(Kind::InetIdle(InetIdle { v6, kind, local, options }))
+    Ok(Kind::InetIdle(Box::new(InetIdle { v6, kind, local, options })))
 }
 
 /// What is left of a connection: what was received and not read, and whether it ended badly.

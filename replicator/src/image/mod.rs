@@ -357,11 +357,11 @@ pub enum Kind {
     /// A unix socket: index into [`State::unix_sockets`].
     Unix(u32),
     /// A listening TCP socket.
-    TcpListener(net::TcpListener),
+    TcpListener(Box<net::TcpListener>),
     /// A TCP socket that is or was connected.
     Tcp(Box<net::TcpConnection>),
     /// A TCP socket neither connected nor listening.
-    InetIdle(net::InetIdle),
+    InetIdle(Box<net::InetIdle>),
     /// An [`Object`] opened like a file: a memfd, a deleted file.
     Object {
         /// Its number.
@@ -405,6 +405,9 @@ pub enum Kind {
         past: Vec<(EpollTarget, u32)>,
     },
 }
+
+// One of a thousand connections is put into a state while the container stands still.
+const _: () = assert!(size_of::<Description>() <= 64);
 
 /// A timerfd, see timerfd_create(2).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -8,6 +8,7 @@ use crate::image::{Description, Kind, State};
 use crate::sys::pidfd;
 use std::cmp::Ordering;
 use std::collections::{HashMap, HashSet};
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::Instant;
 
@@ -42,6 +43,35 @@ pub(in crate::capture) struct Builder {
     clocks_read: Option<Instant>,
 }
 
+/// Memory that one stop after the other uses: the thread that stops has written to it shortly before, so that it is in
+/// its cache, and there is nothing to be asked for while the container stands still.
+#[derive(Debug, Default)]
+pub(super) struct Room {
+    descriptions: Vec<Description>,
+    first: Vec<(i32, i32)>,
+    by_inode: ByNumber<u64, Few>,
+    by_file: ByNumber<u64, u32>,
+    watchers: Vec<Watcher>,
+}
+
+impl Room {
+    /// Makes it empty, with room for so many descriptions.
+    pub(super) fn make_ready(&mut self, count: usize) {
+        self.descriptions.clear();
+        self.descriptions.reserve(count);
+        // What goes here is taken along by each checkpoint: the memory is another one each time.
+        self.descriptions.spare_capacity_mut().fill_with(MaybeUninit::zeroed);
+        self.first.clear();
+        self.first.reserve(count);
+        self.by_inode.clear();
+        self.by_inode.reserve(count);
+        self.by_file.clear();
+        self.by_file.reserve(count);
+        self.watchers.clear();
+        self.watchers.reserve(count);
+    }
+}
+
 /// What is left of a [`Builder`] after the stop.
 #[derive(Debug)]
 pub(in crate::capture) struct Sockets {
@@ -55,19 +85,35 @@ impl Sockets {
     pub(in crate::capture) fn has(&self, inode: u64) -> bool {
         self.by_inode.contains_key(&inode)
     }
+
+    /// Leaves its memory to the next stop.
+    pub(in crate::capture) fn give_back(self, memory: &mut Memory) {
+        memory.room.by_inode = self.by_inode;
+    }
 }
 
 impl Builder {
-    /// `inner` are the pids inside by the pids outside. `memory` tells how much there was last time.
-    /// The clocks of the image have just been read.
-    pub(in crate::capture) fn new(inner: HashMap<i32, i32>, memory: &Memory) -> Self {
-        let count = memory.descriptions;
-        let mut me = Self { inner, clocks_read: Some(Instant::now()), ..Self::default() };
-        me.first.reserve(count);
-        me.by_inode.reserve(count);
-        me.by_file.reserve(count);
-        me.watchers.reserve(count);
-        me
+    /// `inner` are the pids inside by the pids outside. The clocks of the image have just been read; its descriptions
+    /// go to the memory that is ready for them.
+    pub(in crate::capture) fn new(
+        inner: HashMap<i32, i32>,
+        memory: &mut Memory,
+        descriptions: &mut Vec<Description>,
+    ) -> Self {
+        let mut room = std::mem::take(&mut memory.room);
+        if !room.descriptions.is_empty() || room.descriptions.capacity() < memory.descriptions {
+            room.make_ready(memory.descriptions);
+        }
+        *descriptions = room.descriptions;
+        Self {
+            inner,
+            clocks_read: Some(Instant::now()),
+            first: room.first,
+            by_inode: room.by_inode,
+            by_file: room.by_file,
+            watchers: room.watchers,
+            ..Self::default()
+        }
     }
 
     /// Nanoseconds since the clocks of the image were read: what a timer has left counts from there.
@@ -188,7 +234,9 @@ impl Builder {
                 self.watched.iter().flat_map(|(_, all)| all).map(|w| w.inode).collect();
             self.sending.retain(|(inode, _)| !watched.contains(inode));
         }
-        Ok(Sockets { sending: self.sending, by_inode: self.by_inode })
+        let Self { first, by_file, watchers, sending, by_inode, .. } = self;
+        world.memory.room = Room { first, by_file, watchers, ..Room::default() };
+        Ok(Sockets { sending, by_inode })
     }
 
     /// The description behind a duplicate that travels in a message.

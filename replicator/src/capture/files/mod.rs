@@ -27,6 +27,7 @@ use super::{CaptureError, Glances, farewell, homes, inotify, locks, tcp};
 use crate::image::{EpollTarget, Fd, Kind, State};
 use crate::sys::unix_diag::UnixDiag;
 use crate::sys::{SysError, pidfd};
+use builder::Room;
 use resting::Resting;
 use seen::Seen;
 use std::fs;
@@ -66,6 +67,7 @@ pub(super) struct Memory {
     homes: homes::Homes,
     /// How many descriptions there were at the last checkpoint.
     descriptions: usize,
+    room: Room,
     /// Reads send queues; none if this kernel cannot, or if it was not asked for.
     queues: Option<Option<Orphans>>,
     /// The descriptors whose queues are to be read, and what of them.
@@ -78,14 +80,14 @@ impl Memory {
         self.homes = homes::Homes::only(places);
     }
 
-    /// Makes ready what reads many send queues at once, while the container runs.
-    pub(super) fn make_ready(&mut self) {
-        self.queues.get_or_insert_with(Orphans::open);
-    }
-
-    /// How many descriptions there were at the last checkpoint: there will be about as many.
-    pub(super) fn descriptions(&self) -> usize {
-        self.descriptions
+    /// Makes ready what a stop needs, while the container runs: memory, and, for `glances`, what reads many send queues at
+    /// once.
+    pub(super) fn make_ready(&mut self, glances: bool) {
+        // There will be about as many as there were.
+        self.room.make_ready(self.descriptions);
+        if glances {
+            self.queues.get_or_insert_with(Orphans::open);
+        }
     }
 }
 

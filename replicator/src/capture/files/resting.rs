@@ -135,7 +135,6 @@ impl Files {
                     let (kind, what) = (Kind::Tcp(connection.clone()), about(number, pid));
                     self.check(holder, number, &kind, &mut world.with(builder, state), &what)?;
                 }
-                // In its place at once: a description is large, but for this one.
                 let (flags, kind) = (flags & !libc::O_CLOEXEC, Kind::Tcp(connection));
                 state.descriptions.push(Description { flags, kind });
                 let at = builder.index_last((pid, number), place, inode, state);
