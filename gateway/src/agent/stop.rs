@@ -123,8 +123,10 @@ struct GateBoundary<'a> {
     last: bool,
     sealed: Option<Instant>,
     error: Option<crate::frames::gate::GateError>,
-    /// Until the container runs again.
+    /// Until the container runs again, or until the checkpoint is with the shipper.
     real_time: Option<RealTime>,
+    /// Clients wait for nothing but this checkpoint.
+    urgent: bool,
     young: Vec<Young>,
     partings: Vec<Parting>,
 }
@@ -157,7 +159,9 @@ impl Boundary for GateBoundary<'_> {
     }
 
     fn release_input(&mut self) {
-        self.real_time = None;
+        if !self.urgent {
+            self.real_time = None;
+        }
         if let Some(hold) = self.hold.as_mut().filter(|_| self.last && self.sealed.is_some()) {
             hold.divert();
         }
@@ -536,11 +540,13 @@ impl StopLoop {
             sealed: None,
             error: None,
             real_time: real_time.or_else(|| Some(RealTime::start())),
+            urgent: self.rests,
             young: Vec::new(),
             partings: Vec::new(),
         };
         let (state, pages) = (&mut taken.state, &mut taken.pages);
         let mut stopped = self.capturer.take(self.epoch, &mut boundary, state, pages);
+        self.poised = boundary.real_time.take();
         // What was taken of files cannot be put back, and nothing counts that was not sealed.
         let at_once = taken.full || self.volumes.is_some() || boundary.error.is_some();
         if let Some(Err(error)) =

@@ -38,6 +38,17 @@ pub fn set_ordinary() -> SysResult<()> {
     check(r.into(), "sched_setscheduler(SCHED_OTHER)", || "this thread".into()).map(drop)
 }
 
+/// Makes the calling thread an ordinary one that works for long: others with its priority go before it as soon as they
+/// have something to do (from Linux 6.12 on; before, it is as any other).
+pub fn set_patient(nice: i32) -> SysResult<()> {
+    const FLAG_RESET_ON_FORK: u64 = 1;
+    /// The longest slice that there is, in nanoseconds.
+    const SLICE: u64 = 100_000_000;
+    let policy = libc::SCHED_OTHER as u32;
+    let ordinary = Scheduling { policy, flags: FLAG_RESET_ON_FORK, nice, ..Scheduling::default() };
+    set_attributes(0, &Scheduling { runtime: SLICE, ..ordinary })
+}
+
 /// Pins a thread (0: the calling one) to processors.
 pub fn set_affinity(tid: i32, cpus: &[usize]) -> SysResult<()> {
     // SAFETY: an all-zero cpu_set_t is an empty set.

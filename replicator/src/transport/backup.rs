@@ -267,6 +267,8 @@ impl Session {
                     let Receipt { generation, epoch, digest, .. } = receipt;
                     let ack = encode(generation, epoch, &Message::Ack { digest })?;
                     send.write_chunk(ack).await.map_err(|e| broken(connection, e))?;
+                    // It leaves before the rest is done.
+                    tokio::task::yield_now().await;
                 }
                 if pages >= LONG_FOLD {
                     block_in_place(|| assembly.fold());

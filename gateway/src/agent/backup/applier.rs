@@ -106,7 +106,7 @@ impl Applier {
 
     /// Follows the primary until the container is to run here; none at the agent's end.
     fn stand_by(&mut self) -> Option<Result<Life>> {
-        if let Err(error) = sched::set_ordinary().and_then(|()| sched::set_nice(NICE)) {
+        if let Err(error) = sched::set_patient(NICE) {
             tracing::debug!(%error, "the applier runs at ordinary priority");
         }
         loop {

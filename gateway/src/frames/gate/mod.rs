@@ -152,8 +152,6 @@ struct Outbound {
     core: CommitCore,
     output: OutputState,
     flows: Flows,
-    /// The notifier is readable.
-    notified: bool,
 }
 
 impl Outbound {
@@ -245,7 +243,6 @@ impl Gate {
                 core: CommitCore::new(config.bounds),
                 output: OutputState::Discard,
                 flows: Flows::default(),
-                notified: false,
             }),
             writer: Mutex::new(()),
             passing: AtomicBool::new(false),
@@ -369,7 +366,11 @@ impl Gate {
     /// Frames of output that wait in the open epoch; and for how many clients, and how many more may be about to ask.
     pub fn output(&self) -> (usize, Waiting) {
         let mut out = self.shared.outbound.lock_urgent();
-        (out.core.open_frames(), out.flows.waiting(Instant::now()))
+        let frames = out.core.open_frames();
+        if frames == 0 {
+            self.shared.forget_output();
+        }
+        (frames, out.flows.waiting(Instant::now()))
     }
 
     /// Adds the connections on which the container has said something in the epoch that was sealed last.
@@ -379,7 +380,8 @@ impl Gate {
     }
 
     /// Becomes readable when the open epoch has its first frame, and stops being so when the
-    /// epoch is sealed. Only to be polled, not read.
+    /// epoch is sealed. Where the two come together it may become so once more, without a frame: until
+    /// [`Gate::output`] was asked. Only to be polled, not read.
     pub fn output_waits(&self) -> BorrowedFd<'_> {
         self.shared.output_waits.as_fd()
     }
@@ -554,20 +556,22 @@ impl Shared {
         self.passing.store(out.writes_through(), Ordering::Release);
         let open = out.core.open_epoch().unwrap_or(Epoch::NONE);
         self.open_epoch.store(open.0, Ordering::Release);
-        self.notify(out, out.core.output_waits());
+        match out.core.output_waits() {
+            true => self.tell_output(),
+            false => self.forget_output(),
+        }
     }
 
-    /// Makes the notifier readable or not, with the lock held.
-    fn notify(&self, out: &mut Outbound, waits: bool) {
-        if waits != out.notified {
-            out.notified = waits;
-            // Neither can fail: the counter is 0 before the write and 1 before the read.
-            let _ = if waits {
-                self.output_waits.write(1).err()
-            } else {
-                self.output_waits.read().err()
-            };
-        }
+    /// Makes the notifier readable, after the frame that it tells of was taken.
+    fn tell_output(&self) {
+        // Cannot fail: nobody writes that often.
+        let _ = self.output_waits.write(1);
+    }
+
+    /// Makes it not readable: nothing waits, with the lock held.
+    fn forget_output(&self) {
+        // Nothing to be read is as good.
+        let _ = self.output_waits.read();
     }
 
     /// Writes released frames out, with the writer lock held, and returns how many left.

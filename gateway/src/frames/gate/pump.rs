@@ -84,13 +84,25 @@ impl Shared {
         if self.passing.load(Acquire) {
             return self.pass_one(scratch);
         }
+        let mut waits = false;
+        let step = self.take_batch(&mut waits);
+        // Without the lock: whoever is woken needs it, and may be more urgent than we are.
+        if waits {
+            self.tell_output();
+        }
+        step
+    }
+
+    /// `waits` says whether the open epoch has its first frame now.
+    fn take_batch(&self, waits: &mut bool) -> Result<Step, GateError> {
         let mut out = self.outbound.lock();
         for _ in 0..BATCH {
             if self.outbound.is_wanted() || out.writes_through() {
                 return Ok(Step::More);
             }
-            if !self.take_one(&mut out)? {
-                return Ok(Step::Drained);
+            match self.take_one(&mut out)? {
+                Some(pushed) => *waits |= pushed == Pushed::First,
+                None => return Ok(Step::Drained),
             }
         }
         Ok(Step::More)
@@ -113,9 +125,9 @@ impl Shared {
         Ok(Step::More)
     }
 
-    /// Reads one frame of the container into the open epoch, or to nowhere while unplugged.
-    fn take_one(&self, out: &mut Outbound) -> Result<bool, GateError> {
-        let Some(n) = read_one(&self.inner, out.core.room())? else { return Ok(false) };
+    /// Reads one frame of the container into the open epoch, or to nowhere while unplugged. None: there is none.
+    fn take_one(&self, out: &mut Outbound) -> Result<Option<Pushed>, GateError> {
+        let Some(n) = read_one(&self.inner, out.core.room())? else { return Ok(None) };
         if out.output == OutputState::Open {
             let protected = !out.core.is_pass_through();
             let frame = &out.core.room()[..n];
@@ -125,18 +137,16 @@ impl Shared {
                 out.flows.held(frame);
                 self.standing.held();
             }
-            if out.core.pushed(n) == Pushed::First {
-                self.notify(out, true);
-            }
+            return Ok(Some(out.core.pushed(n)));
         }
-        Ok(true)
+        Ok(Some(Pushed::Dropped))
     }
 
     /// Takes everything out of the inner TAP. The core is not in pass-through, or output is
     /// discarded.
     pub(super) fn drain(&self, out: &mut Outbound) -> Result<(), GateError> {
         for _ in 0..MAX_DRAIN {
-            if !self.take_one(out)? {
+            if self.take_one(out)?.is_none() {
                 break;
             }
         }
