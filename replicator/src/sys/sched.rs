@@ -30,23 +30,26 @@ fn fifo(tid: i32, policy: i32, priority: i32) -> SysResult<()> {
         .map(drop)
 }
 
-/// Makes the calling thread an ordinary one again (SCHED_OTHER); its nice value counts.
+/// Makes the calling thread an ordinary one again (SCHED_OTHER); its nice value counts, and it is no [patient](set_patient)
+/// one any more.
 pub fn set_ordinary() -> SysResult<()> {
-    let param = libc::sched_param { sched_priority: 0 };
-    // SAFETY: the kernel reads one struct sched_param.
-    let r = unsafe { libc::sched_setscheduler(0, libc::SCHED_OTHER | RESET_ON_FORK, &param) };
-    check(r.into(), "sched_setscheduler(SCHED_OTHER)", || "this thread".into()).map(drop)
+    // sched_setscheduler(2) would leave it the slice that it was given; no time is what asks for the usual one.
+    set_fair(nice()?, 0)
 }
 
 /// Makes the calling thread an ordinary one that works for long: others with its priority go before it as soon as they
 /// have something to do (from Linux 6.12 on; before, it is as any other).
 pub fn set_patient(nice: i32) -> SysResult<()> {
-    const FLAG_RESET_ON_FORK: u64 = 1;
     /// The longest slice that there is, in nanoseconds.
     const SLICE: u64 = 100_000_000;
+    set_fair(nice, SLICE)
+}
+
+fn set_fair(nice: i32, slice: u64) -> SysResult<()> {
+    const FLAG_RESET_ON_FORK: u64 = 1;
     let policy = libc::SCHED_OTHER as u32;
     let ordinary = Scheduling { policy, flags: FLAG_RESET_ON_FORK, nice, ..Scheduling::default() };
-    set_attributes(0, &Scheduling { runtime: SLICE, ..ordinary })
+    set_attributes(0, &Scheduling { runtime: slice, ..ordinary })
 }
 
 /// Pins a thread (0: the calling one) to processors.
@@ -71,6 +74,13 @@ pub fn affinity(tid: i32) -> SysResult<Vec<usize>> {
     check(r.into(), "sched_getaffinity", || format!("tid {tid}"))?;
     // SAFETY: CPU_ISSET reads within the set.
     Ok((0..libc::CPU_SETSIZE as usize).filter(|c| unsafe { libc::CPU_ISSET(*c, &set) }).collect())
+}
+
+/// The nice value of the calling thread, whatever its class.
+fn nice() -> SysResult<i32> {
+    // SAFETY: no pointers. The kernel gives 20 less the value, so that none is negative.
+    let r = unsafe { libc::syscall(libc::SYS_getpriority, libc::PRIO_PROCESS, 0) };
+    check(r, "getpriority", || "this thread".into()).map(|r| 20 - r as i32)
 }
 
 /// Sets the nice value of the calling thread, -20 to 19.
@@ -170,4 +180,29 @@ pub fn set_processors(tid: i32, set: &[u64]) -> SysResult<()> {
 pub fn online() -> u32 {
     // SAFETY: no pointers.
     unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) }.max(1) as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_patient_thread_is_ordinary_again_after_it_was_real_time() {
+        let of = || attributes(0).expect("its own");
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let usual = of();
+                set_nice(3).expect("less is always allowed");
+                set_patient(3).expect("as nice as before");
+                // A kernel before 6.12 has one slice for all.
+                assert!(of().runtime >= usual.runtime);
+                if let Err(error) = set_fifo(1) {
+                    println!("not real-time: {error}");
+                }
+                set_ordinary().expect("less is always allowed");
+                let now = of();
+                assert_eq!((now.policy, now.nice, now.runtime), (usual.policy, 3, usual.runtime));
+            });
+        });
+    }
 }
