@@ -15,6 +15,10 @@ use std::time::{Duration, Instant};
 
 /// Real-time priority of a helper: that of the stop thread.
 const PRIORITY: i32 = 20;
+/// How often a piece that somebody else has begun is looked at before its helper may need our
+/// processor, and for how long it then gets it.
+const PATIENCE: u32 = 1_000;
+const PAUSE: Duration = Duration::from_micros(20);
 /// How often it is looked whether the container has moved to other processors.
 const FOLLOW: Duration = Duration::from_secs(1);
 
@@ -28,6 +32,19 @@ pub(super) trait Help: Send + Sync + std::fmt::Debug {
 
     /// Takes pieces until there are no more, or whoever asked for it wants no help any more.
     fn help(&self, scratch: &mut Buffer);
+}
+
+/// Waits for a helper that is in the middle of a piece.
+pub(super) fn wait_until(is_done: impl Fn() -> bool) {
+    let mut looks = 0;
+    while !is_done() {
+        // To whoever has the same priority; sleeping lets those of a lower one on.
+        looks += 1;
+        match looks < PATIENCE {
+            true => std::thread::yield_now(),
+            false => std::thread::sleep(PAUSE),
+        }
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -20,30 +20,21 @@
 //! A process that runs may change all of it meanwhile. Such a look says what a stop will probably find; what it
 //! took for unchanged is compared again in the stop.
 
+mod pieces;
+
+pub(in crate::capture) use pieces::Pieces;
+
 use super::descriptors::offset;
 use super::head;
 use super::row::{u32_at, u64_at};
 use super::sockets::{Structure, TcpLayout};
 use crate::bpf::asm::{Assembler, FP, If, Size, helper};
 use crate::bpf::btf::Btf;
-use crate::capture::helpers::Help;
-use crate::sys::pagemap::Buffer;
 use crate::sys::{SysResult, bpf};
+use pieces::{MANY, Runner, Table};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
-
-/// Entries of a piece, and how many are shared with a helper: it is awake after some 20 us.
-const PIECE: usize = 64;
-const MANY: usize = 4 * PIECE;
-/// How often a helper that is in the middle of a piece is looked at before it may need our processor, and for how long it
-/// then gets it.
-const PATIENCE: u32 = 1_000;
-const PAUSE: Duration = Duration::from_micros(20);
-/// No piece is begun any more.
-const OVER: usize = usize::MAX / 2;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
 
 /// What is asked: the thread, and which entry is the last.
 const TASK: usize = 0;
@@ -302,118 +293,6 @@ impl Places {
     }
 }
 
-/// The table of a process: its length, and its bits for open numbers.
-type Table = (u32, Vec<u8>);
-
-/// A program that looks, and the head by which it is asked.
-#[derive(Debug)]
-struct Runner {
-    head: bpf::Shared,
-    program: OwnedFd,
-}
-
-impl Runner {
-    fn new(assemble: impl FnOnce(i32) -> Vec<u8>) -> SysResult<Self> {
-        let head = bpf::Shared::new(HEAD_LEN)?;
-        let program = bpf::load(&assemble(head.map().as_raw_fd()))?;
-        Ok(Self { head, program })
-    }
-
-    fn put(&mut self, at: usize, word: u32) {
-        self.head.bytes()[at..at + 4].copy_from_slice(&word.to_ne_bytes());
-    }
-
-    /// Says of which thread it is.
-    fn ask_of(&mut self, task: u64) {
-        self.head.bytes()[TASK..TASK + 8].copy_from_slice(&task.to_ne_bytes());
-    }
-
-    /// Looks at these entries. Says whether the program has come to the last of them.
-    fn run(&mut self, from: usize, to: usize) -> SysResult<bool> {
-        self.put(NEXT, from as u32);
-        self.put(COUNT, to as u32);
-        self.head.run(self.program.as_fd(), LOOPBACK)?;
-        Ok(u32_at(self.head.bytes(), NEXT) as usize == to)
-    }
-
-    /// Whether the table is that of the process and has the same numbers in it.
-    fn is_same_table(&mut self, pid: i32, (len, open): &Table) -> bool {
-        let bytes = self.head.bytes();
-        u32_at(bytes, TID) as i32 == pid
-            && u32_at(bytes, TABLE_LEN) == *len
-            && bytes[OPEN..OPEN + open.len()] == open[..]
-    }
-
-    /// When all was read.
-    fn time(&mut self) -> u64 {
-        u64_at(self.head.bytes(), TIME)
-    }
-}
-
-/// A look that is under way, in pieces.
-#[derive(Debug)]
-pub(in crate::capture) struct Pieces {
-    pid: i32,
-    /// What the helper looks with, and what the table must be.
-    helper: Mutex<(Runner, Table)>,
-    next: AtomicUsize,
-    /// Entries in all.
-    count: AtomicUsize,
-    /// Helpers at work.
-    active: AtomicUsize,
-    called: AtomicBool,
-    /// A piece could not be looked at, or not where everything was.
-    failed: AtomicBool,
-}
-
-impl Pieces {
-    /// The next piece, if there is one left.
-    fn claim(&self) -> Option<(usize, usize)> {
-        let from = self.next.fetch_add(1, Ordering::SeqCst).checked_mul(PIECE)?;
-        let count = self.count.load(Ordering::SeqCst);
-        (from < count).then(|| (from, count.min(from + PIECE)))
-    }
-
-    /// No piece is begun any more, and none is under way.
-    fn end(&self) {
-        self.next.store(OVER, Ordering::SeqCst);
-        let mut looks = 0;
-        while self.active.load(Ordering::SeqCst) > 0 {
-            // To whoever has the same priority; sleeping lets those of a lower one on.
-            looks += 1;
-            match looks < PATIENCE {
-                true => std::thread::yield_now(),
-                false => std::thread::sleep(PAUSE),
-            }
-        }
-    }
-}
-
-impl Help for Pieces {
-    fn is_worth_it(&self) -> bool {
-        self.count.load(Ordering::SeqCst) >= MANY && !self.called.load(Ordering::SeqCst)
-    }
-
-    fn is_called(&self) {
-        self.called.store(true, Ordering::SeqCst);
-    }
-
-    fn help(&self, _: &mut Buffer) {
-        self.called.store(false, Ordering::SeqCst);
-        self.active.fetch_add(1, Ordering::SeqCst);
-        let mut helper = self.helper.lock().unwrap_or_else(PoisonError::into_inner);
-        let (runner, table) = &mut *helper;
-        while let Some((from, to)) = self.claim() {
-            let whole = matches!(runner.run(from, to), Ok(true));
-            if !whole || !runner.is_same_table(self.pid, table) {
-                self.failed.store(true, Ordering::SeqCst);
-            }
-        }
-        drop(helper);
-        self.active.fetch_sub(1, Ordering::SeqCst);
-    }
-}
-
 /// Later looks at the descriptors of one process.
 #[derive(Debug)]
 pub(super) struct Again {
@@ -448,15 +327,7 @@ impl Again {
         let looks = || Runner::new(|head| assemble_look(shape, &places, map, head));
         let (look, helper) = (looks()?, looks()?);
         let still = Runner::new(|head| assemble_still(shape, &places, map, head))?;
-        let pieces = Arc::new(Pieces {
-            pid,
-            helper: Mutex::new((helper, Table::default())),
-            next: AtomicUsize::new(OVER),
-            count: AtomicUsize::new(0),
-            active: AtomicUsize::new(0),
-            called: AtomicBool::new(false),
-            failed: AtomicBool::new(false),
-        });
+        let pieces = Pieces::new(pid, helper);
         let (open, row) = Default::default();
         Ok(Self { pid, shared, places, look, still, pieces, begun: false, known: 0, open, row })
     }
@@ -491,13 +362,10 @@ impl Again {
     }
 
     fn offer(&mut self) {
-        let pieces = &self.pieces;
-        pieces.end();
+        self.pieces.end();
         let (from, to) = (self.places.changed, self.places.changed + self.known);
         self.shared.bytes()[from..to].fill(0);
-        pieces.failed.store(false, Ordering::SeqCst);
-        pieces.count.store(self.known, Ordering::SeqCst);
-        pieces.next.store(0, Ordering::SeqCst);
+        self.pieces.offer(self.known);
     }
 
     /// Looks at all pieces that nobody has taken, and waits for the others. Says whether each was looked at to its end.
@@ -511,7 +379,7 @@ impl Again {
             }
         }
         self.pieces.end();
-        result.map(|()| whole && !self.pieces.failed.load(Ordering::SeqCst))
+        result.map(|()| whole && self.pieces.are_whole())
     }
 
     /// Learns where everything is from rows of a walk, and looks. None: something has changed since.
@@ -558,10 +426,7 @@ impl Again {
             && self.look.is_same_table(self.pid, &self.open)
             && self.show(shape, tcp, rows, bytes, changed).is_some();
         self.known = if told { rows.len() } else { 0 };
-        let mut helper = self.pieces.helper.lock().unwrap_or_else(PoisonError::into_inner);
-        helper.0.ask_of(task);
-        helper.1.clone_from(&self.open);
-        drop(helper);
+        self.pieces.ask_of(task, &self.open);
         self.begun = false;
         Ok(told.then(|| (self.look.time(), true)))
     }

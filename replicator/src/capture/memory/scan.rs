@@ -6,7 +6,7 @@
 //! is kept for the next one ([`Job::collect`] is called whatever happened).
 
 use crate::capture::CaptureError;
-use crate::capture::helpers::Help;
+use crate::capture::helpers::{Help, wait_until};
 use crate::image::pages::{Content, PAGE, PageSet, Run};
 use crate::sys::SysResult;
 use crate::sys::memory::{self, Range};
@@ -22,10 +22,6 @@ const WORTH: u64 = 32 << 20;
 const MANY: usize = 8;
 /// For so many pieces there is room at once.
 const PIECES: usize = 256;
-/// How often a piece that somebody else has begun is looked at before its scanner may need our
-/// processor, and for how long it then gets it.
-const PATIENCE: u32 = 1_000;
-const PAUSE: Duration = Duration::from_micros(20);
 /// For how long others are left to finish what they do while we let more urgent work run.
 const LEISURE: Duration = Duration::from_micros(200);
 
@@ -267,15 +263,7 @@ impl Job {
     /// Scans what is left, and waits for what others have begun.
     fn finish(&self, buffer: &mut Buffer) {
         self.work(buffer);
-        let mut looks = 0;
-        while self.done.load(Ordering::SeqCst) < self.pieces.len() {
-            // To whoever has the same priority; sleeping lets those of a lower one on.
-            looks += 1;
-            match looks < PATIENCE {
-                true => std::thread::yield_now(),
-                false => std::thread::sleep(PAUSE),
-            }
-        }
+        wait_until(|| self.is_done());
     }
 }
 
