@@ -161,6 +161,19 @@ fn the_notifier_tells_of_the_first_frame_and_falls_silent_at_the_seal() {
 }
 
 #[test]
+fn a_notifier_that_is_late_is_silenced_by_whoever_asks() {
+    // Unplugged: no output comes by itself.
+    let bed = Bed::new(GateConfig::default());
+    bed.gate.protect(G, Epoch::NONE);
+    assert!(!readable(bed.gate.output_waits(), Duration::ZERO));
+    // As the gate's thread does when its frame was sealed in between.
+    nix::unistd::write(bed.gate.output_waits(), &1u64.to_ne_bytes()).unwrap();
+    assert!(readable(bed.gate.output_waits(), LONG));
+    assert_eq!(bed.gate.output().0, 0);
+    assert!(!readable(bed.gate.output_waits(), Duration::ZERO));
+}
+
+#[test]
 fn held_input_stays_outside() {
     let bed = Bed::plugged(GateConfig::default());
     let (mut server, mut client) = bed.connection();

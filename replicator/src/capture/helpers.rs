@@ -145,8 +145,8 @@ impl Helper {
 
     fn call(&self, work: Arc<dyn Help>) {
         let mut order = lock(&self.shared.order);
-        // Nobody waits for these any more: it had no processor.
-        order.works.retain(|work| Arc::strong_count(work) > 1);
+        // It had no processor: nobody waits for these any more, or again for the same.
+        order.works.retain(|old| Arc::strong_count(old) > 1 && !Arc::ptr_eq(old, &work));
         order.works.push_back(work);
         drop(order);
         self.shared.come.notify_one();
@@ -191,6 +191,7 @@ impl Drop for Helper {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
     #[test]
     fn a_helper_follows_to_other_processors() {
@@ -226,5 +227,47 @@ mod tests {
         child.kill().expect("ended");
         child.wait().expect("gone");
         sched_setaffinity(me, &all).expect("as before");
+    }
+
+    /// Holds whoever helps with it until it is told to go on.
+    #[derive(Debug, Default)]
+    struct Work {
+        begun: AtomicUsize,
+        may_end: AtomicBool,
+    }
+
+    impl Help for Work {
+        fn is_worth_it(&self) -> bool {
+            true
+        }
+
+        fn help(&self, _: &mut Buffer) {
+            self.begun.fetch_add(1, Ordering::SeqCst);
+            wait_until(|| self.may_end.load(Ordering::SeqCst));
+        }
+    }
+
+    #[test]
+    fn a_helper_that_is_late_does_the_same_once_and_nothing_for_nobody() {
+        let all = sched_getaffinity(Pid::from_raw(0)).expect("known");
+        let Some(helper) = Helper::at(all, all) else {
+            println!("skipped: one processor");
+            return;
+        };
+        let [first, again, gone] = [(); 3].map(|()| Arc::<Work>::default());
+        let forgotten = Arc::downgrade(&gone);
+        helper.call(first.clone());
+        wait_until(|| first.begun.load(Ordering::SeqCst) == 1);
+        again.may_end.store(true, Ordering::SeqCst);
+        helper.call(gone);
+        (0..3).for_each(|_| helper.call(again.clone()));
+        let held = (Arc::strong_count(&again), forgotten.strong_count());
+        first.may_end.store(true, Ordering::SeqCst);
+        assert_eq!(held, (2, 0));
+        wait_until(|| Arc::strong_count(&again) == 1);
+        assert_eq!(again.begun.load(Ordering::SeqCst), 1);
+        // As at each stop: it is called again once it has done it.
+        helper.call(again.clone());
+        wait_until(|| again.begun.load(Ordering::SeqCst) == 2);
     }
 }

@@ -47,6 +47,8 @@ pub(in crate::capture) struct Builder {
 /// its cache, and there is nothing to be asked for while the container stands still.
 #[derive(Debug, Default)]
 pub(super) struct Room {
+    /// It is empty and has been made so since the last stop.
+    is_ready: bool,
     descriptions: Vec<Description>,
     first: Vec<(i32, i32)>,
     by_inode: ByNumber<u64, Few>,
@@ -69,6 +71,7 @@ impl Room {
         self.by_file.reserve(count);
         self.watchers.clear();
         self.watchers.reserve(count);
+        self.is_ready = true;
     }
 }
 
@@ -101,7 +104,7 @@ impl Builder {
         descriptions: &mut Vec<Description>,
     ) -> Self {
         let mut room = std::mem::take(&mut memory.room);
-        if !room.descriptions.is_empty() || room.descriptions.capacity() < memory.descriptions {
+        if !room.is_ready {
             room.make_ready(memory.descriptions);
         }
         *descriptions = room.descriptions;

@@ -77,7 +77,6 @@ pub(in crate::capture) struct Pieces {
     count: AtomicUsize,
     /// Helpers at work.
     active: AtomicUsize,
-    called: AtomicBool,
     /// A piece could not be looked at, or not where everything was.
     failed: AtomicBool,
 }
@@ -91,7 +90,6 @@ impl Pieces {
             next: AtomicUsize::new(OVER),
             count: AtomicUsize::new(0),
             active: AtomicUsize::new(0),
-            called: AtomicBool::new(false),
             failed: AtomicBool::new(false),
         })
     }
@@ -131,15 +129,10 @@ impl Pieces {
 
 impl Help for Pieces {
     fn is_worth_it(&self) -> bool {
-        self.count.load(Ordering::SeqCst) >= MANY && !self.called.load(Ordering::SeqCst)
-    }
-
-    fn is_called(&self) {
-        self.called.store(true, Ordering::SeqCst);
+        self.count.load(Ordering::SeqCst) >= MANY
     }
 
     fn help(&self, _: &mut Buffer) {
-        self.called.store(false, Ordering::SeqCst);
         self.active.fetch_add(1, Ordering::SeqCst);
         let mut helper = self.helper.lock().unwrap_or_else(PoisonError::into_inner);
         let (runner, table) = &mut *helper;

@@ -63,6 +63,15 @@ impl Drop for Subject {
     }
 }
 
+/// A glance at a program, if this kernel has glances; also of few descriptors later looks need not walk.
+fn glance_at(subject: &Subject) -> Option<Glance> {
+    let glance = Glance::open(subject.child.id() as i32).map(Glance::always_again);
+    if glance.is_none() {
+        println!("skipped: no glances");
+    }
+    glance
+}
+
 /// The numbers of the connections that the last look has shown to be others; none: it walked.
 fn changed(glance: &Glance) -> Option<Vec<i32>> {
     let rows = glance.changed()?.iter().map(|nth| glance.nth(*nth as usize));
@@ -73,10 +82,7 @@ fn changed(glance: &Glance) -> Option<Vec<i32>> {
 fn later_looks_show_what_has_changed_and_nothing_else() {
     let mut subject = Subject::start();
     let [a, b] = subject.ends;
-    let Some(mut glance) = Glance::open(subject.child.id() as i32).map(Glance::always_again) else {
-        println!("skipped: no glances");
-        return;
-    };
+    let Some(mut glance) = glance_at(&subject) else { return };
     glance.look().expect("a walk");
     assert_eq!(changed(&glance), None);
     glance.learn();
@@ -136,10 +142,7 @@ enum Helped {
 fn a_look_that_a_helper_takes_part_in_shows_the_same() {
     let mut subject = Subject::start();
     let [a, b] = subject.ends;
-    let Some(mut glance) = Glance::open(subject.child.id() as i32).map(Glance::always_again) else {
-        println!("skipped: no glances");
-        return;
-    };
+    let Some(mut glance) = glance_at(&subject) else { return };
     subject.tell("more.extend(socket.socket() for _ in range(300))");
     glance.look().expect("a walk");
     glance.learn();
@@ -164,8 +167,6 @@ fn a_look_that_a_helper_takes_part_in_shows_the_same() {
         std::thread::sleep(std::time::Duration::from_millis(200));
         let pieces = glance.begin().expect("much to look at");
         assert!(pieces.is_worth_it());
-        pieces.is_called();
-        assert!(!pieces.is_worth_it(), "it is called once");
         let help = || pieces.help(&mut Buffer::default());
         std::thread::scope(|scope| {
             let helper = match helped {
@@ -200,7 +201,7 @@ fn a_look_that_a_helper_takes_part_in_shows_the_same() {
     assert_eq!(changed(&glance), None);
     // Another number, and another file at one of them, seen by whoever looks there.
     glance.learn();
-    subject.tell("more.append(os.dup(1)) if 'os' in globals() else exec('import os; more.append(os.dup(1))')");
+    subject.tell("import os; more.append(os.dup(1))");
     assert!(glance.begin().is_none(), "another table");
     glance.look().expect("a walk");
     assert_eq!(changed(&glance), None, "another table");
