@@ -96,7 +96,8 @@ impl Capturer {
         self.pump()?;
         self.freeze()?;
         times.freeze = begin.elapsed();
-        let state = self.capture(&mut times, &mut super::times::Lap(Instant::now()))?;
+        let mut state = self.capture(&mut times, &mut super::times::Lap(Instant::now()))?;
+        self.files.fill_in(&mut state);
         let mut notes = outside::check(&self.pids(), &mut self.refusals)?;
         notes.extend(outside::terminals(&self.pids(), &state)?);
         notes.extend(outside::mounts(self.root)?);

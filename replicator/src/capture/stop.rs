@@ -100,6 +100,7 @@ impl Capturer {
         boundary.release_input();
         let (result, stood) = result?;
         *state = result;
+        self.files.fill_in(state);
         times.stop_pages = self.pages.pages() - before;
         times.pages = self.pages.pages();
         let mut taken = Taken { times, begin, stood, confirmed: false };

@@ -21,8 +21,8 @@ impl Builder {
             let Kind::Epoll(targets) = &state.descriptions[*at as usize].kind else { continue };
             // Nearly always all of them are what their numbers say.
             let is_here = |(target, file): (&EpollTarget, &Watched)| {
-                let it = self.by_file.get(&file.file);
-                it.is_some() && it.copied() == description_at(&holder.fds, target.fd)
+                let it = description_at(&holder.fds, target.fd);
+                file.file != 0 && it.is_some_and(|it| self.files[it as usize] == file.file)
             };
             if targets.iter().zip(watched).all(is_here) {
                 continue;

@@ -7,6 +7,7 @@ use crate::capture::{CaptureError, farewell, locks, pipes, terminals, unix};
 use crate::image::{Description, Kind, State};
 use crate::sys::pidfd;
 use std::cmp::Ordering;
+use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -18,6 +19,8 @@ use std::time::Instant;
 pub(in crate::capture) struct Builder {
     /// Host pid and number of the first descriptor of each description.
     pub(in crate::capture) first: Vec<(i32, i32)>,
+    /// What stands for the file of each description in a glance; 0: it was not in one.
+    pub(in crate::capture) files: Vec<u64>,
     /// The descriptions of each inode, in the order of kcmp(2).
     pub(in crate::capture) by_inode: ByNumber<u64, Few>,
     pub(in crate::capture) pipes: HashMap<pipes::Key, u32>,
@@ -39,6 +42,8 @@ pub(in crate::capture) struct Builder {
     pub(in crate::capture) glanced: usize,
     /// Those of them that had been put together before.
     pub(in crate::capture) resting: usize,
+    /// What is to be filled in after the stop.
+    pub(super) stamps: Stamps,
     /// When the clocks of the image were read.
     clocks_read: Option<Instant>,
 }
@@ -51,10 +56,16 @@ pub(super) struct Room {
     is_ready: bool,
     descriptions: Vec<Description>,
     first: Vec<(i32, i32)>,
+    files: Vec<u64>,
     by_inode: ByNumber<u64, Few>,
     by_file: ByNumber<u64, u32>,
     watchers: Vec<Watcher>,
+    stamps: Stamps,
 }
+
+/// Timestamps of connections, by the index of their description. The connections themselves have not been looked at
+/// for long, and are in nobody's cache: that is not for a stop.
+pub(super) type Stamps = Vec<(u32, u32)>;
 
 impl Room {
     /// Makes it empty, with room for so many descriptions.
@@ -65,6 +76,10 @@ impl Room {
         self.descriptions.spare_capacity_mut().fill_with(MaybeUninit::zeroed);
         self.first.clear();
         self.first.reserve(count);
+        self.files.clear();
+        self.files.reserve(count);
+        self.stamps.clear();
+        self.stamps.reserve(count);
         self.by_inode.clear();
         self.by_inode.reserve(count);
         self.by_file.clear();
@@ -72,6 +87,17 @@ impl Room {
         self.watchers.clear();
         self.watchers.reserve(count);
         self.is_ready = true;
+    }
+
+    /// After the stop: what it has left open of the connections that it has captured.
+    pub(super) fn fill_in(&mut self, state: &mut State) {
+        for (at, stamp) in self.stamps.drain(..) {
+            if let Some(Description { kind: Kind::Tcp(connection), .. }) =
+                state.descriptions.get_mut(at as usize)
+            {
+                connection.timestamp = Some(stamp);
+            }
+        }
     }
 }
 
@@ -112,6 +138,8 @@ impl Builder {
             inner,
             clocks_read: Some(Instant::now()),
             first: room.first,
+            files: room.files,
+            stamps: room.stamps,
             by_inode: room.by_inode,
             by_file: room.by_file,
             watchers: room.watchers,
@@ -168,9 +196,44 @@ impl Builder {
         state: &State,
     ) -> u32 {
         self.first.push(first);
+        self.files.push(0);
         let at = state.descriptions.len() as u32 - 1;
         self.by_inode.entry(inode).and_modify(|all| all.insert(place, at)).or_insert(Few::One(at));
         at
+    }
+
+    /// The last description is of this file of a glance.
+    pub(super) fn name_file(&mut self, at: u32, file: u64) {
+        self.files[at as usize] = file;
+        self.by_file.insert(file, at);
+    }
+
+    /// [`Builder::known`] and, if it is not, [`Builder::index_last`] of the next description in one, for a file of a glance:
+    /// each table is asked once. Gives the description that is known.
+    pub(super) fn enter(
+        &mut self,
+        first: (i32, i32),
+        file: u64,
+        inode: u64,
+        next: u32,
+    ) -> Result<Option<u32>, CaptureError> {
+        let place = match self.by_file.entry(file) {
+            Entry::Occupied(known) => return Ok(Some(*known.get())),
+            Entry::Vacant(place) => place,
+        };
+        match self.by_inode.entry(inode) {
+            Entry::Vacant(only) => {
+                only.insert(Few::One(next));
+            }
+            Entry::Occupied(mut others) => match find(&self.first, others.get().all(), first)? {
+                Ok(known) => return Ok(Some(known)),
+                Err(place) => others.get_mut().insert(place, next),
+            },
+        }
+        place.insert(next);
+        self.first.push(first);
+        self.files.push(file);
+        Ok(None)
     }
 
     /// The description that this descriptor shares with one captured before, or its place among
@@ -191,17 +254,7 @@ impl Builder {
     /// The same by what the kernel says of two descriptors, kcmp(2).
     fn find(&self, pid: i32, number: i32, inode: u64) -> Result<Result<u32, usize>, CaptureError> {
         let Some(candidates) = self.by_inode.get(&inode).map(Few::all) else { return Ok(Err(0)) };
-        let (mut low, mut high) = (0, candidates.len());
-        while low < high {
-            let middle = (low + high) / 2;
-            let (other_pid, other) = self.first[candidates[middle] as usize];
-            match pidfd::compare_files(pid, number, other_pid, other)? {
-                Ordering::Equal => return Ok(Ok(candidates[middle])),
-                Ordering::Less => high = middle,
-                Ordering::Greater => low = middle + 1,
-            }
-        }
-        Ok(Err(low))
+        find(&self.first, candidates, (pid, number))
     }
 
     /// Once the descriptors of all processes were captured: what is in flight, and what can be
@@ -237,8 +290,8 @@ impl Builder {
                 self.watched.iter().flat_map(|(_, all)| all).map(|w| w.inode).collect();
             self.sending.retain(|(inode, _)| !watched.contains(inode));
         }
-        let Self { first, by_file, watchers, sending, by_inode, .. } = self;
-        world.memory.room = Room { first, by_file, watchers, ..Room::default() };
+        let Self { first, files, by_file, watchers, stamps, sending, by_inode, .. } = self;
+        world.memory.room = Room { first, files, by_file, watchers, stamps, ..Room::default() };
         Ok(Sockets { sending, by_inode })
     }
 
@@ -280,4 +333,23 @@ impl Builder {
         locks::add(&info.locks, at, 0, what, state)?;
         Ok(at)
     }
+}
+
+/// Which of these descriptions, which are in order, this descriptor is one of, or its place among them.
+fn find(
+    first: &[(i32, i32)],
+    candidates: &[u32],
+    (pid, number): (i32, i32),
+) -> Result<Result<u32, usize>, CaptureError> {
+    let (mut low, mut high) = (0, candidates.len());
+    while low < high {
+        let middle = (low + high) / 2;
+        let (other_pid, other) = first[candidates[middle] as usize];
+        match pidfd::compare_files(pid, number, other_pid, other)? {
+            Ordering::Equal => return Ok(Ok(candidates[middle])),
+            Ordering::Less => high = middle,
+            Ordering::Greater => low = middle + 1,
+        }
+    }
+    Ok(Err(low))
 }

@@ -80,6 +80,11 @@ impl Memory {
         self.homes = homes::Homes::only(places);
     }
 
+    /// After the thaw: what the stop has left open of the state that it has captured.
+    pub(super) fn fill_in(&mut self, state: &mut State) {
+        self.room.fill_in(state);
+    }
+
     /// Makes ready what a stop needs, while the container runs: memory, and, for `glances`, what reads many send queues at
     /// once.
     pub(super) fn make_ready(&mut self, glances: bool) {
@@ -379,7 +384,7 @@ impl Files {
                 let Some(kind) = refusals.admit(kind)? else { return Ok(None) };
                 let at = builder.add((pid, number), place, info.inode, info.flags, kind, state);
                 if let Some(file) = file {
-                    builder.by_file.insert(file, at);
+                    builder.name_file(at, file);
                 }
                 if !info.watched.is_empty() {
                     builder.watched.push((at, std::mem::take(&mut info.watched)));

@@ -124,24 +124,22 @@ impl Files {
         let (number, inode, file) = (resting.number, resting.inode, resting.file);
         let (flags, pid) = (resting.flags, holder.pid);
         (builder.glanced, builder.resting) = (builder.glanced + 1, builder.resting + 1);
-        let description = match builder.known(pid, number, Some(file), inode)? {
-            Ok(known) => {
-                resting.connection = Some(connection);
-                known
+        let next = state.descriptions.len() as u32;
+        let known = builder.enter((pid, number), file, inode, next)?;
+        if known.is_some() {
+            resting.connection = Some(connection);
+        } else {
+            let stamp = resting.clock.map(|clock| clock.at(time));
+            builder.stamps.extend(stamp.map(|stamp| (next, stamp)));
+            if self.checked {
+                connection.timestamp = stamp;
+                let (kind, what) = (Kind::Tcp(connection.clone()), about(number, pid));
+                self.check(holder, number, &kind, &mut world.with(builder, state), &what)?;
             }
-            Err(place) => {
-                connection.timestamp = resting.clock.map(|clock| clock.at(time));
-                if self.checked {
-                    let (kind, what) = (Kind::Tcp(connection.clone()), about(number, pid));
-                    self.check(holder, number, &kind, &mut world.with(builder, state), &what)?;
-                }
-                let (flags, kind) = (flags & !libc::O_CLOEXEC, Kind::Tcp(connection));
-                state.descriptions.push(Description { flags, kind });
-                let at = builder.index_last((pid, number), place, inode, state);
-                builder.by_file.insert(file, at);
-                at
-            }
-        };
+            let (flags, kind) = (flags & !libc::O_CLOEXEC, Kind::Tcp(connection));
+            state.descriptions.push(Description { flags, kind });
+        }
+        let description = known.unwrap_or(next);
         let close_on_exec = flags & libc::O_CLOEXEC != 0;
         Ok(Some(Fd { number, description, close_on_exec }))
     }
