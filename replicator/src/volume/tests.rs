@@ -120,7 +120,8 @@ impl Busy {
                 volume.unlink(parent, &name, directory)?;
             }
             9 | 10 => {
-                let flags = self.rng.u32(0..3);
+                // Also those that leave a whiteout behind.
+                let flags = [0, 1, 2, 4, 5][self.rng.usize(0..5)];
                 volume.rename(parent, &name, other, &new, flags)?;
             }
             11 => {
@@ -173,6 +174,51 @@ fn needs_root() -> bool {
         eprintln!("not run: numbers of files are in attributes that only root may set");
     }
     !may
+}
+
+#[test]
+fn a_rename_can_leave_a_whiteout_behind() {
+    if needs_root() {
+        return;
+    }
+    let there = Scratch::new();
+    let volumes = open(&there.0).expect("nothing is amiss");
+    let volume = &volumes.list()[0];
+    let make = |name: &str, shape: &Shape| {
+        volume.make(Ino::ROOT, OsStr::new(name), shape, 0o755, (0, 0), false).expect("made").ino
+    };
+    let (file, directory, over) =
+        (make("file", &Shape::File), make("d", &Shape::Directory), make("over", &Shape::File));
+    let rename = |from: &str, to: &str, flags| {
+        volume.rename(Ino::ROOT, OsStr::new(from), Ino::ROOT, OsStr::new(to), flags)
+    };
+    let at = |name: &str| volume.lookup(Ino::ROOT, OsStr::new(name), false).expect("there");
+    let is_whiteout =
+        |name: &str| volume.node(at(name).ino).expect("known").shape == Shape::Character(0);
+    let (whiteout, no_replace) = (libc::RENAME_WHITEOUT, libc::RENAME_NOREPLACE);
+    let refused = |result: std::io::Result<()>| result.expect_err("refused").raw_os_error();
+    assert_eq!(refused(rename("file", "over", whiteout | no_replace)), Some(libc::EEXIST));
+    assert_eq!(
+        refused(rename("file", "over", whiteout | libc::RENAME_EXCHANGE)),
+        Some(libc::EINVAL)
+    );
+    assert_eq!((at("file").ino, at("over").ino), (file, over), "nothing has changed");
+    rename("file", "over", whiteout).expect("one that was there");
+    assert!(is_whiteout("file") && at("over").ino == file);
+    assert!(volume.by_number(over, false).is_err(), "it has lost its only name");
+    rename("d", "e", whiteout | no_replace).expect("a directory");
+    assert!(is_whiteout("d") && at("e").ino == directory);
+    rename("over", "file", 0).expect("over a whiteout");
+    assert_eq!(at("file").ino, file);
+    // They are at the backup as any other file is.
+    let elsewhere = Scratch::new();
+    let copies = open(&elsewhere.0).expect("nothing is amiss");
+    volumes.begin_full();
+    volumes.seal().expect("it can be read");
+    let mut payload = Vec::new();
+    volumes.take(&mut payload);
+    copies.commit(Generation::FIRST, Epoch(1), &payload).expect("committed");
+    assert_eq!(contents(&copies), contents(&volumes));
 }
 
 /// The whole journal in a directory.

@@ -148,7 +148,8 @@ impl Volume {
         inner.drop_unused(ino)
     }
 
-    /// renameat2(2) with RENAME_NOREPLACE (1) or RENAME_EXCHANGE (2) in `flags`.
+    /// renameat2(2) with RENAME_NOREPLACE (1), RENAME_EXCHANGE (2) or RENAME_WHITEOUT (4, also with 1) in
+    /// `flags`.
     pub fn rename(
         &self,
         parent: Ino,
@@ -403,6 +404,11 @@ impl Inner {
         let (path, new_path) =
             (self.tree.path(from.0).join(from.1), self.tree.path(to.0).join(to.1));
         let is_directory = self.tree.children(ino).is_some();
+        let leaves_whiteout = flags & libc::RENAME_WHITEOUT != 0;
+        if leaves_whiteout && flags & libc::RENAME_EXCHANGE != 0 {
+            return code(libc::EINVAL);
+        }
+        let flags = flags & !libc::RENAME_WHITEOUT;
         if self.tree.children(to.0).is_none() {
             return code(libc::ENOTDIR);
         }
@@ -446,19 +452,49 @@ impl Inner {
             }
             _ => return code(libc::EINVAL),
         }
-        if let Err(e) = self.disk.rename(&path, &new_path) {
-            if let Some(old) = old {
-                self.give_back(to, old, &new_path)?;
+        let renamed = match leaves_whiteout {
+            true => self.change_places_with_whiteout(from, to, &path, &new_path).map(Some),
+            false => self.disk.rename(&path, &new_path).map(|()| None),
+        };
+        let whiteout = match renamed {
+            Ok(whiteout) => whiteout,
+            Err(e) => {
+                if let Some(old) = old {
+                    self.give_back(to, old, &new_path)?;
+                }
+                return Err(e);
             }
-            return Err(e);
-        }
+        };
         self.tree.unlink(from.0, from.1);
+        if let Some(whiteout) = whiteout {
+            self.tree.unlink(to.0, to.1);
+            self.tree.link(from.0, from.1, whiteout);
+        }
         self.tree.link(to.0, to.1, ino);
         self.note_renamed(from, to, ino);
         match old {
             Some(old) => self.drop_unused(old),
             None => Ok(()),
         }
+    }
+
+    /// Makes what an overlay file system takes for "there is nothing", a character device 0:0, at a name that is free,
+    /// and has a file change places with it. Gives the number of that device.
+    fn change_places_with_whiteout(
+        &mut self,
+        from: (Ino, &OsStr),
+        to: (Ino, &OsStr),
+        path: &Path,
+        new_path: &Path,
+    ) -> io::Result<Ino> {
+        let whiteout = self.make(to.0, to.1, &Shape::Character(0), 0, (0, 0), false)?.ino;
+        if let Err(e) = self.disk.exchange(path, new_path) {
+            self.take_name(to.0, to.1, whiteout)?;
+            self.drop_unused(whiteout)?;
+            return Err(e);
+        }
+        self.dirty.entry(from.0, from.1);
+        Ok(whiteout)
     }
 
     /// A file gets the name back that it lost for one that could not take it.
