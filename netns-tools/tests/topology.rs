@@ -114,12 +114,13 @@ fn volumes() {
         &with(
             "      - { path: /var/lib/redis, kind: replicated, fsync: local, durable: true }\n      \
              - { path: /var/tmp, kind: ephemeral }\n      - { path: /srv/nfs, kind: shared }\n      \
-             - { path: /srv/layers, kind: read-only }",
+             - { path: /srv/layers, kind: read-only }\n      - { path: /, kind: replicated, durable: true }",
         ),
         1,
     );
     let lab = Topology::parse("lab.topo.yml", &good).expect("good");
     assert_eq!(lab.containers["redis"].volumes[0].directory_name(), "var-lib-redis");
+    assert!(lab.containers["redis"].volumes[4].is_root());
     assert_eq!(lab.containers["redis"].volume_directory, "/var/lib/nilicon");
     let error =
         refused("      - { path: /a, kind: replicated, ^fsyncs: local }", "no key `fsyncs`");
@@ -132,8 +133,12 @@ fn volumes() {
         "      - { path: /a/b, kind: replicated }\n      - { path: ^/a, kind: shared }",
         "`/a` and the volume `/a/b` would hide each other",
     );
-    let error = refused("      - { path: ^/, kind: replicated }", "root as a whole");
+    let error = refused("      - { path: ^/, kind: read-only }", "root as a whole");
     assert!(error.problems()[0].help.as_deref().is_some_and(|h| h.contains("directories")));
+    refused(
+        "      - { path: /, kind: replicated }\n      - { path: ^/, kind: replicated }",
+        "would hide each other",
+    );
     refused("      - { path: /a, kind: read-only, fsync: ^local }", "only volumes of kind");
     refused("      - { path: /a, kind: shared, durable: ^true }", "only volumes of kind");
     refused("      - { path: /a, kind: shared, check: ^true }", "only volumes of kind");

@@ -306,6 +306,15 @@ fn sqlite_under_load_goes_on_whole() {
     }
 }
 
+/// VO-16, under load.
+#[test]
+fn a_root_goes_on_whole() {
+    if !is_installed("redis-server") || !is_installed("redis-check-aof") {
+        return;
+    }
+    is_whole(&example("whole", "root", &[]).1.expect_success().json());
+}
+
 /// VO-14
 #[test]
 fn a_run_whose_check_fails_is_no_success() {
@@ -360,4 +369,155 @@ fn nginx_goes_on_with_its_access_log() {
     let acknowledged = client["acknowledged_writes"].as_u64().expect("a number");
     assert!(acknowledged > 20 && writes >= acknowledged, "{writes} of {acknowledged}: {report:#}");
     bed.expect_gone();
+}
+
+/// A server that does what it is told in Python, and answers with what came of it.
+const OBEDIENT: &str = "\
+import os, socket, subprocess
+def paths():
+    mapped = {line.split()[5] for line in open('/proc/self/maps') if '/' in line}
+    return [os.readlink('/proc/self/exe')] + sorted(mapped)
+server = socket.create_server(('0.0.0.0', 7000))
+while True:
+    peer, _ = server.accept()
+    told = peer.recv(65536).decode()
+    try:
+        try:
+            answer = eval(told, globals())
+        except SyntaxError:
+            exec(told, globals())
+            answer = 'done'
+    except Exception as error:
+        answer = repr(error)
+    peer.sendall(str(answer).encode())
+    peer.close()
+";
+
+/// VO-16: a container whose root is a volume: what it changes anywhere goes along, whether it was a file of the
+/// host or not, and nothing of the host is touched.
+#[test]
+fn what_is_written_anywhere_in_a_root_goes_along() {
+    if !is_installed("python3") {
+        return;
+    }
+    let sketch = Sketch::of(
+        "command: [python3, @/server.py]\n    ready: { tcp: 7000 }\n    \
+         volume-directory: @/kept\n    volumes:\n      - { path: /, kind: replicated }\n      \
+         - { path: @/memory, kind: ephemeral }\n      - { path: @/fixed, kind: read-only }\n      \
+         - { path: @/shared, kind: shared }\n      - { path: @/inner, kind: replicated }",
+    );
+    let bed = Bed::new("root", &sketch);
+    let here = bed.directory().display().to_string();
+    bed.write(&bed.text().replace('@', &here));
+    let file = |name: &str, contents: &str| {
+        let path = bed.directory().join(name);
+        std::fs::create_dir_all(path.parent().expect("a parent")).expect("made");
+        std::fs::write(path, contents).expect("written");
+    };
+    file("server.py", OBEDIENT);
+    for (name, contents) in [
+        ("seen/gone", "of the host"),
+        ("seen/changed", "of the host"),
+        ("seen/held", "of the host"),
+        ("seen/moved/inner", "of the host"),
+        ("fixed/it", "fixed"),
+        ("shared/it", "shared"),
+    ] {
+        file(name, contents);
+    }
+    // But for times of directories: a spare makes files without a name where they had theirs.
+    let of_host = || -> BTreeMap<PathBuf, (u32, Vec<u8>)> {
+        let all = seen(&bed.directory().join("seen")).into_iter();
+        all.map(|(path, (mode, .., contents))| (path, (mode, contents))).collect()
+    };
+    let before = of_host();
+    let ask = |told: &str| {
+        let call = "import socket, sys; s = socket.create_connection(('10.77.0.10', 7000)); \
+                    s.sendall(sys.argv[1].encode()); print(s.recv(65536).decode())";
+        let told = told.replace('@', &here);
+        bed.exec("client", &["python3", "-c", call, &told])
+            .expect_success()
+            .stdout
+            .trim()
+            .to_owned()
+    };
+    // Far from the test's own directory.
+    let far = format!("/etc/nilicon-test-{}", std::process::id());
+    bed.deploy();
+    for told in [
+        "os.remove('@/seen/gone')",
+        "os.rename('@/seen/moved', '@/seen/elsewhere')",
+        "open('@/seen/changed', 'a').write(', and more')",
+        "open('@/seen/new', 'w').write('new')",
+        // Files without a name: one of its own, and one that was the host's.
+        "held = open('@/seen/unnamed', 'w+'); held.write('unnamed'); held.flush(); os.unlink('@/seen/unnamed')",
+        "other = open('@/seen/held', 'r+'); other.write('IT'); other.flush(); os.unlink('@/seen/held')",
+        "sock = socket.socket(socket.AF_UNIX); sock.bind('@/seen/sock'); sock.listen(1)",
+        "os.chdir('@/seen/elsewhere')",
+        "open('@/memory/it', 'w').write('memory')",
+        "open('@/shared/it', 'a').write(', for both')",
+        "open('@/inner/it', 'w').write('inner')",
+        "first = paths()",
+    ] {
+        let answer = ask(told);
+        assert!(!answer.contains("Error"), "{told}: {answer}");
+    }
+    assert_eq!(ask(&format!("open('{far}', 'w').write('far')")), "3");
+    let looks = [
+        ("sorted(os.listdir('@/seen'))", "['changed', 'elsewhere', 'new', 'sock']"),
+        ("open('@/seen/changed').read()", "of the host, and more"),
+        ("(held.seek(0), held.read())[1]", "unnamed"),
+        ("(other.seek(0), other.read())[1]", "IT the host"),
+        ("os.getcwd()", "@/seen/elsewhere"),
+        ("open('inner').read()", "of the host"),
+        ("open('@/memory/it').read()", "memory"),
+        ("open('@/fixed/it').read()", "fixed"),
+        ("open('@/shared/it').read()", "shared, for both"),
+        ("open('@/inner/it').read()", "inner"),
+        // It is listening still, and programs of the host can be started.
+        (
+            "(c := socket.socket(socket.AF_UNIX), c.connect('@/seen/sock'), sock.accept(), 'heard')[3]",
+            "heard",
+        ),
+        ("subprocess.check_output(['cat', '@/seen/new']).decode()", "new"),
+        // Its program and its libraries have the paths that they had.
+        ("[p for p in first if p not in paths()]", "[]"),
+    ];
+    let look = |when: &str| {
+        for (told, wanted) in looks {
+            assert_eq!(ask(told), wanted.replace('@', &here), "{when}: {told}");
+        }
+        assert_eq!(ask(&format!("open('{far}').read()")), "far", "{when}");
+    };
+    look("at first");
+    assert_eq!(of_host(), before, "the host's own files");
+    assert!(!Path::new(&far).exists());
+
+    bed.fault("kill-host:alpha");
+    bed.until_store("it runs on beta", |s| s["primary"] == "beta" && s["phase"] != "promoting");
+    look("on beta");
+    assert_eq!(ask("open('@/seen/new', 'a').write(' there')"), "6");
+    bed.fault("revive-host:alpha");
+    bed.until_store("it is protected again", |store| store["protected"] == true);
+    assert_eq!(ask("open('@/seen/new').read()"), "new there");
+    ask("open('@/seen/new', 'w').write('new')");
+
+    // And back, from a host where programs were mapped before its root was there.
+    bed.fault("kill-host:beta");
+    bed.until_store("it is back", |s| s["primary"] == "alpha" && s["phase"] != "promoting");
+    look("on alpha again");
+    bed.fault("revive-host:beta");
+    bed.until_store("it is protected", |store| store["protected"] == true);
+    assert_eq!(of_host(), before, "the host's own files");
+
+    // A spare cannot map what is in the volume.
+    ask("__import__('shutil').copy('/bin/sleep', '@/seen/mine')");
+    assert_eq!(ask("(p := subprocess.Popen(['@/seen/mine', '60']), 'runs')[1]"), "runs");
+    let store = bed.until_store("it is refused", |store| store["protected"] == false);
+    let reason = store["reason"].as_str().unwrap_or_default();
+    assert!(
+        reason.contains("a file of a replicated volume") && reason.contains("mapping"),
+        "{store:#}"
+    );
+    bed.destroy();
 }

@@ -11,10 +11,11 @@
 //! them, so that a host does not begin with files that are older than the other's.
 
 use super::primary::lock;
+use super::status::STATE_ROOT;
 use anyhow::{Context, Result, bail};
 use netns_tools::topology::{Container, FsyncRule, Topology, VolumeKind, VolumeStart};
 use replicator::Generation;
-use replicator::volume::{Fsync, Journals, ReadOnly, ServeOptions, Served, Volumes};
+use replicator::volume::{Fsync, Journals, ReadOnly, ServeOptions, Served, UPPER, Volumes};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -28,6 +29,8 @@ struct Planned {
     path: PathBuf,
     options: ServeOptions,
     start: VolumeStart,
+    /// It is the container's root, over the files of its host.
+    is_root: bool,
 }
 
 /// The volumes of a container on this host.
@@ -36,6 +39,8 @@ pub(super) struct Files {
     base: PathBuf,
     names: Vec<String>,
     plan: Vec<Planned>,
+    /// What stays the host's in a root.
+    kept: Vec<PathBuf>,
     durable: bool,
     journals: Arc<Journals>,
     read_only: Option<Arc<ReadOnly>>,
@@ -88,11 +93,16 @@ impl Files {
                 },
             },
             start: v.start.unwrap_or_default(),
+            is_root: v.is_root(),
         });
+        // Its console is there.
+        let kept =
+            paths(container, VolumeKind::Shared).chain([PathBuf::from(STATE_ROOT)]).collect();
         let marked = read_generation(&base)?;
         Ok(Some(Arc::new(Self {
             names: ours.iter().map(|v| v.directory_name()).collect(),
             plan: plan.collect(),
+            kept,
             durable,
             journals: Arc::new(Journals::new(&base, durable).with_read_only(read_only.clone())),
             read_only,
@@ -104,6 +114,12 @@ impl Files {
     /// Where checkpoints are written down before they are acknowledged.
     pub(super) fn journals(&self) -> Arc<Journals> {
         self.journals.clone()
+    }
+
+    /// Where what the container writes over the files of its host is, if its root is a volume.
+    pub(super) fn root_layer(&self) -> Option<PathBuf> {
+        let (name, _) = self.names.iter().zip(&self.plan).find(|(_, v)| v.is_root)?;
+        Some(self.base.join(name).join("tree").join(UPPER))
     }
 
     /// The generation that the files here are of; 0 if there are none.
@@ -201,9 +217,15 @@ impl Files {
 
     fn serve(&self, volumes: Arc<Volumes>, pid: i32) -> Result<InUse> {
         let mut served = Vec::with_capacity(self.plan.len());
-        for ((name, planned), volume) in self.names.iter().zip(&self.plan).zip(volumes.list()) {
+        let mut all: Vec<_> = self.names.iter().zip(&self.plan).zip(volumes.list()).collect();
+        // The others are mounted in it.
+        all.sort_by_key(|((_, planned), _)| !planned.is_root);
+        for ((name, planned), volume) in all {
             let mut one = Served::start(name, volume.clone(), planned.options)?;
-            one.attach(pid, &planned.path)?;
+            match planned.is_root {
+                true => one.become_root(pid, &self.kept)?,
+                false => one.attach(pid, &planned.path)?,
+            }
             served.push(one);
         }
         Ok(InUse { volumes, _served: served })

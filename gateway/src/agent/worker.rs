@@ -23,7 +23,7 @@ use loss::reasons;
 use netns_tools::cgroup::Cgroup;
 use netns_tools::topology::{OnUnprotectable, Protect, Ready};
 use nix::sys::signalfd::SignalFd;
-use replicator::capture::Capturer;
+use replicator::capture::{CaptureError, Capturer};
 use replicator::container::{ContainerSpec, Launched};
 use replicator::protocol::primary::State;
 use replicator::sys::sched;
@@ -287,11 +287,15 @@ impl Place {
 
     /// A topology that names volumes says where the container's files are: others that it writes to
     /// would stay behind. Its console is not its own.
-    pub(super) fn watch_files(&self, capturer: &mut Capturer) {
-        if !self.homes.is_empty() {
-            let console = self.spec.console.clone();
-            capturer.keep_files_in(self.homes.iter().cloned().chain([console]).collect());
+    pub(super) fn watch_files(&self, capturer: &mut Capturer) -> Result<(), CaptureError> {
+        if let Some(upper) = self.files.as_ref().and_then(|files| files.root_layer()) {
+            capturer.keep_root_in(upper);
         }
+        if self.homes.is_empty() {
+            return Ok(());
+        }
+        let console = self.spec.console.clone();
+        capturer.keep_files_in(self.homes.iter().cloned().chain([console]).collect())
     }
 
     fn on_unprotectable(&self) -> OnUnprotectable {

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use netns_tools::topology::Topology;
-use replicator::volume::Volumes;
+use replicator::volume::{UPPER, Volumes};
 use serde::Serialize;
 
 use super::signals;
@@ -117,7 +117,9 @@ fn judge(
     let done = Command::new("cp").arg("-a").args([&at.join("tree"), &copy]).status();
     let done = done.context("run cp")?;
     ensure!(done.success(), "cp -a {} ended with {done}", at.join("tree").display());
-    let (status, said) = run(check, &copy, &container.workdir, &scratch.0.join("said"))?;
+    // Of a root: what was written, by the paths that it had.
+    let inside = if volume.path == "/" { copy.join(UPPER) } else { copy };
+    let (status, said) = run(check, &inside, &container.workdir, &scratch.0.join("said"))?;
     let said = said.trim().replace('\n', " | ");
     Ok((!status.success()).then(|| format!("`{check}` ended with {status}: {said}")))
 }

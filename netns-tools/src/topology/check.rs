@@ -258,7 +258,7 @@ impl Check<'_> {
                 self.at_value(&format!("{path}/{key}"), message, help);
             }
             let mut others = container.volumes[..number].iter();
-            if let Some(first) = others.find(|v| volumes::overlap(&v.path, &volume.path)) {
+            if let Some(first) = others.find(|v| volumes::hide(&v.path, &volume.path)) {
                 let message = format!(
                     "`{}` and the volume `{}` would hide each other; each file is of one volume",
                     volume.path, first.path

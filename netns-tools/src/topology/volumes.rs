@@ -16,7 +16,8 @@ const TAKEN: [&str; 5] = ["/proc", "/sys", "/dev", "/run/nilicon", "/var/lib/nil
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Volume {
-    /// The directory as the container sees it. It is made if it is not there, but for `read-only`.
+    /// The directory as the container sees it. It is made if it is not there, but for `read-only`. `/` is
+    /// what a container writes anywhere, over the files of its host.
     pub path: String,
     /// What becomes of its files.
     pub kind: VolumeKind,
@@ -78,10 +79,19 @@ pub enum VolumeStart {
 }
 
 impl Volume {
+    /// Whether it is what a container writes anywhere, over the files of its host.
+    pub fn is_root(&self) -> bool {
+        self.path == "/"
+    }
+
     /// The name of its directory on a host: its path, with `-` for `/`. Two paths never have the
     /// same.
     pub fn directory_name(&self) -> String {
         let mut name = String::new();
+        if self.is_root() {
+            // No other begins with one.
+            name.push('-');
+        }
         for c in self.path.trim_start_matches('/').chars() {
             match c {
                 '/' => name.push('-'),
@@ -102,11 +112,11 @@ pub(super) fn faults(volume: &Volume) -> Vec<Fault> {
     let mut all = Vec::new();
     let path = &volume.path;
     if path == "/" {
-        // Programs are mapped at the backup before its volumes are served.
-        let message = "the container's root as a whole cannot be a volume";
-        let help =
-            "name the directories that it writes to, each a volume of its own, such as /var/lib";
-        all.push(("path", message.into(), Some(help.into())));
+        if volume.kind != VolumeKind::Replicated {
+            let message = "the container's root as a whole can only be `replicated`";
+            let help = "name the directories in it, each a volume of its own, such as /var/lib";
+            all.push(("path", message.into(), Some(help.into())));
+        }
     } else if !is_plain(path) {
         let message = format!("`{path}` is no path of a directory: absolute, without `.` or `..`");
         all.push(("path", message, None));
@@ -139,6 +149,11 @@ pub(super) fn is_plain(path: &str) -> bool {
         && parts.all(|part| matches!(part, Component::Normal(_)))
 }
 
+/// Whether two volumes would hide each other: others lie over the root.
+pub(super) fn hide(one: &str, other: &str) -> bool {
+    if one == "/" || other == "/" { one == other } else { overlap(one, other) }
+}
+
 /// Whether one of two directories is in the other, or both are one.
 pub(super) fn overlap(one: &str, other: &str) -> bool {
     let (one, other) = (Path::new(one), Path::new(other));
@@ -166,6 +181,8 @@ mod tests {
         assert_eq!(name("/var/lib/redis"), "var-lib-redis");
         assert_ne!(name("/a-b"), name("/a/b"));
         assert_ne!(name("/a%2db"), name("/a-b"));
+        assert_eq!(name("/"), "-");
+        assert_ne!(name("/-"), name("/"));
     }
 
     #[test]

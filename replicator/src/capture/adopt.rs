@@ -56,6 +56,7 @@ impl Capturer {
             diag,
             files: files::Memory::default(),
             pages: PageSet::default(),
+            upper: None,
             settled: (0, 0),
             batch: Batch::new(),
             interrupted: waits::Interrupted::default(),

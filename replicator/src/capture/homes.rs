@@ -10,14 +10,15 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// The places; by default everywhere.
+/// The places, and what is mounted in the container, which none of them reaches into; by default
+/// everywhere.
 #[derive(Debug, Default)]
-pub(super) struct Homes(Option<Vec<PathBuf>>);
+pub(super) struct Homes(Option<(Vec<PathBuf>, Vec<PathBuf>)>);
 
 impl Homes {
-    /// Only in these directories, and these files.
-    pub(super) fn only(places: Vec<PathBuf>) -> Self {
-        Self(Some(places))
+    /// Only in these directories, and these files. What is mounted in one of them is not of it.
+    pub(super) fn only(places: Vec<PathBuf>, mounts: Vec<PathBuf>) -> Self {
+        Self(Some((places, mounts)))
     }
 
     /// Why a file may not be open like this; none: it may. `fd` is its entry in /proc.
@@ -29,8 +30,8 @@ impl Homes {
         objects: &Objects,
         fd: impl FnOnce() -> String,
     ) -> Option<String> {
-        let places = self.0.as_ref()?;
-        if !is_written(mode, info.flags) || is_in(places, link) {
+        let (places, mounts) = self.0.as_ref()?;
+        if !is_written(mode, info.flags) || is_in(places, mounts, link) {
             return None;
         }
         // One that cannot be looked at is gone by now.
@@ -53,8 +54,12 @@ fn is_written(mode: u32, flags: i32) -> bool {
         && flags & libc::O_ACCMODE != libc::O_RDONLY
 }
 
-fn is_in(places: &[PathBuf], link: &str) -> bool {
-    places.iter().any(|place| Path::new(link).starts_with(place))
+fn is_in(places: &[PathBuf], mounts: &[PathBuf], link: &str) -> bool {
+    let innermost = |of: &[PathBuf]| {
+        let around = of.iter().filter(|place| Path::new(link).starts_with(place));
+        around.map(|place| place.components().count()).max()
+    };
+    innermost(places).is_some_and(|place| innermost(mounts).is_none_or(|mount| mount <= place))
 }
 
 #[cfg(test)]
@@ -73,10 +78,16 @@ mod tests {
 
     #[test]
     fn places_are_directories_and_files() {
-        let places = [PathBuf::from("/srv/data"), PathBuf::from("/run/x.console")];
+        let places = ["/srv/data", "/run/x.console"].map(PathBuf::from);
+        let mounts = ["/", "/run", "/srv/data"].map(PathBuf::from);
+        let is_in = |places: &[PathBuf], link| is_in(places, &mounts, link);
         assert!(is_in(&places, "/srv/data/a/b"));
         assert!(is_in(&places, "/run/x.console"));
         assert!(!is_in(&places, "/srv/database"));
         assert!(!is_in(&places, "/run/x.console2"));
+        let root = ["/", "/run/x.console"].map(PathBuf::from);
+        assert!(is_in(&root, "/etc/passwd"));
+        assert!(is_in(&root, "/run/x.console"));
+        assert!(!is_in(&root, "/run/y"), "another file system is mounted there");
     }
 }

@@ -272,6 +272,8 @@ pub struct Capturer {
     offsets: (i64, i64),
     diag: UnixDiag,
     files: files::Memory,
+    /// Where what it writes over its host's files is, if its root is an overlay of ours.
+    upper: Option<PathBuf>,
     pages: PageSet,
     /// Runs and pages of these that no read past the page cache has made wrong.
     settled: (usize, usize),
@@ -444,8 +446,19 @@ impl Capturer {
 
     /// From now on a file that is open for writing outside of these directories, and is none of these
     /// files, is refused by name, unless a checkpoint carries what is in it.
-    pub fn keep_files_in(&mut self, places: Vec<PathBuf>) {
-        self.files.keep_in(places);
+    /// What is mounted in one of them is not of it, unless it is one itself.
+    ///
+    /// # Errors
+    /// The container has ended.
+    pub fn keep_files_in(&mut self, places: Vec<PathBuf>) -> Result<(), CaptureError> {
+        self.files.keep_in(places, tmpfs::mount_points(self.root)?);
+        Ok(())
+    }
+
+    /// Its root is an overlay ([`crate::volume::Served::become_root`]), and what it writes is in this directory of the
+    /// host. From now on whoever maps such a file, to read it or privately, is refused by name.
+    pub fn keep_root_in(&mut self, upper: PathBuf) {
+        self.upper = Some(upper);
     }
 
     /// Whether the end of a connection would wait for the next stop.

@@ -9,10 +9,12 @@ use super::objects::{Class, Key, Objects};
 use crate::image::info::TmpfsMount;
 use crate::image::object::Attributes;
 use crate::image::tree::{EntryKind, TmpfsEntry};
-use crate::sys::SysError;
+use crate::sys::{SysError, mount};
+use crate::volume::ROOT_SOURCE;
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 /// Names that one tmpfs may hold.
@@ -25,6 +27,8 @@ pub(super) struct Mounts {
     devices: Vec<u64>,
     /// Devices of file systems that we serve ([`crate::volume`]).
     volumes: Vec<u64>,
+    /// The device of an overlay of ours that is the container's root.
+    root_layer: Option<u64>,
     /// Devices of those that may be read past the page cache however a file was opened.
     uncached: Arc<[u64]>,
 }
@@ -46,6 +50,7 @@ impl Mounts {
         let volumes = whole("fuse", &theirs).chain(whole("fuse.nilicon", &theirs));
         let mut me = Self {
             volumes: volumes.map(|m| m.1).collect(),
+            root_layer: root_layer(&theirs),
             uncached: uncached(&theirs).collect(),
             ..Self::default()
         };
@@ -69,6 +74,12 @@ impl Mounts {
     /// Devices of the container's volumes, major above minor.
     pub(super) fn volumes(&self) -> &[u64] {
         &self.volumes
+    }
+
+    /// The device of an overlay of ours that is the container's root, major above minor: what
+    /// /proc/PID/maps says of files in it.
+    pub(super) fn root_layer(&self) -> Option<u64> {
+        self.root_layer
     }
 
     /// Devices of file systems that may be read past the page cache whatever the flags of a descriptor, major
@@ -172,9 +183,22 @@ fn limits(options: &str) -> String {
 /// proc_pid_mountinfo(5).
 fn whole(kind: &str, mountinfo: &str) -> impl Iterator<Item = (String, u64)> {
     mounts(mountinfo).filter_map(move |mount| {
-        let Line { kind: of, root, point, device } = mount;
+        let Line { kind: of, root, point, device, .. } = mount;
         (of == kind && root == "/").then(|| (point.to_owned(), device))
     })
+}
+
+/// The device of a root that [`crate::volume::Served::become_root`] has made.
+fn root_layer(mountinfo: &str) -> Option<u64> {
+    let is_ours = |m: &Line<'_>| (m.kind, m.source, m.point) == ("overlay", ROOT_SOURCE, "/");
+    mounts(mountinfo).find(is_ours).map(|m| m.device)
+}
+
+/// What is mounted in the tree with this root, by path.
+pub(super) fn mount_points(root: i32) -> Result<Vec<PathBuf>, CaptureError> {
+    let path = format!("/proc/{root}/mountinfo");
+    let text = fs::read_to_string(&path).map_err(|e| CaptureError::proc(&path, e))?;
+    Ok(mounts(&text).map(|m| mount::plain(m.point)).collect())
 }
 
 /// Devices of file systems whose servers, or mount options, may say that reads pass the page cache by. We
@@ -194,6 +218,7 @@ struct Line<'a> {
     root: &'a str,
     point: &'a str,
     device: u64,
+    source: &'a str,
 }
 
 fn mounts(mountinfo: &str) -> impl Iterator<Item = Line<'_>> {
@@ -203,7 +228,9 @@ fn mounts(mountinfo: &str) -> impl Iterator<Item = Line<'_>> {
         let (major, minor) = fields.next()?.split_once(':')?;
         let (root, point) = (fields.next()?, fields.next()?);
         let device = major.parse::<u64>().ok()? << 32 | minor.parse::<u64>().ok()?;
-        Some(Line { kind: right.split(' ').next()?, root, point, device })
+        let mut right = right.split(' ');
+        let (kind, source) = (right.next()?, right.next()?);
+        Some(Line { kind, root, point, device, source })
     })
 }
 
@@ -215,6 +242,15 @@ mod tests {
                     23 1 0:22 / /proc rw - proc proc rw\n\
                     24 1 0:21 /inner /bound rw - tmpfs tmpfs rw\n";
         assert_eq!(super::whole("tmpfs", text).collect::<Vec<_>>(), [("/dev/shm".to_owned(), 21)]);
+    }
+
+    #[test]
+    fn a_root_of_ours_among_others() {
+        let text = "21 1 0:40 / / rw - overlay overlay rw\n\
+                    22 1 0:41 / / rw - overlay nilicon rw,lowerdir=/\n\
+                    23 1 0:42 / /a rw - overlay nilicon rw\n";
+        assert_eq!(super::root_layer(text), Some(41));
+        assert_eq!(super::root_layer("21 1 0:40 / / rw - overlay overlay rw\n"), None);
     }
 
     #[test]

@@ -9,6 +9,7 @@ use std::ffi::CString;
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -16,8 +17,10 @@ use std::path::{Path, PathBuf};
 const FSOPEN_CLOEXEC: u32 = 1;
 const FSCONFIG_SET_FLAG: u32 = 0;
 const FSCONFIG_SET_STRING: u32 = 1;
+const FSCONFIG_SET_FD: u32 = 5;
 const FSCONFIG_CMD_CREATE: u32 = 6;
 const FSMOUNT_CLOEXEC: u32 = 1;
+const OPEN_TREE_CLONE: u32 = 1;
 const MOVE_MOUNT_F_EMPTY_PATH: u32 = 0x04;
 const MOVE_MOUNT_T_EMPTY_PATH: u32 = 0x40;
 /// No device node of the mount can be opened.
@@ -51,7 +54,13 @@ impl Setup {
         Ok(Self { name: name.to_owned(), context: owned(fd) })
     }
 
-    fn config(&self, command: u32, key: Option<&str>, value: Option<&str>) -> SysResult<()> {
+    fn config(
+        &self,
+        command: u32,
+        key: Option<&str>,
+        value: Option<&str>,
+        file: Option<BorrowedFd<'_>>,
+    ) -> SysResult<()> {
         let (k, v) = (key.map(c), value.map(c));
         let pointer = |s: &Option<CString>| s.as_ref().map_or(std::ptr::null(), |s| s.as_ptr());
         // SAFETY: strings that end with zero, or none.
@@ -62,7 +71,7 @@ impl Setup {
                 command,
                 pointer(&k),
                 pointer(&v),
-                0,
+                file.map_or(0, |f| f.as_raw_fd()),
             )
         };
         check(r, "fsconfig", || {
@@ -77,17 +86,22 @@ impl Setup {
 
     /// Sets an option that is a word. fsconfig(2)
     pub fn flag(&self, key: &str) -> SysResult<()> {
-        self.config(FSCONFIG_SET_FLAG, Some(key), None)
+        self.config(FSCONFIG_SET_FLAG, Some(key), None, None)
     }
 
     /// Sets an option that has a value. fsconfig(2)
     pub fn set(&self, key: &str, value: &str) -> SysResult<()> {
-        self.config(FSCONFIG_SET_STRING, Some(key), Some(value))
+        self.config(FSCONFIG_SET_STRING, Some(key), Some(value), None)
+    }
+
+    /// Sets an option that is an open file or directory. fsconfig(2)
+    pub fn file(&self, key: &str, file: BorrowedFd<'_>) -> SysResult<()> {
+        self.config(FSCONFIG_SET_FD, Some(key), None, Some(file))
     }
 
     /// Makes the file system, and a mount of it that is attached nowhere. fsmount(2)
     pub fn mount(self, attributes: u64) -> SysResult<OwnedFd> {
-        self.config(FSCONFIG_CMD_CREATE, None, None)?;
+        self.config(FSCONFIG_CMD_CREATE, None, None, None)?;
         let fd = self.context.as_raw_fd();
         // SAFETY: no pointers.
         let r = unsafe { libc::syscall(libc::SYS_fsmount, fd, FSMOUNT_CLOEXEC, attributes) };
@@ -175,21 +189,20 @@ fn make_directories(root: BorrowedFd<'_>, at: &Path) -> SysResult<OwnedFd> {
 pub fn attach(mount: BorrowedFd<'_>, pid: i32, at: &Path) -> SysResult<Place> {
     in_mounts_of(pid, |root, namespace| {
         let target = make_directories(root, at)?;
-        let flags = MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH;
-        // SAFETY: two empty strings.
-        let r = unsafe {
-            libc::syscall(
-                libc::SYS_move_mount,
-                mount.as_raw_fd(),
-                c"".as_ptr(),
-                target.as_raw_fd(),
-                c"".as_ptr(),
-                flags,
-            )
-        };
-        check(r, "move_mount", || format!("{} of pid {pid}", at.display()))?;
+        move_mount(mount, target.as_fd())
+            .map_err(|e| about(e, format_args!("{} of pid {pid}", at.display())))?;
         Ok(Place { pid, at: at.to_owned(), namespace })
     })
+}
+
+/// Moves a mount to a directory or file. move_mount(2)
+fn move_mount(mount: BorrowedFd<'_>, to: BorrowedFd<'_>) -> SysResult<()> {
+    let flags = MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH;
+    let (from, to) = (mount.as_raw_fd(), to.as_raw_fd());
+    // SAFETY: two empty strings.
+    let r =
+        unsafe { libc::syscall(libc::SYS_move_mount, from, c"".as_ptr(), to, c"".as_ptr(), flags) };
+    check(r, "move_mount", || "a mount".into()).map(drop)
 }
 
 /// Detaches what is mounted at a place, as long as its process is there and has not gone to another
@@ -207,6 +220,136 @@ pub fn detach(place: &Place) -> SysResult<()> {
         umount2(".", MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)
             .map_err(|e| SysError::errno("umount2", at.display().to_string(), e as i32))
     })
+}
+
+/// What a new root of a container is put together from.
+#[derive(Clone, Copy, Debug)]
+pub struct RootLayers<'a> {
+    /// The source that mountinfo names.
+    pub name: &'a str,
+    /// A directory that takes what is written.
+    pub upper: BorrowedFd<'a>,
+    /// A directory beside it that the kernel works in.
+    pub work: BorrowedFd<'a>,
+    /// What stays the host's own in it, as it is.
+    pub kept: &'a [PathBuf],
+}
+
+/// Gives a container a root of its own: what it has as its root becomes the lower layer of an overlay, and that
+/// becomes the root of all processes in the mount namespace of `pid` that have the old one. What is mounted in
+/// the old one moves along. Files of the old one that are mapped keep their paths.
+/// pivot_root(2), Documentation/filesystems/overlayfs.rst
+///
+/// # Errors
+/// The kernel refuses; layers by descriptor need Linux 6.13. What was moved by then stays so: the container
+/// is of no use any more.
+pub fn become_root(layers: RootLayers<'_>, pid: i32) -> SysResult<()> {
+    let path = format!("/proc/{pid}/mountinfo");
+    let mountinfo = std::fs::read_to_string(&path).map_err(|source| SysError {
+        call: "read",
+        object: path.clone(),
+        source,
+    })?;
+    let points = mounts_of_root(&mountinfo);
+    in_mounts_of(pid, |old, _| {
+        let directory = OFlag::O_RDONLY | OFlag::O_DIRECTORY;
+        let new = overlay(&layers, below(old, Path::new("/"), directory)?.as_fd())?;
+        let kept = layers.kept.iter().map(|path| Ok((path, clone_mount(old, path)?)));
+        let kept: Vec<(&PathBuf, Option<OwnedFd>)> = kept.collect::<SysResult<_>>()?;
+        move_mount(new.as_fd(), old).map_err(|e| about(e, "the new root"))?;
+        for point in &points {
+            let there = match below(new.as_fd(), point, OFlag::O_PATH) {
+                Err(e) if e.code() == libc::ENOENT => make_directories(new.as_fd(), point)?,
+                other => other?,
+            };
+            match move_mount(below(old, point, OFlag::O_PATH)?.as_fd(), there.as_fd()) {
+                // Another mount hides it.
+                Err(e) if e.code() == libc::EINVAL => {}
+                other => other.map_err(|e| about(e, point.display()))?,
+            }
+        }
+        for (path, clone) in kept {
+            let Some(clone) = clone else { continue };
+            let there = make_directories(new.as_fd(), path)?;
+            let identity = |fd: &OwnedFd| {
+                let stat = nix::sys::stat::fstat(fd);
+                stat.map(|s| (s.st_dev, s.st_ino))
+                    .map_err(|e| SysError::errno("fstat", path.display().to_string(), e as i32))
+            };
+            // It may lie in something that has just moved along.
+            if identity(&there)? != identity(&clone)? {
+                move_mount(clone.as_fd(), there.as_fd()).map_err(|e| about(e, path.display()))?;
+            }
+        }
+        let step = |call: &'static str| move |e| SysError::errno(call, "the new root", e as i32);
+        nix::unistd::fchdir(&new).map_err(step("fchdir"))?;
+        // The old root comes to lie over the new one, and is taken away from there.
+        nix::unistd::pivot_root(".", ".").map_err(step("pivot_root"))?;
+        umount2(".", MntFlags::MNT_DETACH).map_err(step("umount2"))
+    })
+}
+
+fn about(e: SysError, what: impl std::fmt::Display) -> SysError {
+    SysError { object: what.to_string(), ..e }
+}
+
+fn overlay(layers: &RootLayers<'_>, lower: BorrowedFd<'_>) -> SysResult<OwnedFd> {
+    let setup = Setup::begin("overlay")?;
+    setup.set("source", layers.name)?;
+    setup.file("lowerdir+", lower)?;
+    setup.file("upperdir", layers.upper)?;
+    setup.file("workdir", layers.work)?;
+    // What programs expect of a rename; and nothing that is of this host only.
+    setup.set("redirect_dir", "on")?;
+    for word in ["index", "metacopy", "xino"] {
+        setup.set(word, "off")?;
+    }
+    setup.mount(0)
+}
+
+/// A mount of its own of what is at a path; none if there is nothing.
+fn clone_mount(root: BorrowedFd<'_>, path: &Path) -> SysResult<Option<OwnedFd>> {
+    let there = match below(root, path, OFlag::O_PATH) {
+        Err(e) if e.code() == libc::ENOENT => return Ok(None),
+        other => other?,
+    };
+    let flags = OPEN_TREE_CLONE | libc::O_CLOEXEC as u32 | libc::AT_EMPTY_PATH as u32;
+    // SAFETY: an empty string.
+    let fd = unsafe { libc::syscall(libc::SYS_open_tree, there.as_raw_fd(), c"".as_ptr(), flags) };
+    Ok(Some(owned(check(fd, "open_tree", || path.display().to_string())?)))
+}
+
+/// The places of what is mounted on the root itself, see proc_pid_mountinfo(5).
+fn mounts_of_root(mountinfo: &str) -> Vec<PathBuf> {
+    let lines = || mountinfo.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+    let root = lines().rfind(|f| f.get(4) == Some(&"/"));
+    let number = root.and_then(|f| f.first().map(|n| n.to_string()));
+    let mut all: Vec<PathBuf> = lines()
+        .filter(|f| f.get(1).map(|n| n.to_string()) == number)
+        .filter_map(|f| f.get(4).filter(|point| **point != "/").map(|point| plain(point)))
+        .collect();
+    all.dedup();
+    all
+}
+
+/// A path as it is, of one in mountinfo, where blanks and their like are in octal.
+pub(crate) fn plain(path: &str) -> PathBuf {
+    let mut bytes = Vec::with_capacity(path.len());
+    let mut rest = path.as_bytes();
+    while let Some((first, behind)) = rest.split_first() {
+        let octal = behind.get(..3).and_then(|d| std::str::from_utf8(d).ok());
+        match octal.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
+            Some(byte) if *first == b'\\' => {
+                bytes.push(byte);
+                rest = &behind[3..];
+            }
+            _ => {
+                bytes.push(*first);
+                rest = behind;
+            }
+        }
+    }
+    PathBuf::from(std::ffi::OsString::from_vec(bytes))
 }
 
 /// struct file_handle with the room that a handle of FUSE takes.
@@ -235,4 +378,20 @@ pub fn open_by_node(mount: BorrowedFd<'_>, node: u64, flags: OFlag) -> SysResult
         libc::syscall(libc::SYS_open_by_handle_at, inside.as_raw_fd(), &raw mut handle, flags)
     };
     Ok(owned(check(fd, "open_by_handle_at", || format!("file {node}"))?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_mounted_on_the_root() {
+        let text = "1 0 0:1 / / rw - rootfs none rw\n\
+                    20 1 8:1 / / rw - ext4 /dev/vda rw\n\
+                    21 20 0:4 / /proc rw - proc proc rw\n\
+                    22 21 0:5 / /proc/inner rw - tmpfs x rw\n\
+                    23 20 0:6 / /a\\040b rw - tmpfs x rw\n";
+        assert_eq!(mounts_of_root(text), [Path::new("/proc"), Path::new("/a b")]);
+        assert!(mounts_of_root("").is_empty());
+    }
 }

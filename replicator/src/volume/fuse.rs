@@ -16,10 +16,12 @@ mod requests;
 
 use super::{Ino, Volume, VolumeError};
 use crate::sys::SysError;
-use crate::sys::mount::{self, Place, Setup};
+use crate::sys::mount::{self, Place, RootLayers, Setup};
 use fuser::{BackgroundSession, Config, Session, SessionACL};
+use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::stat::Mode;
 use requests::Requests;
 use std::fs::File;
 use std::io::{self, Write};
@@ -30,6 +32,12 @@ use std::sync::Arc;
 
 /// Threads that answer requests of one volume. One may wait for the disk (fsync: local).
 const THREADS: usize = 4;
+
+/// What a volume that is a container's root has in it: what was written, and a directory that the kernel works in.
+pub const UPPER: &str = "upper";
+const WORK: &str = "work";
+/// The source that mountinfo names for such a root.
+pub const ROOT_SOURCE: &str = "nilicon";
 
 /// When fsync(2) answers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -122,6 +130,30 @@ impl Served {
         })?;
         self.place = Some(place);
         Ok(())
+    }
+
+    /// Makes an overlay of the files of the host and what is in this volume the root of process `pid` and of all in
+    /// its mount namespace: whatever they write anywhere comes here. What is at the paths `kept` stays the host's.
+    /// To be called while nothing of the container runs, before [`Served::attach`] of others.
+    pub fn become_root(&self, pid: i32, kept: &[PathBuf]) -> Result<(), VolumeError> {
+        let layer = |name: &str| -> Result<OwnedFd, SysError> {
+            let failed = |call| move |e| SysError::errno(call, name, e as i32);
+            match nix::sys::stat::mkdirat(&self.mount, name, Mode::from_bits_truncate(0o755)) {
+                Ok(()) | Err(Errno::EEXIST) => {}
+                Err(e) => return Err(failed("mkdirat")(e)),
+            }
+            let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+            nix::fcntl::openat(&self.mount, name, flags, Mode::empty()).map_err(failed("openat"))
+        };
+        let make = || -> Result<(), SysError> {
+            let (upper, work) = (layer(UPPER)?, layer(WORK)?);
+            let (upper, work) = (upper.as_fd(), work.as_fd());
+            mount::become_root(RootLayers { name: ROOT_SOURCE, upper, work, kept }, pid)
+        };
+        make().map_err(|e| {
+            let (call, source) = system(e);
+            self.failed(format!("making it the root of pid {pid}: {call}"), source)
+        })
     }
 
     /// The device number that stat(2) in the container has for all files of the volume; with the

@@ -35,7 +35,7 @@ mod tree;
 
 pub use compare::{difference, digest};
 pub use disk::{Attributes, Shape, Time};
-pub use fuse::{Fsync, ServeOptions, Served};
+pub use fuse::{Fsync, ROOT_SOURCE, ServeOptions, Served, UPPER};
 pub use journal::Journals;
 pub use live::{Change, Found, Opened, Volume};
 pub use read_only::ReadOnly;

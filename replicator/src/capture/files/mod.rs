@@ -75,9 +75,9 @@ pub(super) struct Memory {
 }
 
 impl Memory {
-    /// Files may be open for writing only in these places.
-    pub(super) fn keep_in(&mut self, places: Vec<PathBuf>) {
-        self.homes = homes::Homes::only(places);
+    /// Files may be open for writing only in these places, and not where anything is mounted in them.
+    pub(super) fn keep_in(&mut self, places: Vec<PathBuf>, mounts: Vec<PathBuf>) {
+        self.homes = homes::Homes::only(places, mounts);
     }
 
     /// After the thaw: what the stop has left open of the state that it has captured.

@@ -487,6 +487,11 @@ impl AddressSpace {
         self.glance.is_some()
     }
 
+    /// Whether any of a mapping is new since the last checkpoint.
+    pub(super) fn is_fresh(&self, mapping: &Mapping) -> bool {
+        self.fresh.iter().any(|(start, end)| *start < mapping.end && mapping.start < *end)
+    }
+
     /// Whether the mappings changed since the last checkpoint.
     pub(super) fn is_changed(&self) -> bool {
         self.changed
