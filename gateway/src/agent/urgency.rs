@@ -51,7 +51,7 @@ impl RealTime {
 
     /// Threads that are begun meanwhile are real-time as well, and for good; otherwise they are ordinary.
     pub(super) fn share<T>(&self, begin: impl FnOnce() -> T) -> T {
-        let shared = sched::set_fifo_with_children(PRIORITY);
+        let shared = sched::set_fifo_with_children(0, PRIORITY);
         let result = begin();
         if let Err(error) = shared.and_then(|()| sched::set_fifo(PRIORITY)) {
             tracing::debug!(%error, "not real-time");

@@ -107,8 +107,8 @@ enum Stage {
 }
 
 /// Keeps the calling thread on the processor that the spare's processes use: a remote call is
-/// several times cheaper without a message between processors. If it is real-time so are they meanwhile: each
-/// call would wait for whoever else wants that processor.
+/// several times cheaper without a message between processors. If it is real-time so are they meanwhile, and the
+/// threads that they make: each call would wait for whoever else wants that processor.
 struct Together {
     own: Option<CpuSet>,
     /// Threads that were made real-time, and what they were.
@@ -125,7 +125,7 @@ impl Together {
         }
         let raise = |priority: u32, tid| {
             let was = sched::attributes(tid).ok()?;
-            sched::set_fifo_of(tid, priority as i32).ok()?;
+            sched::set_fifo_with_children(tid, priority as i32).ok()?;
             Some((tid, was))
         };
         let raised = match sched::attributes(0) {
@@ -135,6 +135,13 @@ impl Together {
             _ => Vec::new(),
         };
         Self { own: before, raised }
+    }
+
+    /// These threads were made meanwhile by one that is known.
+    fn made(&mut self, by: i32, tids: &[i32]) {
+        if let Some((_, was)) = self.raised.iter().find(|(tid, _)| *tid == by).copied() {
+            self.raised.extend(tids.iter().map(|tid| (*tid, was)));
+        }
     }
 }
 
@@ -156,8 +163,11 @@ impl Spare {
     /// threads. After it the spare can no longer follow checkpoints.
     pub fn prepare(&mut self) -> Result<(), RestoreError> {
         self.expect(Stage::Following)?;
-        let _together = Together::with(self.pid(), self.stubs.iter().map(|s| s.host));
+        let mut together = Together::with(self.pid(), self.stubs.iter().map(|s| s.host));
         self.attempt(Self::prepare_all)?;
+        for restored in &self.finishing.restored {
+            together.made(restored.host, restored.tids.get(1..).unwrap_or_default());
+        }
         self.finishing.stage = Stage::Prepared;
         Ok(())
     }
@@ -247,6 +257,8 @@ impl Spare {
         times.attributes = attributes - objects;
         times.descriptors = descriptors - attributes;
         times.threads = descriptors.elapsed();
+        let FinishTimes { objects, attributes, descriptors, threads, .. } = times;
+        tracing::debug!(?objects, ?attributes, ?descriptors, ?threads, "prepared");
         Ok(())
     }
 
@@ -603,24 +615,46 @@ mod tests {
 
     #[test]
     fn threads_are_real_time_while_a_real_time_thread_waits_for_them() {
-        let mut child = Command::new("sleep").arg("60").spawn().expect("a child");
+        let mut child = Command::new("sh")
+            .args(["-c", "read line; sleep 60 & wait"])
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .expect("a child");
         let pid = child.id() as i32;
+        let mut stdin = child.stdin.take().expect("piped");
         let own = sched_getaffinity(Pid::from_raw(0)).expect("known");
         let class = || sched::attributes(pid).expect("it lives");
         let before = class();
-        let raised = |how| {
-            let together = Together::with(pid, [pid].into_iter());
-            let now = (class().policy, class().priority);
-            drop(together);
-            assert_eq!(class(), before, "{how}");
-            now
+        let class_of = |tid| {
+            let a = sched::attributes(tid).expect("it lives");
+            (a.policy, a.priority)
         };
-        assert_eq!(raised("by an ordinary one"), (0, 0));
+        let together = Together::with(pid, [pid].into_iter());
+        assert_eq!(class_of(pid), (0, 0), "by an ordinary one");
+        drop(together);
+        assert_eq!(class(), before, "by an ordinary one");
         sched::set_fifo(7).expect("real-time");
-        let now = raised("by a real-time one");
+        let mut together = Together::with(pid, [pid].into_iter());
+        let now = class_of(pid);
+        // What it makes meanwhile is as it is, or its first step would have to wait.
+        std::io::Write::write_all(&mut stdin, b"\n").expect("told");
+        let children = format!("/proc/{pid}/task/{pid}/children");
+        let born: i32 = loop {
+            let all = std::fs::read_to_string(&children).expect("it lives");
+            match all.split(' ').find_map(|n| n.parse().ok()) {
+                Some(born) => break born,
+                None => std::thread::sleep(Duration::from_millis(1)),
+            }
+        };
+        let as_born = class_of(born);
+        together.made(pid, &[born]);
+        drop(together);
+        let after = (class(), class_of(born));
         sched::set_ordinary().expect("ordinary");
+        let _ = kill(Pid::from_raw(born), Signal::SIGKILL);
         child.kill().and_then(|()| child.wait()).expect("it ends");
-        assert_eq!(now, (libc::SCHED_FIFO as u32, 7));
+        assert_eq!((now, as_born), ((libc::SCHED_FIFO as u32, 7), (libc::SCHED_FIFO as u32, 7)));
+        assert_eq!(after, (before, (0, 0)));
         assert_eq!(sched_getaffinity(Pid::from_raw(0)).expect("known"), own);
     }
 }

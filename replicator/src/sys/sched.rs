@@ -12,9 +12,9 @@ pub fn set_fifo(priority: i32) -> SysResult<()> {
     set_fifo_of(0, priority)
 }
 
-/// As [`set_fifo`], and children begin as real-time, too.
-pub fn set_fifo_with_children(priority: i32) -> SysResult<()> {
-    fifo(0, libc::SCHED_FIFO, priority)
+/// As [`set_fifo_of`], and what it makes, threads and children, begins as real-time, too.
+pub fn set_fifo_with_children(tid: i32, priority: i32) -> SysResult<()> {
+    fifo(tid, libc::SCHED_FIFO, priority)
 }
 
 /// As [`set_fifo`], for another thread (0: the calling one).
