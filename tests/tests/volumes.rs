@@ -454,6 +454,11 @@ fn what_is_written_anywhere_in_a_root_goes_along() {
         "other = open('@/seen/held', 'r+'); other.write('IT'); other.flush(); os.unlink('@/seen/held')",
         "sock = socket.socket(socket.AF_UNIX); sock.bind('@/seen/sock'); sock.listen(1)",
         "os.chdir('@/seen/elsewhere')",
+        // Watches of a directory of its own, and of one of the host.
+        "libc = __import__('ctypes').CDLL(None); watch = libc.inotify_init(); os.set_blocking(watch, False)",
+        "os.mkdir('@/seen/elsewhere/mine')",
+        "assert libc.inotify_add_watch(watch, b'@/seen/elsewhere/mine', 0x100) == 1",
+        "assert libc.inotify_add_watch(watch, b'@/fixed/..', 0x100) == 2",
         "open('@/memory/it', 'w').write('memory')",
         "open('@/shared/it', 'a').write(', for both')",
         "open('@/inner/it', 'w').write('inner')",
@@ -474,6 +479,11 @@ fn what_is_written_anywhere_in_a_root_goes_along() {
         ("open('@/fixed/it').read()", "fixed"),
         ("open('@/shared/it').read()", "shared, for both"),
         ("open('@/inner/it').read()", "inner"),
+        ("(open('mine/own', 'w'), os.read(watch, 999)[16:19], os.unlink('mine/own'))[1]", "b'own'"),
+        (
+            "(open('@/theirs', 'w'), os.read(watch, 999)[16:22], os.unlink('@/theirs'))[1]",
+            "b'theirs'",
+        ),
         // It is listening still, and programs of the host can be started.
         (
             "(c := socket.socket(socket.AF_UNIX), c.connect('@/seen/sock'), sock.accept(), 'heard')[3]",

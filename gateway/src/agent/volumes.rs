@@ -15,7 +15,7 @@ use super::status::STATE_ROOT;
 use anyhow::{Context, Result, bail};
 use netns_tools::topology::{Container, FsyncRule, Topology, VolumeKind, VolumeStart};
 use replicator::Generation;
-use replicator::volume::{Fsync, Journals, ReadOnly, ServeOptions, Served, UPPER, Volumes};
+use replicator::volume::{Fsync, Journals, ReadOnly, ServeOptions, Served, Volume, Volumes};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -51,6 +51,8 @@ pub(super) struct Files {
 #[derive(Debug)]
 pub(super) struct InUse {
     pub(super) volumes: Arc<Volumes>,
+    /// The one that is its root.
+    pub(super) root: Option<Arc<Volume>>,
     /// Ends with the container.
     _served: Vec<Served>,
 }
@@ -114,12 +116,6 @@ impl Files {
     /// Where checkpoints are written down before they are acknowledged.
     pub(super) fn journals(&self) -> Arc<Journals> {
         self.journals.clone()
-    }
-
-    /// Where what the container writes over the files of its host is, if its root is a volume.
-    pub(super) fn root_layer(&self) -> Option<PathBuf> {
-        let (name, _) = self.names.iter().zip(&self.plan).find(|(_, v)| v.is_root)?;
-        Some(self.base.join(name).join("tree").join(UPPER))
     }
 
     /// The generation that the files here are of; 0 if there are none.
@@ -216,19 +212,21 @@ impl Files {
     }
 
     fn serve(&self, volumes: Arc<Volumes>, pid: i32) -> Result<InUse> {
-        let mut served = Vec::with_capacity(self.plan.len());
+        let (mut served, mut root) = (Vec::with_capacity(self.plan.len()), None);
         let mut all: Vec<_> = self.names.iter().zip(&self.plan).zip(volumes.list()).collect();
         // The others are mounted in it.
         all.sort_by_key(|((_, planned), _)| !planned.is_root);
         for ((name, planned), volume) in all {
             let mut one = Served::start(name, volume.clone(), planned.options)?;
-            match planned.is_root {
-                true => one.become_root(pid, &self.kept)?,
-                false => one.attach(pid, &planned.path)?,
+            if planned.is_root {
+                one.become_root(pid, &self.kept)?;
+                root = Some(volume.clone());
+            } else {
+                one.attach(pid, &planned.path)?;
             }
             served.push(one);
         }
-        Ok(InUse { volumes, _served: served })
+        Ok(InUse { volumes, root, _served: served })
     }
 }
 

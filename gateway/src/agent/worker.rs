@@ -287,9 +287,13 @@ impl Place {
 
     /// A topology that names volumes says where the container's files are: others that it writes to
     /// would stay behind. Its console is not its own.
-    pub(super) fn watch_files(&self, capturer: &mut Capturer) -> Result<(), CaptureError> {
-        if let Some(upper) = self.files.as_ref().and_then(|files| files.root_layer()) {
-            capturer.keep_root_in(upper);
+    pub(super) fn watch_files(
+        &self,
+        capturer: &mut Capturer,
+        files: Option<&InUse>,
+    ) -> Result<(), CaptureError> {
+        if let Some(root) = files.and_then(|files| files.root.clone()) {
+            capturer.keep_root_in(root);
         }
         if self.homes.is_empty() {
             return Ok(());

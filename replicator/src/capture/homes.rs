@@ -10,13 +10,13 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// The places, and what is mounted in the container, which none of them reaches into; by default
-/// everywhere.
+/// The places, and what is mounted in the container, into which one that is its root does not reach; by
+/// default everywhere.
 #[derive(Debug, Default)]
 pub(super) struct Homes(Option<(Vec<PathBuf>, Vec<PathBuf>)>);
 
 impl Homes {
-    /// Only in these directories, and these files. What is mounted in one of them is not of it.
+    /// Only in these directories, and these files. What is mounted in the root is not of it.
     pub(super) fn only(places: Vec<PathBuf>, mounts: Vec<PathBuf>) -> Self {
         Self(Some((places, mounts)))
     }
@@ -55,11 +55,11 @@ fn is_written(mode: u32, flags: i32) -> bool {
 }
 
 fn is_in(places: &[PathBuf], mounts: &[PathBuf], link: &str) -> bool {
-    let innermost = |of: &[PathBuf]| {
-        let around = of.iter().filter(|place| Path::new(link).starts_with(place));
-        around.map(|place| place.components().count()).max()
-    };
-    innermost(places).is_some_and(|place| innermost(mounts).is_none_or(|mount| mount <= place))
+    let root = Path::new("/");
+    let is_around =
+        |place: &&PathBuf| place.as_path() != root && Path::new(link).starts_with(place);
+    places.iter().any(|place| is_around(&place))
+        || places.iter().any(|place| place == root) && !mounts.iter().any(|mount| is_around(&mount))
 }
 
 #[cfg(test)]
@@ -79,9 +79,10 @@ mod tests {
     #[test]
     fn places_are_directories_and_files() {
         let places = ["/srv/data", "/run/x.console"].map(PathBuf::from);
-        let mounts = ["/", "/run", "/srv/data"].map(PathBuf::from);
+        let mounts = ["/", "/run", "/srv/data", "/srv/data/inner"].map(PathBuf::from);
         let is_in = |places: &[PathBuf], link| is_in(places, &mounts, link);
         assert!(is_in(&places, "/srv/data/a/b"));
+        assert!(is_in(&places, "/srv/data/inner/b"), "who names a place answers for what is in it");
         assert!(is_in(&places, "/run/x.console"));
         assert!(!is_in(&places, "/srv/database"));
         assert!(!is_in(&places, "/run/x.console2"));

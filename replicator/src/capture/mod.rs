@@ -62,6 +62,7 @@ use crate::image::pages::PageSet;
 use crate::sys::ptrace::Status;
 use crate::sys::remote::Batch;
 use crate::sys::unix_diag::UnixDiag;
+use crate::volume::{UPPER, Volume};
 use memory::{AddressSpace, Job};
 use process::Attributes;
 use std::collections::BTreeMap;
@@ -446,7 +447,7 @@ impl Capturer {
 
     /// From now on a file that is open for writing outside of these directories, and is none of these
     /// files, is refused by name, unless a checkpoint carries what is in it.
-    /// What is mounted in one of them is not of it, unless it is one itself.
+    /// What is mounted in a root that is one of them is not of it, unless it is one itself.
     ///
     /// # Errors
     /// The container has ended.
@@ -455,10 +456,11 @@ impl Capturer {
         Ok(())
     }
 
-    /// Its root is an overlay ([`crate::volume::Served::become_root`]), and what it writes is in this directory of the
-    /// host. From now on whoever maps such a file, to read it or privately, is refused by name.
-    pub fn keep_root_in(&mut self, upper: PathBuf) {
-        self.upper = Some(upper);
+    /// Its root is an overlay ([`crate::volume::Served::become_root`]), and what it writes is in this volume. From now on
+    /// whoever maps such a file, to read it or privately, is refused by name.
+    pub fn keep_root_in(&mut self, layer: Arc<Volume>) {
+        self.upper = Some(layer.root().join("tree").join(UPPER));
+        self.files.keep_root_in(layer);
     }
 
     /// Whether the end of a connection would wait for the next stop.

@@ -101,6 +101,13 @@ impl Volume {
         self.inner().disk.root().to_owned()
     }
 
+    /// Where a file is, by one of its names, from the volume's root; none if it has none, or is not there.
+    pub fn path_of(&self, ino: Ino) -> Option<PathBuf> {
+        let inner = self.inner();
+        let path = inner.tree.known.contains_key(&ino).then(|| inner.tree.path(ino))?;
+        path.strip_prefix("tree").ok().map(Path::to_owned)
+    }
+
     /// Everything counts as changed.
     pub(super) fn all_changed(&self) {
         let Inner { tree, dirty, disk, .. } = &mut *self.inner();

@@ -319,7 +319,7 @@ impl Applier {
         let diag = Namespace::of_process(warm.spare.pid())?.enter(UnixDiag::open)??;
         let mut capturer = Capturer::adopt_running(&tree, diag)?;
         capturer.watch_network()?;
-        self.place.watch_files(&mut capturer)?;
+        self.place.watch_files(&mut capturer, files.as_ref())?;
         let Warm { spare, gate, door, last, .. } = warm;
         let closed = last.map_or_else(Vec::new, |(c, _)| Closed::restored(&c.state));
         young::shut(door, Duration::ZERO);

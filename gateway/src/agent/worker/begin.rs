@@ -46,7 +46,7 @@ impl Place {
         let mut capturer = Capturer::adopt(pid, network.enter(UnixDiag::open)??)?;
         let inner = self.network.make_inner(pid)?;
         capturer.watch_network()?;
-        self.watch_files(&mut capturer)?;
+        self.watch_files(&mut capturer, files.as_ref())?;
         let outer = self.network.make_outer()?;
         let gate = Arc::new(Gate::start(
             inner,

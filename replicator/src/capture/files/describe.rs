@@ -52,7 +52,8 @@ impl Files {
             "anon_inode:[signalfd]" => Ok(Kind::SignalFd(info.signals.unwrap_or(0))),
             "anon_inode:inotify" | "anon_inode:[inotify]" => {
                 let dup = pidfd::get_fd(handle, number)?;
-                inotify::instance(dup.as_fd(), place, info, what, &mut memory.paths)
+                let known = (&mut memory.paths, memory.layer.as_deref());
+                inotify::instance(dup.as_fd(), place, info, what, known)
             }
             "anon_inode:[io_uring]" => refuse(
                 "an io_uring instance: what it holds cannot be read from outside; tell the \

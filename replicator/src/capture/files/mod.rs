@@ -27,6 +27,7 @@ use super::{CaptureError, Glances, farewell, homes, inotify, locks, tcp};
 use crate::image::{EpollTarget, Fd, Kind, State};
 use crate::sys::unix_diag::UnixDiag;
 use crate::sys::{SysError, pidfd};
+use crate::volume::Volume;
 use builder::Room;
 use resting::Resting;
 use seen::Seen;
@@ -63,6 +64,8 @@ pub(super) struct Files {
 pub(super) struct Memory {
     empties: Empties,
     paths: inotify::Paths,
+    /// What takes all that is written to the container's root, if that is an overlay.
+    layer: Option<Arc<Volume>>,
     /// Where files may be open for writing.
     homes: homes::Homes,
     /// How many descriptions there were at the last checkpoint.
@@ -75,6 +78,11 @@ pub(super) struct Memory {
 }
 
 impl Memory {
+    /// The container's root is an overlay with this upper layer.
+    pub(super) fn keep_root_in(&mut self, layer: Arc<Volume>) {
+        self.layer = Some(layer);
+    }
+
     /// Files may be open for writing only in these places, and not where anything is mounted in them.
     pub(super) fn keep_in(&mut self, places: Vec<PathBuf>, mounts: Vec<PathBuf>) {
         self.homes = homes::Homes::only(places, mounts);
