@@ -347,3 +347,63 @@ fn a_file_that_is_written_to_in_no_volume_is_refused_by_name() {
     assert_eq!(tell(&bed, 7), 7);
     bed.destroy();
 }
+
+/// Keeps all that an agent has open, as a thread of it does that cannot end, kills it, and says how many ends of connections
+/// to the kernel's FUSE were among it, and how many of these nobody has ended.
+const HOLDER: &str = "\
+import ctypes, os, select, sys
+call = ctypes.CDLL(None).syscall
+pid = int(sys.argv[1])
+handle = os.pidfd_open(pid)
+numbers = [int(n) for n in os.listdir(f'/proc/{pid}/fd')]
+def kind(n):
+    try: return os.readlink(f'/proc/{pid}/fd/{n}')
+    except FileNotFoundError: return ''
+kinds = {n: kind(n) for n in numbers}
+kept = {n: call(438, handle, n, 0) for n in numbers}
+held = [kept[n] for n in numbers if kinds[n] == '/dev/fuse']
+os.kill(pid, 9)
+ended = 0
+for fd in held:
+    poll = select.poll()
+    poll.register(fd, 0)
+    ended += len(poll.poll(20000))
+print(len(held), len(held) - ended)
+";
+
+/// VO-9: a connection whose server is dead is ended, even if the dead process still has it.
+#[test]
+fn who_waits_for_the_server_of_a_killed_agent_does_not_wait_for_ever() {
+    if !is_installed("python3") {
+        return;
+    }
+    let bed = bed("guard", KEEPER, &["{ path: @/seen, kind: replicated }"], "");
+    bed.deploy();
+    assert_eq!(tell(&bed, 5), 5);
+    let inspected = bed.inspect();
+    let nodes = inspected["nodes"].as_array().expect("nodes");
+    let alpha = nodes.iter().find(|node| node["name"] == "alpha").expect("alpha");
+    let agent = alpha["agent_pid"].as_u64().unwrap_or_else(|| panic!("no agent: {alpha:#}"));
+    let guards = || {
+        let all = fs::read_dir("/proc").expect("processes").flatten();
+        let of = |path: PathBuf| fs::read(path.join("cmdline")).unwrap_or_default();
+        all.filter(|entry| {
+            let words = of(entry.path());
+            let mut words = words.split(|byte| *byte == 0).skip(1);
+            words.next() == Some(b"__volume-guard")
+                && words.next() == Some(agent.to_string().as_bytes())
+        })
+        .count()
+    };
+    assert_eq!(guards(), 1);
+    let done =
+        std::process::Command::new("python3").args(["-c", HOLDER, &agent.to_string()]).output();
+    let said = String::from_utf8(done.expect("it runs").stdout).expect("text");
+    let (held, left) = said.trim().split_once(' ').expect("two numbers");
+    assert!(held.parse::<usize>().expect("a number") > 0, "{said}");
+    assert_eq!(left, "0", "connections that nobody has ended");
+    until("the guard to end", || (guards() == 0).then_some(()));
+    bed.until_store("it runs on beta", |s| s["primary"] == "beta" && s["phase"] != "promoting");
+    assert_eq!(tell(&bed, 5), 10);
+    bed.destroy();
+}

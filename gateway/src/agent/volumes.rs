@@ -15,7 +15,7 @@ use super::status::STATE_ROOT;
 use anyhow::{Context, Result, bail};
 use netns_tools::topology::{Container, FsyncRule, Topology, VolumeKind, VolumeStart};
 use replicator::Generation;
-use replicator::volume::{Fsync, Journals, ReadOnly, ServeOptions, Served, Volume, Volumes};
+use replicator::volume::{Fsync, Guard, Journals, ReadOnly, ServeOptions, Served, Volume, Volumes};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -55,6 +55,8 @@ pub(super) struct InUse {
     pub(super) root: Option<Arc<Volume>>,
     /// Ends with the container.
     _served: Vec<Served>,
+    /// Ends them if this process cannot; after them.
+    _guard: Option<Guard>,
 }
 
 /// Where a host keeps the files of a container's volumes.
@@ -226,7 +228,10 @@ impl Files {
             }
             served.push(one);
         }
-        Ok(InUse { volumes, root, _served: served })
+        let guard =
+            (!served.is_empty()).then(|| Guard::start(Path::new("/proc/self/exe"), &served));
+        let guard = guard.transpose().context("begin the guard of volumes")?;
+        Ok(InUse { volumes, root, _served: served, _guard: guard })
     }
 }
 

@@ -46,6 +46,7 @@ use clap::Parser;
 use netns_tools::topology::{self, Topology, TopologyError};
 use nilicon_clients::server::{self, ServerConfig};
 use replicator::container::{INIT_COMMAND, init_main};
+use replicator::volume::{GUARD_COMMAND, guard_main};
 
 use crate::agent::{self, AgentOptions, status};
 use args::{AgentArgs, Arguments, Verb};
@@ -56,9 +57,11 @@ const LOG: &str = "NILICON_LOG";
 
 /// Does what the command line says.
 pub fn main() -> ExitCode {
-    // Before anything else: it becomes the first process of a container.
-    if std::env::args_os().nth(1).is_some_and(|verb| verb == INIT_COMMAND) {
-        init_main();
+    // Before anything else: it becomes the first process of a container, or stands by for an agent.
+    match std::env::args_os().nth(1) {
+        Some(verb) if verb == INIT_COMMAND => init_main(),
+        Some(verb) if verb == GUARD_COMMAND => guard_main(),
+        _ => {}
     }
     let arguments = Arguments::parse();
     start_log(&arguments.command);

@@ -176,6 +176,11 @@ impl Served {
         file.sync_data().map_err(|e| self.failed(format!("writing back file {ino}"), e))
     }
 
+    /// Another descriptor of the file that ends the connection.
+    pub(super) fn abort_handle(&self) -> io::Result<OwnedFd> {
+        self.abort.try_clone().map(OwnedFd::from)
+    }
+
     fn failed(&self, doing: String, source: io::Error) -> VolumeError {
         VolumeError::Io { root: self.root.clone(), doing, source }
     }
