@@ -83,7 +83,7 @@ impl Memory {
         self.layer = Some(layer);
     }
 
-    /// Files may be open for writing only in these places, and not where anything is mounted in them.
+    /// Files may be open for writing only in these places, and not where anything is mounted in the root.
     pub(super) fn keep_in(&mut self, places: Vec<PathBuf>, mounts: Vec<PathBuf>) {
         self.homes = homes::Homes::only(places, mounts);
     }
