@@ -262,10 +262,10 @@ pub fn become_root(layers: RootLayers<'_>, pid: i32) -> SysResult<()> {
                 Err(e) if e.code() == libc::ENOENT => make_directories(new.as_fd(), point)?,
                 other => other?,
             };
-            match move_mount(below(old, point, OFlag::O_PATH)?.as_fd(), there.as_fd()) {
-                // Another mount hides it.
-                Err(e) if e.code() == libc::EINVAL => {}
-                other => other.map_err(|e| about(e, point.display()))?,
+            let here = below(old, point, OFlag::O_PATH)?;
+            // Otherwise another mount hides it.
+            if is_mount(here.as_fd(), point)? {
+                move_mount(here.as_fd(), there.as_fd()).map_err(|e| about(e, point.display()))?;
             }
         }
         for (path, clone) in kept {
@@ -305,6 +305,19 @@ fn overlay(layers: &RootLayers<'_>, lower: BorrowedFd<'_>) -> SysResult<OwnedFd>
         setup.set(word, "off")?;
     }
     setup.mount(0)
+}
+
+/// Whether a directory or file is where a mount begins. statx(2)
+fn is_mount(at: BorrowedFd<'_>, path: &Path) -> SysResult<bool> {
+    /// STATX_ATTR_MOUNT_ROOT of linux/stat.h.
+    const MOUNT_ROOT: u64 = 0x2000;
+    // SAFETY: all zeros is a struct statx.
+    let mut seen: libc::statx = unsafe { std::mem::zeroed() };
+    let fd = at.as_raw_fd();
+    // SAFETY: an empty string, and a structure that is written to.
+    let r = unsafe { libc::statx(fd, c"".as_ptr(), libc::AT_EMPTY_PATH, 0, &raw mut seen) };
+    check(r.into(), "statx", || path.display().to_string())?;
+    Ok(seen.stx_attributes & MOUNT_ROOT != 0)
 }
 
 /// A mount of its own of what is at a path; none if there is nothing.
@@ -393,5 +406,9 @@ mod tests {
                     23 20 0:6 / /a\\040b rw - tmpfs x rw\n";
         assert_eq!(mounts_of_root(text), [Path::new("/proc"), Path::new("/a b")]);
         assert!(mounts_of_root("").is_empty());
+        let is_mount =
+            |path: &str| is_mount(File::open(path).expect("it").as_fd(), Path::new(path));
+        assert!(is_mount("/proc").expect("seen"));
+        assert!(!is_mount("/proc/self").expect("seen"));
     }
 }
