@@ -8,6 +8,7 @@ use super::Fsync;
 use super::answers::{
     FOREVER, attr, attributes, done, entry, ino, nothing_there, time, value, without_privileges,
 };
+use super::files::Files;
 use super::listings::Listings;
 use crate::volume::live::DEFAULT_ACL;
 use crate::volume::{Change, Found, Ino, Opened, Shape, Volume};
@@ -17,12 +18,11 @@ use fuser::{
     ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen,
     ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
-use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::SystemTime;
 
 /// Bytes in one request at most.
@@ -36,45 +36,18 @@ const NAME_MAX: usize = 255;
 pub(super) struct Requests {
     volume: Arc<Volume>,
     fsync: Fsync,
-    /// Files that are open, and how often. The kernel's handle of one is its number.
-    files: Mutex<HashMap<Ino, (Opened, u64)>>,
+    files: Files,
     listings: Listings,
 }
 
 impl Requests {
     pub(super) fn new(volume: Arc<Volume>, fsync: Fsync) -> Self {
         let listings = Listings::of(&volume);
-        Self { volume, fsync, files: Mutex::default(), listings }
-    }
-
-    fn files(&self) -> MutexGuard<'_, HashMap<Ino, (Opened, u64)>> {
-        self.files.lock().unwrap_or_else(PoisonError::into_inner)
+        Self { volume, fsync, files: Files::default(), listings }
     }
 
     fn file(&self, ino: Ino) -> io::Result<Opened> {
-        let opened = self.files().get(&ino).map(|(opened, _)| opened.clone());
-        opened.ok_or_else(|| io::Error::from_raw_os_error(libc::EBADF))
-    }
-
-    fn open_file(&self, ino: Ino) -> io::Result<()> {
-        let mut files = self.files();
-        match files.get_mut(&ino) {
-            Some((_, times)) => *times += 1,
-            None => {
-                files.insert(ino, (self.volume.open_file(ino)?, 1));
-            }
-        }
-        Ok(())
-    }
-
-    fn close_file(&self, ino: Ino) {
-        let mut files = self.files();
-        if let Some((_, times)) = files.get_mut(&ino) {
-            *times -= 1;
-            if *times == 0 {
-                files.remove(&ino);
-            }
-        }
+        self.files.get(&self.volume, ino)
     }
 
     /// What of a mode the umask leaves. An access list for new files takes its place.
@@ -96,23 +69,6 @@ impl Requests {
     ) -> io::Result<Found> {
         let mode = self.masked(ino(parent), mode, umask);
         self.volume.make(ino(parent), name, shape, mode, (req.uid(), req.gid()), true)
-    }
-
-    fn make_and_open(
-        &self,
-        req: &Request,
-        parent: INodeNo,
-        name: &OsStr,
-        mode: u32,
-        umask: u32,
-    ) -> io::Result<Found> {
-        let found = self.make(req, parent, name, &Shape::File, mode, umask)?;
-        if let Err(e) = self.open_file(found.ino) {
-            let _ = self.volume.unlink(ino(parent), name, false);
-            let _ = self.volume.forget(found.ino, 1);
-            return Err(e);
-        }
-        Ok(found)
     }
 
     fn sync(&self, result: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
@@ -142,7 +98,6 @@ impl Filesystem for Requests {
             InitFlags::FUSE_ASYNC_DIO,
             InitFlags::FUSE_CACHE_SYMLINKS,
             InitFlags::FUSE_EXPLICIT_INVAL_DATA,
-            InitFlags::FUSE_ATOMIC_O_TRUNC,
         ] {
             let _ = config.add_capabilities(wanted);
         }
@@ -166,6 +121,7 @@ impl Filesystem for Requests {
     }
 
     fn forget(&self, _req: &Request, node: INodeNo, times: u64) {
+        self.files.close(ino(node));
         if let Err(e) = self.volume.forget(ino(node), times) {
             tracing::warn!(ino = node.0, "a file that nobody has any more stays: {e}");
         }
@@ -283,43 +239,35 @@ impl Filesystem for Requests {
         entry(reply, self.volume.link(ino(node), ino(parent), name, true));
     }
 
-    fn open(&self, req: &Request, node: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        let result = self.open_file(ino(node)).and_then(|()| {
-            if flags.0 & libc::O_TRUNC == 0 {
-                return Ok(());
-            }
-            let mut change = Change { size: Some(0), ..Change::default() };
-            let changed = self.volume.stat(ino(node)).and_then(|found| {
-                if req.uid() != 0 {
-                    change.mode = without_privileges(found.meta.mode());
-                }
-                self.volume.change(ino(node), &change)
-            });
-            changed.map(drop).inspect_err(|_| self.close_file(ino(node)))
-        });
-        match result {
-            Ok(()) => reply.opened(FileHandle(node.0), kept()),
-            Err(e) => reply.error(e.into()),
-        }
+    /// The kernel takes this for an answer to all later ones: nobody need know who has a file open.
+    fn open(&self, _req: &Request, _node: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        reply.error(Errno::ENOSYS);
     }
 
+    /// The same of files that are made and opened at once: they are made, by [`Filesystem::mknod`].
     fn create(
         &self,
-        req: &Request,
-        parent: INodeNo,
-        name: &OsStr,
-        mode: u32,
-        umask: u32,
+        _req: &Request,
+        _parent: INodeNo,
+        _name: &OsStr,
+        _mode: u32,
+        _umask: u32,
         _flags: i32,
         reply: ReplyCreate,
     ) {
-        match self.make_and_open(req, parent, name, mode, umask) {
-            Ok(found) => {
-                let handle = FileHandle(found.ino.0);
-                reply.created(&FOREVER, &attributes(&found), Generation(0), handle, kept());
-            }
-            Err(e) => reply.error(e.into()),
-        }
+        reply.error(Errno::ENOSYS);
+    }
+
+    /// And of what is closed.
+    fn flush(
+        &self,
+        _req: &Request,
+        _node: INodeNo,
+        _fh: FileHandle,
+        _lock_owner: LockOwner,
+        reply: ReplyEmpty,
+    ) {
+        reply.error(Errno::ENOSYS);
     }
 
     fn read(
@@ -370,20 +318,6 @@ impl Filesystem for Requests {
             Ok(written) => reply.written(written as u32),
             Err(e) => reply.error(e.into()),
         }
-    }
-
-    fn release(
-        &self,
-        _req: &Request,
-        node: INodeNo,
-        _fh: FileHandle,
-        _flags: OpenFlags,
-        _lock_owner: Option<LockOwner>,
-        _flush: bool,
-        reply: ReplyEmpty,
-    ) {
-        self.close_file(ino(node));
-        reply.ok();
     }
 
     fn fsync(&self, _: &Request, node: INodeNo, _: FileHandle, data: bool, reply: ReplyEmpty) {
@@ -524,9 +458,4 @@ impl Filesystem for Requests {
             Err(e) => reply.error(e.into()),
         }
     }
-}
-
-/// What was read of a file stays in memory when it is opened again; a close asks nothing.
-fn kept() -> FopenFlags {
-    FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH
 }
