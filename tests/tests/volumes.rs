@@ -520,14 +520,117 @@ fn what_is_written_anywhere_in_a_root_goes_along() {
     bed.until_store("it is protected", |store| store["protected"] == true);
     assert_eq!(of_host(), before, "the host's own files");
 
-    // A spare cannot map what is in the volume.
-    ask("__import__('shutil').copy('/bin/sleep', '@/seen/mine')");
-    assert_eq!(ask("(p := subprocess.Popen(['@/seen/mine', '60']), 'runs')[1]"), "runs");
+    // Whoever maps what was copied up maps the copy, or what is below: it cannot be told.
+    ask("kept = open('@/seen/changed', 'rb')");
+    ask("view = __import__('mmap').mmap(kept.fileno(), 0, flags=2, prot=1)");
     let store = bed.until_store("it is refused", |store| store["protected"] == false);
     let reason = store["reason"].as_str().unwrap_or_default();
     assert!(
-        reason.contains("a file of a replicated volume") && reason.contains("mapping"),
+        reason.contains("a file of the host that was written to") && reason.contains("mapping"),
         "{store:#}"
     );
+    bed.destroy();
+}
+
+/// VO-5
+#[test]
+fn programs_and_libraries_in_a_volume_go_on() {
+    programs_go_on("prog", "@/seen");
+}
+
+/// VO-5, VO-16
+#[test]
+fn programs_and_libraries_written_to_a_root_go_on() {
+    programs_go_on("progr", "/");
+}
+
+/// Runs the server by a copy of Python in the volume. What is called python3 may be a script.
+const START: &str = "\
+mkdir -p @/seen
+export PYTHONHOME=$(python3 -c \"
+import os, shutil, sys
+shutil.copy(os.path.realpath(sys.executable), '@/seen/own')
+print(sys.base_prefix)\")
+exec @/seen/own @/server.py
+";
+
+/// The program itself, another one, a library, and data that is mapped privately and to be read are files of
+/// the volume at `path`. They go on as they were, when they have got another name, and when they have none.
+fn programs_go_on(tag: &str, path: &str) {
+    if !is_installed("python3") {
+        return;
+    }
+    let sketch = Sketch::of(&format!(
+        "command: [sh, @/start]\n    ready: {{ tcp: 7000 }}\n    volume-directory: @/kept\n    \
+         volumes:\n      - {{ path: {path}, kind: replicated }}"
+    ));
+    let bed = Bed::new(tag, &sketch);
+    let here = bed.directory().display().to_string();
+    bed.write(&bed.text().replace('@', &here));
+    for (name, contents) in [("server.py", OBEDIENT), ("start", START)] {
+        std::fs::write(bed.directory().join(name), contents.replace('@', &here)).expect("written");
+    }
+    let ask = |told: &str| {
+        let call = "import socket, sys; s = socket.create_connection(('10.77.0.10', 7000)); \
+                    s.sendall(sys.argv[1].encode()); print(s.recv(65536).decode())";
+        let told = told.replace('@', &here);
+        let done = bed.exec("client", &["python3", "-c", call, &told]).expect_success();
+        done.stdout.trim().to_owned()
+    };
+    bed.deploy();
+    for told in [
+        "import ctypes, mmap, shutil",
+        "shutil.copy('/bin/sleep', '@/seen/sleep')",
+        "child = subprocess.Popen(['@/seen/sleep', '600'])",
+        "shutil.copy(next(p for p in paths() if 'libm.so' in p), '@/seen/lib.so')",
+        "lib = ctypes.CDLL('@/seen/lib.so'); lib.cos.restype = ctypes.c_double",
+        "open('@/seen/data', 'wb').write(b'a' * 4096 + b'b' * 4096 + b'c' * 4096)",
+        "reader, writer = os.open('@/seen/data', os.O_RDONLY), os.open('@/seen/data', os.O_RDWR)",
+        "private = mmap.mmap(reader, 0, flags=mmap.MAP_PRIVATE, prot=3)",
+        "shared = mmap.mmap(reader, 0, flags=mmap.MAP_SHARED, prot=1)",
+        "private[4096:4100] = b'mine'",
+        "os.pwrite(writer, b'new', 8192)",
+    ] {
+        let answer = ask(told);
+        assert!(!answer.contains("Error"), "{told}: {answer}");
+    }
+    bed.until_store("it is protected", |store| store["protected"] == true);
+    // Not seen by whoever does not look at the names: nothing is mapped anew.
+    ask("os.rename('@/seen/lib.so', '@/seen/moved.so')");
+    ask("open('@/seen/lib.so', 'w').write('no library')");
+    let look = |when: &str| {
+        for (told, wanted) in [
+            ("os.readlink('/proc/self/exe')", "@/seen/own"),
+            ("child.poll()", "None"),
+            ("os.readlink(f'/proc/{child.pid}/exe')", "@/seen/sleep"),
+            ("lib.cos(ctypes.c_double(0))", "1.0"),
+            ("any('moved.so' in p for p in paths())", "True"),
+            (
+                "private[0:4], private[4096:4101], private[8192:8196]",
+                "(b'aaaa', b'mineb', b'newc')",
+            ),
+            ("shared[4096:4100], shared[8192:8196]", "(b'bbbb', b'newc')"),
+            (
+                "os.pwrite(writer, b'then', 9000), shared[9000:9004], private[9000:9004]",
+                "(4, b'then', b'then')",
+            ),
+        ] {
+            assert_eq!(ask(told), wanted.replace('@', &here), "{when}: {told}");
+        }
+    };
+    look("at first");
+    bed.fault("kill-host:alpha");
+    bed.until_store("it runs on beta", |s| s["primary"] == "beta" && s["phase"] != "promoting");
+    look("on beta");
+    bed.fault("revive-host:alpha");
+    bed.until_store("it is protected again", |store| store["protected"] == true);
+    // Without a name it is memory.
+    ask("os.unlink('@/seen/moved.so')");
+    bed.until_store("it is protected without it", |store| store["protected"] == true);
+    bed.fault("kill-host:beta");
+    bed.until_store("it is back", |s| s["primary"] == "alpha" && s["phase"] != "promoting");
+    look("on alpha again");
+    bed.fault("revive-host:beta");
+    bed.until_store("it is protected", |store| store["protected"] == true);
     bed.destroy();
 }

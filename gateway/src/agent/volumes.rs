@@ -53,6 +53,8 @@ pub(super) struct InUse {
     pub(super) volumes: Arc<Volumes>,
     /// The one that is its root.
     pub(super) root: Option<Arc<Volume>>,
+    /// The others, with the devices that they are in the container.
+    pub(super) mounted: Vec<(u64, Arc<Volume>)>,
     /// Ends with the container.
     _served: Vec<Served>,
     /// Ends them if this process cannot; after them.
@@ -214,7 +216,7 @@ impl Files {
     }
 
     fn serve(&self, volumes: Arc<Volumes>, pid: i32) -> Result<InUse> {
-        let (mut served, mut root) = (Vec::with_capacity(self.plan.len()), None);
+        let (mut served, mut root, mut mounted) = (Vec::new(), None, Vec::new());
         let mut all: Vec<_> = self.names.iter().zip(&self.plan).zip(volumes.list()).collect();
         // The others are mounted in it.
         all.sort_by_key(|((_, planned), _)| !planned.is_root);
@@ -225,13 +227,14 @@ impl Files {
                 root = Some(volume.clone());
             } else {
                 one.attach(pid, &planned.path)?;
+                mounted.push((one.device(), volume.clone()));
             }
             served.push(one);
         }
         let guard =
             (!served.is_empty()).then(|| Guard::start(Path::new("/proc/self/exe"), &served));
         let guard = guard.transpose().context("begin the guard of volumes")?;
-        Ok(InUse { volumes, root, _served: served, _guard: guard })
+        Ok(InUse { volumes, root, mounted, _served: served, _guard: guard })
     }
 }
 

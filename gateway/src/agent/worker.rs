@@ -295,6 +295,9 @@ impl Place {
         if let Some(root) = files.and_then(|files| files.root.clone()) {
             capturer.keep_root_in(root);
         }
+        for (device, volume) in files.iter().flat_map(|files| &files.mounted) {
+            capturer.keep_volume(*device, volume.clone());
+        }
         if self.homes.is_empty() {
             return Ok(());
         }

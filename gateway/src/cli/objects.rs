@@ -34,7 +34,7 @@ fn mapping(m: &Mapping) -> String {
     let flag = |bit: u8, name| if m.prot & bit != 0 { name } else { '-' };
     let prot: String = [flag(1, 'r'), flag(2, 'w'), flag(4, 'x')].iter().collect();
     let source = match &m.source {
-        Source::File { path, offset, shared } => {
+        Source::File { path, offset, shared, .. } => {
             format!("{path} at {offset:#x}{}", if *shared { ", shared" } else { "" })
         }
         other => variant(other),

@@ -43,10 +43,12 @@ impl Capturer {
             return Err(tracer::leader_has_ended(root));
         }
         let tmpfs = tmpfs::Mounts::find(root)?;
+        let (own, volumes) = (tmpfs.devices().to_vec(), tmpfs.volumes().to_vec());
+        let systems = maps::FileSystems { own, volumes, ..maps::FileSystems::default() };
         Ok(Self {
             tracer: Tracer::new(),
             processes: BTreeMap::new(),
-            objects: objects::Objects::new(tmpfs.devices()),
+            objects: objects::Objects::new(systems),
             tmpfs,
             namespaces: surroundings::Namespaces::of(root)?,
             vdso: 0,
@@ -56,7 +58,6 @@ impl Capturer {
             diag,
             files: files::Memory::default(),
             pages: PageSet::default(),
-            upper: None,
             settled: (0, 0),
             batch: Batch::new(),
             interrupted: waits::Interrupted::default(),
@@ -127,7 +128,7 @@ impl Capturer {
             return Err(CaptureError::unsupported(format!("pid {pid}"), why.into()));
         }
         let attributes = process::read(pid, None)?;
-        let vmas = maps::read(pid, self.objects.own_devices())?;
+        let vmas = maps::read(pid, self.objects.systems())?;
         let (start, end) = AddressSpace::vdso(&vmas).ok_or_else(|| {
             CaptureError::unsupported(format!("pid {pid}"), "it has no vdso".into())
         })?;

@@ -2,13 +2,17 @@
 
 use super::memory::is_scratch;
 use super::objects::{Class, Key};
-use crate::image::{Mapping, Source, VdsoPart};
+use crate::image::{Home, Mapping, Source, VdsoPart};
 use crate::sys::procmap::Extent;
 use crate::sys::{SysError, SysResult};
+use crate::volume::{Ino, UPPER, Volume};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::{fstat, major, minor};
+use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::Arc;
 use std::sync::OnceLock;
 
 /// What the kernel puts behind the path of a file that was deleted.
@@ -25,6 +29,27 @@ pub(super) fn kernel_tmpfs() -> Option<u64> {
         let memfd = memfd_create("nilicon", MFdFlags::MFD_CLOEXEC).ok()?;
         fstat(&memfd).ok().map(|s| major(s.st_dev) << 32 | minor(s.st_dev))
     })
+}
+
+/// What there is to know of the container's file systems to tell what is mapped. Devices are major above minor.
+#[derive(Debug, Default)]
+pub(super) struct FileSystems {
+    /// Its own tmpfs mounts.
+    pub(super) own: Vec<u64>,
+    /// Volumes.
+    pub(super) volumes: Vec<u64>,
+    /// Those that are served here.
+    pub(super) served: Vec<(u64, Arc<Volume>)>,
+    /// A root that is an overlay, and the volume that its upper layer is in.
+    pub(super) layer: Option<(u64, Arc<Volume>)>,
+}
+
+impl FileSystems {
+    /// Whether a file that is mapped has got another name, or has none any more, since this was asked last.
+    pub(super) fn take_moved(&self) -> bool {
+        let all = self.served.iter().chain(&self.layer);
+        all.fold(false, |moved, (_, volume)| moved | volume.take_moved())
+    }
 }
 
 /// One line of /proc/PID/maps.
@@ -102,16 +127,79 @@ impl Vma {
         }
     }
 
+    /// What the mappings were as of which this was one tells where its file is, if it is the same still.
+    pub(super) fn keep_home(&mut self, before: &[Self]) -> bool {
+        let at = before.partition_point(|b| b.mapping.end <= self.mapping.start);
+        let Some(known) = before.get(at).filter(|b| b.mapping.start < self.mapping.end) else {
+            return false;
+        };
+        match (&mut self.mapping.source, &known.mapping.source) {
+            (
+                Source::File { path, shared: false, home, .. },
+                Source::File { path: was, shared: false, home: known_home, .. },
+            ) if path == was => {
+                // The kernel tells which file of a volume it is.
+                if matches!(home, Home::Volume(_)) {
+                    return home == known_home;
+                }
+                *home = *known_home;
+                self.refused = self.refused.or(known.refused);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Finds out where a file is whose mapping is new. What the lower layer of a root has, a spare has as
+    /// well, also when the file is copied up later: who has mapped it goes on with what was there. So of one that
+    /// was copied up already it cannot be told.
+    pub(super) fn find_home(&mut self, systems: &FileSystems) {
+        if let Source::File { home: Home::Volume(number), .. } = self.mapping.source
+            && let Some((_, volume)) = systems.served.iter().find(|v| v.0 == self.device)
+        {
+            volume.note(Ino(number));
+        }
+        let Some((_, volume)) = systems.layer.as_ref().filter(|l| l.0 == self.device) else {
+            return;
+        };
+        let Source::File { path, home, .. } = &mut self.mapping.source else { return };
+        let above = Path::new(UPPER).join(path.trim_start_matches('/'));
+        let Some(ino) = volume.file_at(&above) else { return };
+        // An overlay says so of what it has copied up, also if it cannot say which file it was (ovl_set_origin
+        // in fs/overlayfs/copy_up.c).
+        match volume.get_xattr(ino, OsStr::new("trusted.overlay.origin")) {
+            Ok(_) => {
+                self.refused = Some(
+                    "a file of the host that was written to, mapped to be read or privately; put a \
+                     new file in its place (under another name, then rename it)",
+                );
+            }
+            Err(_) => {
+                volume.note(ino);
+                *home = Home::Root(ino.0);
+            }
+        }
+    }
+
+    /// Whether one of the same place was of a file, and this is of what is left of it: what a process has written to it
+    /// a spare cannot keep.
+    pub(super) fn is_nameless_now(&self, before: &[Self]) -> bool {
+        let is_object = matches!(self.mapping.source, Source::Object { shared: false, .. });
+        let at = before.partition_point(|b| b.mapping.end <= self.mapping.start);
+        let was = |b: &Self| {
+            b.mapping.start < self.mapping.end && matches!(b.mapping.source, Source::File { .. })
+        };
+        is_object && before.get(at).is_some_and(was)
+    }
+
     pub(super) fn is_shared_file(&self) -> bool {
         use Source::{File, Object};
         matches!(self.mapping.source, File { shared: true, .. } | Object { shared: true, .. })
     }
 }
 
-/// Reads all mappings of a process.
-///
-/// `own` are devices of tmpfs mounts that belong to the container.
-pub(super) fn read(pid: i32, own: &[u64]) -> SysResult<Vec<Vma>> {
+/// Reads all mappings of a process. Where files of a layered root are is for [`Vma::find_home`].
+pub(super) fn read(pid: i32, systems: &FileSystems) -> SysResult<Vec<Vma>> {
     let path = format!("/proc/{pid}/maps");
     let text = fs::read(&path).map_err(|source| SysError {
         call: "read",
@@ -121,7 +209,7 @@ pub(super) fn read(pid: i32, own: &[u64]) -> SysResult<Vec<Vma>> {
     let text = String::from_utf8_lossy(&text);
     let mut all = Vec::new();
     for line in text.lines() {
-        let vma = parse(line, own);
+        let vma = parse(line, systems);
         let mut vma = vma.ok_or_else(|| SysError::errno("parse", path.clone(), libc::EINVAL))?;
         vma.look_at_file(pid);
         all.push(vma);
@@ -148,7 +236,7 @@ pub(super) fn agree(vmas: &[Vma], extents: &[Extent]) -> bool {
     }
 }
 
-fn parse(line: &str, own: &[u64]) -> Option<Vma> {
+fn parse(line: &str, systems: &FileSystems) -> Option<Vma> {
     let mut fields = line.splitn(6, ' ');
     let (start, end) = fields.next()?.split_once('-')?;
     let rights = fields.next()?.as_bytes();
@@ -163,7 +251,7 @@ fn parse(line: &str, own: &[u64]) -> Option<Vma> {
     let (mut refused, mut file) = (None, None);
     let number = |hex| u64::from_str_radix(hex, 16).ok();
     let device = number(major)? << 32 | number(minor)?;
-    let object = object(name, device, inode, shared, own);
+    let object = object(name, device, inode, shared, &systems.own);
     let source = match name {
         "[vdso]" => Source::Vdso(VdsoPart::Vdso),
         "[vvar]" => Source::Vdso(VdsoPart::Vvar),
@@ -175,7 +263,11 @@ fn parse(line: &str, own: &[u64]) -> Option<Vma> {
                 let key = Key { class: Class::File, device, inode };
                 file = Some(Object { key, name: unescape(name) });
             }
-            Source::File { path: unescape(name), offset, shared }
+            let home = match systems.volumes.contains(&device) {
+                true => Home::Volume(inode),
+                false => Home::Host,
+            };
+            Source::File { path: unescape(name), offset, shared, home }
         }
         _ => Source::Anonymous,
     };
@@ -250,32 +342,38 @@ mod tests {
     fn lines_of_maps() {
         let v = parse(
             "55d0c000-55d0d000 r-xp 00001000 fd:00 1234                       /usr/bin/x",
-            &[],
+            &FileSystems::default(),
         )
         .expect("a file");
         assert_eq!((v.mapping.start, v.mapping.end, v.mapping.prot), (0x55d0c000, 0x55d0d000, 5));
         assert!(
-            matches!(v.mapping.source, Source::File { ref path, offset: 0x1000, shared: false } if path == "/usr/bin/x")
+            matches!(v.mapping.source, Source::File { ref path, offset: 0x1000, shared: false, home: Home::Host } if path == "/usr/bin/x")
         );
-        let v =
-            parse("7ffd0000-7ffd2000 rw-p 00000000 00:00 0                          [stack]", &[])
-                .expect("a stack");
+        let v = parse(
+            "7ffd0000-7ffd2000 rw-p 00000000 00:00 0                          [stack]",
+            &FileSystems::default(),
+        )
+        .expect("a stack");
         assert!(v.mapping.grows_down && v.mapping.source == Source::Anonymous);
-        let v = parse("7000-8000 rw-s 00000000 00:01 55   /memfd:x (deleted)", &[]).expect("memfd");
+        let v =
+            parse("7000-8000 rw-s 00000000 00:01 55   /memfd:x (deleted)", &FileSystems::default())
+                .expect("memfd");
         let object = v.object.expect("an object");
         assert_eq!((object.key.class, object.key.inode), (Class::Memfd, 55));
         assert_eq!(object.name, "/memfd:x");
         let refused = |name: &str| {
-            parse(&format!("7000-8000 rw-s 00000000 00:01 0   {name}"), &[]).and_then(|v| v.refused)
+            parse(&format!("7000-8000 rw-s 00000000 00:01 0   {name}"), &FileSystems::default())
+                .and_then(|v| v.refused)
         };
         assert!(refused("/dev/zero (deleted)").is_none());
-        assert!(parse("garbage", &[]).is_none());
+        assert!(parse("garbage", &FileSystems::default()).is_none());
     }
 
     #[test]
     fn a_mapping_that_grew_between_two_looks_shows() {
         let text = ["1000-3000 rw-p 00000000 00:00 0", "3000-9000 ---p 00000000 00:00 0"];
-        let vmas: Vec<Vma> = text.iter().filter_map(|line| parse(line, &[])).collect();
+        let vmas: Vec<Vma> =
+            text.iter().filter_map(|line| parse(line, &FileSystems::default())).collect();
         let extent =
             |start, end, flags| Extent { start, end, flags, offset: 0, inode: 0, watcher: 0 };
         assert!(agree(&vmas, &[extent(0x1000, 0x3000, 3), extent(0x3000, 0x9000, 0)]));

@@ -62,7 +62,7 @@ use crate::image::pages::PageSet;
 use crate::sys::ptrace::Status;
 use crate::sys::remote::Batch;
 use crate::sys::unix_diag::UnixDiag;
-use crate::volume::{UPPER, Volume};
+use crate::volume::Volume;
 use memory::{AddressSpace, Job};
 use process::Attributes;
 use std::collections::BTreeMap;
@@ -273,8 +273,6 @@ pub struct Capturer {
     offsets: (i64, i64),
     diag: UnixDiag,
     files: files::Memory,
-    /// Where what it writes over its host's files is, if its root is an overlay of ours.
-    upper: Option<PathBuf>,
     pages: PageSet,
     /// Runs and pages of these that no read past the page cache has made wrong.
     settled: (usize, usize),
@@ -456,11 +454,20 @@ impl Capturer {
         Ok(())
     }
 
-    /// Its root is an overlay ([`crate::volume::Served::become_root`]), and what it writes is in this volume. From now on
-    /// whoever maps such a file, to read it or privately, is refused by name.
+    /// Its root is an overlay ([`crate::volume::Served::become_root`]), and what it writes is in this volume, also
+    /// the programs and libraries among it.
     pub fn keep_root_in(&mut self, layer: Arc<Volume>) {
-        self.upper = Some(layer.root().join("tree").join(UPPER));
+        if let Some(device) = self.tmpfs.root_layer() {
+            self.objects.systems_mut().layer = Some((device, layer.clone()));
+        }
         self.files.keep_root_in(layer);
+    }
+
+    /// A device in the container is this volume ([`crate::volume::Served::device`]): what is mapped of it is found when
+    /// it gets another name.
+    pub fn keep_volume(&mut self, device: u64, volume: Arc<Volume>) {
+        let device = nix::sys::stat::major(device) << 32 | nix::sys::stat::minor(device);
+        self.objects.systems_mut().served.push((device, volume));
     }
 
     /// Whether the end of a connection would wait for the next stop.
@@ -572,7 +579,7 @@ impl Capturer {
     /// Copies what was written to objects. Says whether the mappings must be read anew first.
     fn copy_objects(&mut self) -> Result<bool, CaptureError> {
         self.objects.copy(&mut self.pages)?;
-        let renamed = self.objects.take_renamed();
+        let renamed = self.objects.take_renamed() | self.objects.systems().take_moved();
         if renamed {
             self.processes.values_mut().for_each(|t| t.space.read_anew());
         }

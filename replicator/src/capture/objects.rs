@@ -75,19 +75,25 @@ pub(super) struct Objects {
     by_key: BTreeMap<Key, u32>,
     known: BTreeMap<u32, Known>,
     next: u32,
-    own: Vec<u64>,
+    systems: maps::FileSystems,
     /// A file has got another name since its mappings were read, or has none any more.
     renamed: bool,
 }
 
 impl Objects {
-    /// None yet. `own` are the devices of the container's own tmpfs mounts.
-    pub(super) fn new(own: &[u64]) -> Self {
-        Self { own: own.to_vec(), ..Self::default() }
+    /// None yet.
+    pub(super) fn new(systems: maps::FileSystems) -> Self {
+        Self { systems, ..Self::default() }
     }
 
-    pub(super) fn own_devices(&self) -> &[u64] {
-        &self.own
+    /// Where what is mapped can be.
+    pub(super) fn systems(&self) -> &maps::FileSystems {
+        &self.systems
+    }
+
+    /// The same, to be told of more.
+    pub(super) fn systems_mut(&mut self) -> &mut maps::FileSystems {
+        &mut self.systems
     }
 
     /// The next checkpoint is a full one: every object is new.
@@ -141,7 +147,7 @@ impl Objects {
         use nix::sys::stat::{major, minor};
         let stat = stat(&dup)?;
         let device = major(stat.st_dev) << 32 | minor(stat.st_dev);
-        let class = if self.own.contains(&device) { Class::Tmpfs } else { class };
+        let class = if self.systems.own.contains(&device) { Class::Tmpfs } else { class };
         let key = Key { class, device, inode: stat.st_ino };
         self.number(key, name, || {
             // A duplicate would share the offset, and keep seals and the last close from working.

@@ -122,7 +122,7 @@ impl Capturer {
     /// Takes the scratch areas away. All threads are stopped.
     pub(super) fn remove_scratch(&mut self) -> Result<(), CaptureError> {
         for pid in &self.pids() {
-            let vmas = super::maps::read(*pid, self.objects.own_devices())?;
+            let vmas = super::maps::read(*pid, self.objects.systems())?;
             let starts = |v: &super::maps::Vma| v.mapping.start == SCRATCH;
             if !vmas.iter().any(starts) || !remote::has_scratch(*pid)? {
                 continue;

@@ -3,8 +3,8 @@
 use super::memory::Job;
 use super::times::{Lap, spent};
 use super::{
-    Boundary, CaptureError, Capturer, StopTimes, files, guards, maps, memory, process, refusals,
-    sysv, terminals, tracer,
+    Boundary, CaptureError, Capturer, StopTimes, files, guards, memory, process, refusals, sysv,
+    terminals, tracer,
 };
 use crate::Epoch;
 use crate::image::pages::PageSet;
@@ -14,7 +14,6 @@ use crate::image::{Clocks, Credentials, Kind, Process, Source, State};
 use crate::sys::{SysError, ptrace};
 use std::collections::HashMap;
 use std::os::fd::AsFd;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -325,11 +324,7 @@ impl Capturer {
                     None => {}
                 }
             }
-            let served = Served {
-                volumes: self.tmpfs.volumes(),
-                layer: self.tmpfs.root_layer().zip(self.upper.as_deref()),
-            };
-            refuse_mappings(*pid, &tracked.space, &served, &mut self.refusals)?;
+            refuse_mappings(*pid, &tracked.space, &mut self.refusals)?;
             let mappings = tracked.space.take_mappings();
             let stuck = guards::refuse_stuck(*pid, &threads, tracked.space.vmas());
             self.refusals.admit(stuck)?;
@@ -501,43 +496,14 @@ impl Capturer {
     }
 }
 
-/// Where files are of which a spare has none before its takeover.
-struct Served<'a> {
-    /// Devices of volumes.
-    volumes: &'a [u64],
-    /// The device of an overlay, and the directory of its upper layer.
-    layer: Option<(u64, &'a Path)>,
-}
-
-impl Served<'_> {
-    /// Whether a mapping is of such a file. What the lower layer of an overlay has, a spare has as well, also when
-    /// the file is copied up later: who has mapped it goes on with what was there.
-    fn has(&self, v: &maps::Vma, is_new: impl FnOnce() -> bool) -> bool {
-        let Source::File { path, .. } = &v.mapping.source else { return false };
-        let is_above = |upper: &Path| upper.join(path.trim_start_matches('/')).is_file();
-        self.volumes.contains(&v.device)
-            || self
-                .layer
-                .is_some_and(|(device, upper)| device == v.device && is_new() && is_above(upper))
-    }
-}
-
-/// Refuses mappings that cannot be part of a checkpoint. Those of files in a volume neither, but for shared
-/// ones through which the file is written: a spare maps files while its volumes are not mounted.
+/// Refuses mappings that cannot be part of a checkpoint.
 fn refuse_mappings(
     pid: i32,
     space: &memory::AddressSpace,
-    served: &Served<'_>,
     refusals: &mut refusals::Refusals,
 ) -> Result<(), CaptureError> {
-    let is_changed = space.is_changed();
     for v in space.vmas() {
-        let of_volume = served.has(v, || is_changed && space.is_fresh(&v.mapping));
-        let why = of_volume.then_some(
-            "a file of a replicated volume, mapped to be read or privately; keep programs and \
-             libraries outside of it, and let the program read its data (no mmap)",
-        );
-        if let Some(why) = v.refused.or(why) {
+        if let Some(why) = v.refused {
             let object =
                 format!("mapping {:#x}-{:#x} of pid {pid}", v.mapping.start, v.mapping.end);
             let error = CaptureError::unsupported(object, why.into());

@@ -214,6 +214,8 @@ pub enum Source {
         offset: u64,
         /// MAP_SHARED
         shared: bool,
+        /// Where it is.
+        home: Home,
     },
     /// The kernel's vdso code page or its data pages; they are moved, never copied.
     Vdso(VdsoPart),
@@ -238,6 +240,25 @@ impl Source {
             *offset += bytes;
         }
         source
+    }
+}
+
+/// Where a file is that is mapped: what is in a volume a spare maps when it has the volume, in its takeover.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Home {
+    /// Both hosts have it at its path.
+    #[default]
+    Host,
+    /// In a volume. The number is that of the file, by which it is found if it is at no path any more.
+    Volume(u64),
+    /// In the upper layer of a root that is a volume, as the file with this number.
+    Root(u64),
+}
+
+impl Mapping {
+    /// Whether it is of a file that a spare does not have before its takeover.
+    pub fn is_late(&self) -> bool {
+        matches!(self.source, Source::File { home: Home::Volume(_) | Home::Root(_), .. })
     }
 }
 

@@ -2,18 +2,26 @@
 //! since the path may lead to the very file that the primary's container is writing (storage that
 //! both hosts see). In the takeover they go to their paths, and the mappings follow.
 //!
+//! What is mapped of files in volumes ([`Mapping::is_late`]) comes last: they are there now, with what was landed in
+//! them. Until then the pages that a process has written to its private ones were in memory in their place.
+//!
 //! Invariant: a spare touches no file at such a path before [`Spare::prepare`].
 
 use super::error::{Doing, RestoreError};
 use super::shared::{Held, failed, give};
 use super::space::{self, Givers, Target};
-use super::spare::Spare;
+use super::spare::{Spare, Stub};
 use super::tree::outside;
 use crate::image::object::{Attributes, Object, ObjectKind};
-use crate::sys::{SysError, SysResult};
+use crate::image::{Home, Mapping, Source};
+use crate::sys::pagemap::Pagemap;
+use crate::sys::{SysError, SysResult, mount};
+use nix::fcntl::OFlag;
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
 /// Bytes compared at a time.
@@ -38,6 +46,27 @@ impl Spare {
 
     /// Puts the files at their paths and maps them.
     pub(super) fn land(&mut self) -> Result<(), RestoreError> {
+        self.land_objects()?;
+        let Self { launched, state, stubs, script, .. } = self;
+        let mut files = Files::default();
+        for p in &state.processes {
+            let Some(stub) = stubs.iter().find(|s| s.pid == p.pid) else { continue };
+            let late: Vec<&Mapping> = p.mappings.iter().filter(|m| m.is_late()).collect();
+            for m in &late {
+                files.open(launched.pid, m).doing(p.pid, "open a file that it maps")?;
+            }
+            let written = written(stub, &late).doing(p.pid, "read what it wrote")?;
+            let target = Target { pid: stub.pid, host: stub.host, forced: &stub.forced };
+            let parts: Vec<_> = late.iter().filter_map(|m| Some((*m, files.of(m)?))).collect();
+            space::map_late(&target, script, launched.control(), &parts)?;
+            for (start, bytes) in &written {
+                stub.forced.write(*start, bytes).doing(p.pid, "write what it wrote")?;
+            }
+        }
+        Ok(())
+    }
+
+    fn land_objects(&mut self) -> Result<(), RestoreError> {
         let Self { held, launched, state, stubs, script, on_other, .. } = self;
         let landed = held.land(launched.pid, *on_other)?;
         if landed.is_empty() {
@@ -51,6 +80,67 @@ impl Spare {
         }
         Ok(())
     }
+}
+
+/// Files in volumes, each opened once.
+#[derive(Default)]
+struct Files(BTreeMap<(String, Home), File>);
+
+impl Files {
+    fn open(&mut self, init: i32, m: &Mapping) -> SysResult<()> {
+        let Source::File { path, home, .. } = &m.source else { return Ok(()) };
+        if self.of(m).is_none() {
+            let file = find(&outside(init, path), *home);
+            let file = file.map_err(|e| SysError { object: path.clone(), ..e })?;
+            self.0.insert((path.clone(), *home), file);
+        }
+        Ok(())
+    }
+
+    fn of(&self, m: &Mapping) -> Option<&File> {
+        let Source::File { path, home, .. } = &m.source else { return None };
+        self.0.get(&(path.clone(), *home))
+    }
+}
+
+/// A file in a volume, which may have got another name since its path was read.
+fn find(path: &str, home: Home) -> SysResult<File> {
+    let there = File::open(path);
+    let Home::Volume(number) = home else {
+        return there.map_err(|source| SysError { call: "open", object: path.into(), source });
+    };
+    let is_it = |f: &File| !is_fuse(f) || f.metadata().is_ok_and(|m| m.ino() == number);
+    match there {
+        Ok(file) if is_it(&file) => return Ok(file),
+        _ => {}
+    }
+    let mut above = Path::new(path).ancestors().skip(1).filter_map(|d| File::open(d).ok());
+    match above.find(is_fuse) {
+        Some(directory) => {
+            mount::open_by_node(directory.as_fd(), number, OFlag::O_RDONLY).map(File::from)
+        }
+        None => Err(SysError::errno("open", path, libc::ENOENT)),
+    }
+}
+
+fn is_fuse(file: &File) -> bool {
+    nix::sys::statfs::fstatfs(file)
+        .is_ok_and(|s| s.filesystem_type() == nix::sys::statfs::FUSE_SUPER_MAGIC)
+}
+
+/// Pages of its own that a process has in the place of these mappings.
+fn written(stub: &Stub, mappings: &[&Mapping]) -> SysResult<Vec<(u64, Vec<u8>)>> {
+    let is_private = |m: &&&Mapping| matches!(m.source, Source::File { shared: false, .. });
+    let mut places = Vec::new();
+    let pagemap = Pagemap::open(stub.host)?;
+    for m in mappings.iter().filter(is_private) {
+        pagemap.present(m.start, m.end, &mut places)?;
+    }
+    let read = |(start, end): (u64, u64)| {
+        let mut bytes = vec![0; (end - start) as usize];
+        stub.forced.read(start, &mut bytes).map(|()| (start, bytes))
+    };
+    places.into_iter().map(read).collect()
 }
 
 impl Held {

@@ -99,6 +99,7 @@ fn without(piece: Span, holes: impl Iterator<Item = Span>) -> Vec<Span> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::image::Home;
     use proptest::prelude::*;
     use std::collections::BTreeMap;
 
@@ -112,7 +113,7 @@ mod tests {
 
     fn space() -> Vec<Mapping> {
         let rw = libc::PROT_READ | libc::PROT_WRITE;
-        let file = Source::File { path: "/f".into(), offset: 0, shared: false };
+        let file = Source::File { path: "/f".into(), offset: 0, shared: false, home: Home::Host };
         vec![
             mapping(10, 4, rw, Source::Anonymous),
             mapping(14, 3, libc::PROT_READ, file),

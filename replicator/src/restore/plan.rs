@@ -3,7 +3,7 @@
 //! Pure: a sweep over the borders of the old mappings and the new. What is alike in both is left
 //! alone, so that the cost follows the difference.
 
-use crate::image::{Mapping, Source};
+use crate::image::{Home, Mapping, Source};
 
 const PROT_WRITE: u8 = libc::PROT_WRITE as u8;
 
@@ -101,13 +101,15 @@ fn part(m: &Mapping, start: u64, end: u64) -> Mapping {
 fn alike(old: &Mapping, new: &Mapping) -> bool {
     let same_source = match (&old.source, &new.source) {
         (
-            Source::File { path: a, offset: i, shared: s },
-            Source::File { path: b, offset: j, shared: t },
+            Source::File { path: a, offset: i, shared: s, home },
+            Source::File { path: b, offset: j, shared: t, home: new_home },
         ) => {
             // A shared file mapped for reading alone was opened so and cannot be made writable.
             let opens = |m: &Mapping| *s && m.prot & PROT_WRITE != 0;
             let (i, j) = (i.wrapping_sub(old.start), j.wrapping_sub(new.start));
-            i == j && s == t && a == b && (opens(old) || !opens(new))
+            // One that has a number may have got another name.
+            let same = home == new_home && (a == b || *home != Home::Host);
+            i == j && s == t && same && (opens(old) || !opens(new))
         }
         (
             Source::Object { id: a, offset: i, shared: s },
@@ -147,7 +149,12 @@ mod tests {
     }
 
     fn source(choice: u8, start: u64) -> Source {
-        let file = |path: &str, shared| Source::File { path: path.into(), offset: start, shared };
+        let file = |path: &str, shared| Source::File {
+            path: path.into(),
+            offset: start,
+            shared,
+            home: Home::Host,
+        };
         match choice {
             0 | 1 => Source::Anonymous,
             2 => Source::Object { id: 1, offset: start, shared: true },
@@ -172,6 +179,24 @@ mod tests {
             }
             all
         })
+    }
+
+    #[test]
+    fn a_file_in_a_volume_may_have_got_another_name() {
+        let file = |path: &str, home| Mapping {
+            start: 0x1000,
+            end: 0x2000,
+            prot: 1,
+            grows_down: false,
+            source: Source::File { path: path.into(), offset: 0, shared: false, home },
+            fresh: false,
+        };
+        let steps = |a: Mapping, b: Mapping| plan(&[a], &[b]).len();
+        assert_eq!(steps(file("/a", Home::Volume(7)), file("/b", Home::Volume(7))), 0);
+        assert_eq!(steps(file("/a", Home::Volume(7)), file("/a", Home::Volume(8))), 1);
+        assert_eq!(steps(file("/a", Home::Root(7)), file("/b", Home::Root(7))), 0);
+        assert_eq!(steps(file("/a", Home::Host), file("/b", Home::Host)), 1);
+        assert_eq!(steps(file("/a", Home::Host), file("/a", Home::Root(7))), 1);
     }
 
     proptest! {

@@ -4,6 +4,7 @@ use super::error::{Doing, RestoreError};
 use super::script::Script;
 use super::settings;
 use super::spare::Stub;
+use super::tree::outside;
 use crate::image::{Credentials, Process, Thread};
 use crate::sys::remote::DATA_LEN;
 use crate::sys::{SysError, SysResult, memory, ptrace};
@@ -24,7 +25,7 @@ pub(super) fn attributes(
     stub: &Stub,
     p: &Process,
 ) -> Result<(), RestoreError> {
-    memory_fields(script, p);
+    memory_fields(script, stub, p);
     script.call("umask", libc::SYS_umask, &[u64::from(p.umask)]);
     if !p.cwd.is_empty() {
         let cwd = script.text(&p.cwd);
@@ -56,10 +57,14 @@ pub(super) fn actions(script: &mut Script, stub: &Stub, p: &Process) -> Result<(
 }
 
 /// PR_SET_MM_MAP with the program's file, see prctl(2).
-fn memory_fields(script: &mut Script, p: &Process) {
+fn memory_fields(script: &mut Script, stub: &Stub, p: &Process) {
     let m = &p.mm;
     let mut exe_fd = u32::MAX;
-    if !p.exe.is_empty() {
+    let is_there = || std::fs::metadata(outside(stub.host, &p.exe)).is_ok();
+    if !p.exe.is_empty() && !is_there() {
+        // It was removed or renamed after it was started: what counts of it is mapped.
+        tracing::warn!(pid = p.pid, exe = p.exe, "the program is not at its path any more");
+    } else if !p.exe.is_empty() {
         let path = script.text(&p.exe);
         let args = [path, (libc::O_RDONLY | libc::O_CLOEXEC) as u64, 0];
         script.call_on("open", p.exe.clone(), libc::SYS_open, &args);

@@ -17,7 +17,7 @@ use nix::unistd::{Gid, Uid, fchown, unlink};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::IoSlice;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -153,23 +153,7 @@ impl Held {
             }
             _ => file.as_raw_fd(),
         };
-        let byte = script.data(&[0]);
-        let iov = script.words(&[byte, 1]);
-        let control = script.data(&[0; 24]);
-        // struct msghdr: name, its length, iov, its count, control, its length, flags.
-        let header = script.words(&[0, 0, iov, 1, control, 24, 0]);
-        let call = [CHANNEL as u64, header, 0];
-        script.call_on("recvmsg", named(object), libc::SYS_recvmsg, &call);
-        let rights = [fd];
-        let rights = [ControlMessage::ScmRights(&rights)];
-        let sent = sendmsg::<UnixAddr>(
-            channel.as_raw_fd(),
-            &[IoSlice::new(&[0])],
-            &rights,
-            MsgFlags::MSG_DONTWAIT,
-            None,
-        );
-        sys(sent, "sendmsg", || named(object)).map(drop)
+        pass(script, channel, fd, named(object))
     }
 
     /// An object's inode, and a path by which another name for it can be made.
@@ -205,6 +189,33 @@ impl Held {
         }
         Ok(())
     }
+}
+
+/// Lets the process that runs the script receive a descriptor, which becomes its lowest free one. `channel` is the
+/// other end of the processes' own.
+pub(super) fn pass(
+    script: &mut Script,
+    channel: &UnixStream,
+    fd: RawFd,
+    name: String,
+) -> SysResult<()> {
+    let byte = script.data(&[0]);
+    let iov = script.words(&[byte, 1]);
+    let control = script.data(&[0; 24]);
+    // struct msghdr: name, its length, iov, its count, control, its length, flags.
+    let header = script.words(&[0, 0, iov, 1, control, 24, 0]);
+    let call = [CHANNEL as u64, header, 0];
+    script.call_on("recvmsg", name.clone(), libc::SYS_recvmsg, &call);
+    let rights = [fd];
+    let rights = [ControlMessage::ScmRights(&rights)];
+    let sent = sendmsg::<UnixAddr>(
+        channel.as_raw_fd(),
+        &[IoSlice::new(&[0])],
+        &rights,
+        MsgFlags::MSG_DONTWAIT,
+        None,
+    );
+    sys(sent, "sendmsg", || name).map(drop)
 }
 
 const SEAL_WRITE: u32 = libc::F_SEAL_WRITE as u32;

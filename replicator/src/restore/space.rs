@@ -7,12 +7,14 @@ use super::error::{Doing, RestoreError};
 use super::pages::{Way, arrange, way};
 use super::plan::{Step, plan};
 use super::script::Script;
-use super::shared::Held;
+use super::shared::{self, Held};
 use crate::image::pages::{Edit, Edits, PAGE, Run};
 use crate::image::{Mapping, Source, VdsoPart};
 use crate::sys::memory::{self, ForcedMemory};
 use crate::sys::remote::{SCRATCH, SCRATCH_LEN};
 use crate::sys::{SysError, SysResult};
+use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 
 /// Where the kernel's mappings lie meanwhile.
@@ -154,6 +156,37 @@ fn check_new(pid: i32, m: &Mapping, old: &[Mapping]) -> Result<(), RestoreError>
     })
 }
 
+/// Maps parts of files that were not there when the mappings were made, over the memory that has their place.
+/// The files are open for reading.
+pub(super) fn map_late(
+    target: &Target<'_>,
+    script: &mut Script,
+    channel: &UnixStream,
+    parts: &[(&Mapping, &File)],
+) -> Result<(), RestoreError> {
+    const DOING: &str = "map its files in volumes";
+    for part in parts.chunks(MAX_PASSED) {
+        for (m, file) in part {
+            let Source::File { path, offset, shared, .. } = &m.source else { continue };
+            // What the message, which the descriptor comes in, is received into takes less.
+            if !script.has_room(256, 3) {
+                script.run_ok(target.host).doing(target.pid, DOING)?;
+            }
+            shared::pass(script, channel, file.as_raw_fd(), path.clone())
+                .doing(target.pid, DOING)?;
+            let shared = if *shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
+            let flags = (libc::MAP_FIXED | shared) as u64;
+            // As with an object: it became 0.
+            let args = [m.start, m.end - m.start, u64::from(m.prot), flags, 0, *offset];
+            let object = format!("{path} at {:#x}-{:#x}", m.start, m.end);
+            script.call_on("mmap", object, libc::SYS_mmap, &args);
+            script.call("close", libc::SYS_close, &[0]);
+        }
+        script.run_ok(target.host).doing(target.pid, DOING)?;
+    }
+    Ok(())
+}
+
 /// Maps parts of these objects again, which are other files now.
 pub(super) fn map_again(
     target: &Target<'_>,
@@ -201,7 +234,13 @@ fn push_map(script: &mut Script, givers: &Givers<'_>, m: &Mapping) -> SysResult<
             let args = [m.start, len, prot, flags as u64, u64::MAX, 0];
             script.call_on("mmap", object(), libc::SYS_mmap, &args);
         }
-        Source::File { path, offset, shared } => {
+        // What it will be of is not there yet: its pages wait in memory of their own, see `landing`.
+        Source::File { .. } if m.is_late() => {
+            flags |= libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+            let args = [m.start, len, prot, flags as u64, u64::MAX, 0];
+            script.call_on("mmap", object(), libc::SYS_mmap, &args);
+        }
+        Source::File { path, offset, shared, .. } => {
             let writes = *shared && m.prot & PROT_WRITE != 0;
             let mode = if writes { libc::O_RDWR } else { libc::O_RDONLY };
             flags |= if *shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
@@ -318,9 +357,10 @@ pub(super) fn fill(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::image::Home;
 
     fn mapping(start: u64, end: u64, shared: bool, fresh: bool) -> Mapping {
-        let source = Source::File { path: "/f".into(), offset: 0, shared };
+        let source = Source::File { path: "/f".into(), offset: 0, shared, home: Home::Host };
         Mapping { start, end, prot: PROT_WRITE, grows_down: false, source, fresh }
     }
 

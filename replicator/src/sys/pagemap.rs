@@ -170,13 +170,41 @@ impl Pagemap {
 
     /// Appends the guard regions in `start..end` to `out`, as far as the kernel tells of them.
     pub fn guards(&self, start: u64, end: u64, out: &mut Vec<(u64, u64)>) -> SysResult<()> {
-        let mut regions = [Region::default(); 64];
+        let (mut regions, what) = ([Region::default(); 64], (GUARD, GUARD));
+        let seen = self.find((start, end), what, &mut regions, |r| out.push((r.start, r.end)));
+        match seen {
+            Err((at, e)) if e.code() == libc::EINVAL => self.guards_by_entry(at, end, out),
+            other => other.map_err(|(_, e)| e),
+        }
+    }
+
+    /// Appends the runs of pages in `start..end` that are in memory or in swap to `out`, the shared zero page left out.
+    pub fn present(&self, start: u64, end: u64, out: &mut Vec<(u64, u64)>) -> SysResult<()> {
+        let (mut regions, what) = ([Region::default(); 64], (PRESENT | SWAPPED, PFNZERO));
+        let add = |r: &Region| {
+            if r.categories == 0 {
+                out.push((r.start, r.end));
+            }
+        };
+        self.find((start, end), what, &mut regions, add).map_err(|(_, e)| e)
+    }
+
+    /// Gives the runs of pages with one of these categories, each with those of the others that it has. An error
+    /// comes with where the scan was.
+    fn find(
+        &self,
+        (start, end): (u64, u64),
+        (any, told): (u64, u64),
+        regions: &mut [Region],
+        found: impl FnMut(&Region),
+    ) -> Result<(), (u64, SysError)> {
+        let mut found = found;
         let mut arg = ScanArg {
             size: size_of::<ScanArg>() as u64,
             start,
             end,
-            category_mask: GUARD,
-            return_mask: GUARD,
+            category_anyof_mask: any,
+            return_mask: told,
             vec: regions.as_mut_ptr() as u64,
             vec_len: regions.len() as u64,
             ..ScanArg::default()
@@ -186,12 +214,9 @@ impl Pagemap {
             let n = unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, &mut arg) };
             if n < 0 {
                 let error = SysError::last("PAGEMAP_SCAN", format!("pid {}", self.pid));
-                return match error.code() {
-                    libc::EINVAL => self.guards_by_entry(arg.start, end, out),
-                    _ => Err(error),
-                };
+                return Err((arg.start, error));
             }
-            out.extend(regions[..n as usize].iter().map(|r| (r.start, r.end)));
+            regions[..n as usize].iter().for_each(&mut found);
             arg.start = arg.walk_end;
         }
         Ok(())

@@ -1,7 +1,7 @@
 //! The names of a volume: which file is where. No I/O.
 
 use super::Ino;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
@@ -19,6 +19,9 @@ pub(super) struct Known {
 #[derive(Debug, Default)]
 pub(super) struct Tree {
     pub(super) known: HashMap<Ino, Known>,
+    /// Files whose paths somebody has noted, and whether one has lost a name since that was asked for.
+    pub(super) noted: HashSet<Ino>,
+    pub(super) moved: bool,
 }
 
 impl Tree {
@@ -53,8 +56,18 @@ impl Tree {
         let ino = self.known.get_mut(&parent)?.children.as_mut()?.remove(name)?;
         if let Some(known) = self.known.get_mut(&ino) {
             known.links.retain(|(p, n)| *p != parent || n != name);
+            // With a directory all that is in it moves.
+            self.moved |= match known.children {
+                Some(_) => !self.noted.is_empty(),
+                None => self.noted.contains(&ino),
+            };
         }
         Some(ino)
+    }
+
+    /// What is at a path from the volume's root.
+    pub(super) fn at(&self, path: &Path) -> Option<Ino> {
+        path.iter().try_fold(Ino::ROOT, |at, name| self.get(at, name))
     }
 
     /// Where a file is under the volume's directory, by the first of its names.

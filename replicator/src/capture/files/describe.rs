@@ -150,7 +150,7 @@ pub(super) fn deleted(
         let why = format!("{name}, which was deleted and is no regular file; close it");
         return Err(CaptureError::unsupported(what.into(), why));
     }
-    let own = objects.own_devices().contains(&(major(stat.st_dev) << 32 | minor(stat.st_dev)));
+    let own = objects.systems().own.contains(&(major(stat.st_dev) << 32 | minor(stat.st_dev)));
     if stat.st_nlink > 0 && !own && !name.starts_with("/memfd:") {
         let why = format!(
             "the file {name}, which was deleted but has other names; delete those too, or open one"

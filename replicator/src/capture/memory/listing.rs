@@ -24,7 +24,13 @@ impl AddressSpace {
         (self.changed, self.ready) = (true, None);
         // It is known for a list that was read after it only.
         self.sequence = None;
-        self.vmas = maps::read(self.pid, objects.own_devices())?;
+        let vmas = maps::read(self.pid, objects.systems())?;
+        let vmas_before = std::mem::replace(&mut self.vmas, vmas);
+        for vma in &mut self.vmas {
+            if !vma.keep_home(&vmas_before) {
+                vma.find_home(objects.systems());
+            }
+        }
         self.guards.keep_within(&self.vmas);
         let named = self.name_objects(objects, stopped)?;
         list(&mut self.glance, &self.procmap, &mut self.extents)?;
@@ -67,6 +73,10 @@ impl AddressSpace {
                     }
                     Err(e) => return Err(e.into()),
                 }
+                scan = self.take_fresh(at, pages)?;
+                self.vmas[at].find_home(objects.systems());
+            }
+            if scan == Scan::Complete && self.vmas[at].is_nameless_now(&vmas_before) {
                 scan = self.take_fresh(at, pages)?;
             }
             if scan != Scan::Complete {

@@ -441,7 +441,8 @@ impl AddressSpace {
 
     /// Reads the mappings and no pages, for a survey.
     pub(super) fn look(&mut self, objects: &mut Objects) -> Result<(), CaptureError> {
-        self.vmas = maps::read(self.pid, objects.own_devices())?;
+        self.vmas = maps::read(self.pid, objects.systems())?;
+        self.vmas.iter_mut().for_each(|v| v.find_home(objects.systems()));
         self.name_objects(objects, true)?;
         Ok(())
     }
@@ -485,11 +486,6 @@ impl AddressSpace {
     /// Whether a change of what was said of mappings is one of the mappings.
     pub(super) fn shows_flags(&self) -> bool {
         self.glance.is_some()
-    }
-
-    /// Whether any of a mapping is new since the last checkpoint.
-    pub(super) fn is_fresh(&self, mapping: &Mapping) -> bool {
-        self.fresh.iter().any(|(start, end)| *start < mapping.end && mapping.start < *end)
     }
 
     /// Whether the mappings changed since the last checkpoint.

@@ -89,6 +89,23 @@ impl Volume {
         self.inner().found(ino, false)
     }
 
+    /// The regular file at this path from the volume's root.
+    pub fn file_at(&self, path: &Path) -> Option<Ino> {
+        let inner = self.inner();
+        let ino = inner.tree.at(path)?;
+        inner.disk.meta(&inner.tree.path(ino)).is_ok_and(|m| m.is_file()).then_some(ino)
+    }
+
+    /// If this file, or a directory that it may be in, loses a name later, [`Volume::take_moved`] says so.
+    pub fn note(&self, ino: Ino) {
+        self.inner().tree.noted.insert(ino);
+    }
+
+    /// Whether a file that was noted has lost a name since this was asked last.
+    pub fn take_moved(&self) -> bool {
+        std::mem::take(&mut self.inner().tree.moved)
+    }
+
     /// Everything of a file but its names and contents.
     pub fn node(&self, ino: Ino) -> io::Result<Node> {
         let inner = self.inner();
@@ -394,6 +411,7 @@ impl Inner {
         }
         self.disk.remove(&loose(ino), known.children.is_some())?;
         self.tree.known.remove(&ino);
+        self.tree.noted.remove(&ino);
         self.dirty.gone(ino);
         Ok(())
     }
