@@ -590,6 +590,11 @@ fn programs_go_on(tag: &str, path: &str) {
         "shared = mmap.mmap(reader, 0, flags=mmap.MAP_SHARED, prot=1)",
         "private[4096:4100] = b'mine'",
         "os.pwrite(writer, b'new', 8192)",
+        "libc = ctypes.CDLL(None); toggled = mmap.mmap(writer, 0)",
+        "held = ctypes.c_char.from_buffer(toggled); at = ctypes.c_void_p(ctypes.addressof(held))",
+        // Larger than what is copied as memory.
+        "big = open('@/seen/big', 'w+b'); big.truncate(300 << 20)",
+        "large = mmap.mmap(big.fileno(), 0); large[7:11] = b'here'; large[200 << 20] = 65",
     ] {
         let answer = ask(told);
         assert!(!answer.contains("Error"), "{told}: {answer}");
@@ -598,8 +603,20 @@ fn programs_go_on(tag: &str, path: &str) {
     // Not seen by whoever does not look at the names: nothing is mapped anew.
     ask("os.rename('@/seen/lib.so', '@/seen/moved.so')");
     ask("open('@/seen/lib.so', 'w').write('no library')");
-    let look = |when: &str| {
+    // Through a mapping that can only be read again whenever anybody looks.
+    let toggle = |word: &str| {
+        let told = format!(
+            "libc.mprotect(at, 12288, 3), toggled.__setitem__(slice(200, 204), b'{word}'), \
+             libc.mprotect(at, 12288, 1)"
+        );
+        assert_eq!(ask(&told), "(0, None, 0)");
+    };
+    let look = |when: &str, toggled: &str| {
+        let toggled = format!("(b'{toggled}', b'{toggled}')");
         for (told, wanted) in [
+            ("toggled[200:204], shared[200:204]", &*toggled),
+            ("large[6:12], large[200 << 20]", "(b'\\x00here\\x00', 65)"),
+            ("big.seek(7), big.read(4)", "(7, b'here')"),
             ("os.readlink('/proc/self/exe')", "@/seen/own"),
             ("child.poll()", "None"),
             ("os.readlink(f'/proc/{child.pid}/exe')", "@/seen/sleep"),
@@ -618,18 +635,20 @@ fn programs_go_on(tag: &str, path: &str) {
             assert_eq!(ask(told), wanted.replace('@', &here), "{when}: {told}");
         }
     };
-    look("at first");
+    toggle("once");
+    look("at first", "once");
     bed.fault("kill-host:alpha");
     bed.until_store("it runs on beta", |s| s["primary"] == "beta" && s["phase"] != "promoting");
-    look("on beta");
+    look("on beta", "once");
     bed.fault("revive-host:alpha");
     bed.until_store("it is protected again", |store| store["protected"] == true);
+    toggle("then");
     // Without a name it is memory.
     ask("os.unlink('@/seen/moved.so')");
     bed.until_store("it is protected without it", |store| store["protected"] == true);
     bed.fault("kill-host:beta");
     bed.until_store("it is back", |s| s["primary"] == "alpha" && s["phase"] != "promoting");
-    look("on alpha again");
+    look("on alpha again", "then");
     bed.fault("revive-host:beta");
     bed.until_store("it is protected", |store| store["protected"] == true);
     bed.destroy();

@@ -15,7 +15,9 @@ use super::status::STATE_ROOT;
 use anyhow::{Context, Result, bail};
 use netns_tools::topology::{Container, FsyncRule, Topology, VolumeKind, VolumeStart};
 use replicator::Generation;
-use replicator::volume::{Fsync, Guard, Journals, ReadOnly, ServeOptions, Served, Volume, Volumes};
+use replicator::volume::{
+    Fsync, Guard, Journals, Known, ReadOnly, ServeOptions, Served, VolumeError, Volumes,
+};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -51,12 +53,10 @@ pub(super) struct Files {
 #[derive(Debug)]
 pub(super) struct InUse {
     pub(super) volumes: Arc<Volumes>,
-    /// The one that is its root.
-    pub(super) root: Option<Arc<Volume>>,
-    /// The others, with the devices that they are in the container.
-    pub(super) mounted: Vec<(u64, Arc<Volume>)>,
+    /// The first is its root.
+    has_root: bool,
     /// Ends with the container.
-    _served: Vec<Served>,
+    served: Vec<Served>,
     /// Ends them if this process cannot; after them.
     _guard: Option<Guard>,
 }
@@ -216,7 +216,7 @@ impl Files {
     }
 
     fn serve(&self, volumes: Arc<Volumes>, pid: i32) -> Result<InUse> {
-        let (mut served, mut root, mut mounted) = (Vec::new(), None, Vec::new());
+        let (mut served, mut has_root) = (Vec::with_capacity(self.plan.len()), false);
         let mut all: Vec<_> = self.names.iter().zip(&self.plan).zip(volumes.list()).collect();
         // The others are mounted in it.
         all.sort_by_key(|((_, planned), _)| !planned.is_root);
@@ -224,17 +224,25 @@ impl Files {
             let mut one = Served::start(name, volume.clone(), planned.options)?;
             if planned.is_root {
                 one.become_root(pid, &self.kept)?;
-                root = Some(volume.clone());
+                has_root = true;
             } else {
                 one.attach(pid, &planned.path)?;
-                mounted.push((one.device(), volume.clone()));
             }
             served.push(one);
         }
         let guard =
             (!served.is_empty()).then(|| Guard::start(Path::new("/proc/self/exe"), &served));
         let guard = guard.transpose().context("begin the guard of volumes")?;
-        Ok(InUse { volumes, root, mounted, _served: served, _guard: guard })
+        Ok(InUse { volumes, has_root, served, _guard: guard })
+    }
+}
+
+impl InUse {
+    /// What a capture needs to know of its root, if that is a volume, and of the other volumes.
+    pub(super) fn known(&self) -> Result<(Option<Known>, Vec<Known>), VolumeError> {
+        let (root, others) = self.served.split_at(usize::from(self.has_root));
+        let root = root.first().map(Served::known).transpose()?;
+        Ok((root, others.iter().map(Served::known).collect::<Result<_, _>>()?))
     }
 }
 

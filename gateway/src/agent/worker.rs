@@ -23,7 +23,7 @@ use loss::reasons;
 use netns_tools::cgroup::Cgroup;
 use netns_tools::topology::{OnUnprotectable, Protect, Ready};
 use nix::sys::signalfd::SignalFd;
-use replicator::capture::{CaptureError, Capturer};
+use replicator::capture::Capturer;
 use replicator::container::{ContainerSpec, Launched};
 use replicator::protocol::primary::State;
 use replicator::sys::sched;
@@ -287,22 +287,17 @@ impl Place {
 
     /// A topology that names volumes says where the container's files are: others that it writes to
     /// would stay behind. Its console is not its own.
-    pub(super) fn watch_files(
-        &self,
-        capturer: &mut Capturer,
-        files: Option<&InUse>,
-    ) -> Result<(), CaptureError> {
-        if let Some(root) = files.and_then(|files| files.root.clone()) {
-            capturer.keep_root_in(root);
-        }
-        for (device, volume) in files.iter().flat_map(|files| &files.mounted) {
-            capturer.keep_volume(*device, volume.clone());
+    pub(super) fn watch_files(&self, capturer: &mut Capturer, files: Option<&InUse>) -> Result<()> {
+        if let Some(files) = files {
+            let (root, others) = files.known()?;
+            root.into_iter().for_each(|root| capturer.keep_root_in(root));
+            others.into_iter().for_each(|volume| capturer.keep_volume(volume));
         }
         if self.homes.is_empty() {
             return Ok(());
         }
         let console = self.spec.console.clone();
-        capturer.keep_files_in(self.homes.iter().cloned().chain([console]).collect())
+        Ok(capturer.keep_files_in(self.homes.iter().cloned().chain([console]).collect())?)
     }
 
     fn on_unprotectable(&self) -> OnUnprotectable {

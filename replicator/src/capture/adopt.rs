@@ -44,7 +44,7 @@ impl Capturer {
         }
         let tmpfs = tmpfs::Mounts::find(root)?;
         let (own, volumes) = (tmpfs.devices().to_vec(), tmpfs.volumes().to_vec());
-        let systems = maps::FileSystems { own, volumes, ..maps::FileSystems::default() };
+        let systems = maps::FileSystems::new(own, volumes);
         Ok(Self {
             tracer: Tracer::new(),
             processes: BTreeMap::new(),
@@ -67,6 +67,7 @@ impl Capturer {
             rest: None,
             copies: Vec::new(),
             unconfirmed: Vec::new(),
+            written: Vec::new(),
             glances: Glances::On,
             refusals: refusals::Refusals::default(),
             remains: lineage::Remains::default(),

@@ -4,15 +4,15 @@ use super::memory::is_scratch;
 use super::objects::{Class, Key};
 use crate::image::{Home, Mapping, Source, VdsoPart};
 use crate::sys::procmap::Extent;
-use crate::sys::{SysError, SysResult};
-use crate::volume::{Ino, UPPER, Volume};
+use crate::sys::{SysError, SysResult, file_range};
+use crate::volume::{Ino, Known, UPPER};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::{fstat, major, minor};
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::OnceLock;
 
 /// What the kernel puts behind the path of a file that was deleted.
@@ -39,16 +39,51 @@ pub(super) struct FileSystems {
     /// Volumes.
     pub(super) volumes: Vec<u64>,
     /// Those that are served here.
-    pub(super) served: Vec<(u64, Arc<Volume>)>,
+    pub(super) served: Vec<Known>,
     /// A root that is an overlay, and the volume that its upper layer is in.
-    pub(super) layer: Option<(u64, Arc<Volume>)>,
+    pub(super) layer: Option<(u64, Known)>,
+    /// Files of these that may be written through mappings, open to have them written back.
+    written: BTreeMap<Mapped, File>,
 }
 
+/// A file of a volume: the device, that of an overlay if it is in one, and the file's number.
+pub(super) type Mapped = (u64, u64);
+
 impl FileSystems {
+    /// Its tmpfs mounts and its volumes, of which no more is known yet.
+    pub(super) fn new(own: Vec<u64>, volumes: Vec<u64>) -> Self {
+        Self { own, volumes, ..Self::default() }
+    }
+
     /// Whether a file that is mapped has got another name, or has none any more, since this was asked last.
     pub(super) fn take_moved(&self) -> bool {
-        let all = self.served.iter().chain(&self.layer);
-        all.fold(false, |moved, (_, volume)| moved | volume.take_moved())
+        let all = self.served.iter().chain(self.layer.iter().map(|(_, known)| known));
+        all.fold(false, |moved, known| moved | known.volume.take_moved())
+    }
+
+    /// The volume that a file is in whose mapping is of this device.
+    fn volume(&self, device: u64) -> Option<&Known> {
+        let in_layer = || self.layer.as_ref().filter(|l| l.0 == device).map(|(_, known)| known);
+        self.served.iter().find(|v| v.device == device).or_else(in_layer)
+    }
+
+    /// Has what was stored through mappings of these files written to their volumes. That costs a system call for a
+    /// file where nothing was. sync_file_range(2)
+    pub(super) fn write_back(&mut self, files: &[Mapped]) -> SysResult<()> {
+        self.written.retain(|file, _| files.contains(file));
+        for file in files {
+            if !self.written.contains_key(file) {
+                let Some(known) = self.volume(file.0) else { continue };
+                match known.open(Ino(file.1)) {
+                    Ok(opened) => self.written.insert(*file, opened),
+                    // Nobody has it any more, so nobody has it mapped.
+                    Err(e) if e.code() == libc::ESTALE => continue,
+                    Err(e) => return Err(e),
+                };
+            }
+            file_range::write_back(&self.written[file])?;
+        }
+        Ok(())
     }
 }
 
@@ -81,6 +116,19 @@ impl Vma {
         !self.vsyscall
             && !matches!(self.mapping.source, Source::Vdso(_))
             && !is_scratch(self.mapping.start, self.mapping.end)
+            && !(self.mapping.is_late() && self.is_shared_file())
+    }
+
+    /// The file that may be written through it and is written back at each stop.
+    pub(super) fn written_back(&self) -> Option<Mapped> {
+        match self.mapping.source {
+            Source::File {
+                home: Home::Volume(number) | Home::Root(number),
+                writable: true,
+                ..
+            } => Some((self.device, number)),
+            _ => None,
+        }
     }
 
     /// Whether a checkpoint has it.
@@ -97,8 +145,9 @@ impl Vma {
     }
 
     /// Makes a shared mapping through which a file may be written, now or after mprotect(2), one
-    /// of an object, unless the file is none whose contents can be copied.
-    fn look_at_file(&mut self, pid: i32) {
+    /// of an object, unless the file is none whose contents can be copied. One of a volume that is not written
+    /// through at present is left to the volume, and so is one of a large file.
+    pub(super) fn look_at_file(&mut self, pid: i32, systems: &FileSystems) {
         let Some(object) = self.file.take() else { return };
         let Mapping { start, end, .. } = self.mapping;
         let path = format!("/proc/{pid}/map_files/{start:x}-{end:x}");
@@ -107,14 +156,25 @@ impl Vma {
         if !writable && self.mapping.prot & 2 == 0 {
             return;
         }
-        match fs::metadata(&path) {
+        let is_served = self.mapping.is_late() && systems.volume(self.device).is_some();
+        let meta = fs::metadata(&path);
+        let is_large = meta.as_ref().is_ok_and(|m| m.len() > LARGEST_FILE);
+        if is_served && (is_large || self.mapping.prot & 2 == 0) {
+            if let Source::File { writable, .. } = &mut self.mapping.source {
+                *writable = true;
+            }
+            return;
+        }
+        // What was said of a file that is only read is not so of an object.
+        self.refused = None;
+        match meta {
             Ok(meta) if !meta.is_file() => {
                 self.refused = Some("a device mapped shared and writable");
             }
             Ok(meta) if meta.len() > LARGEST_FILE => {
                 self.refused = Some(
-                    "a file of more than 256 MiB mapped shared and writable; keep it in the \
-                     container's /dev/shm",
+                    "a file of more than 256 MiB mapped shared and writable; keep it in a replicated \
+                     volume, or in the container's /dev/shm",
                 );
             }
             // If it is gone already, taking its pages says so.
@@ -154,14 +214,10 @@ impl Vma {
     /// well, also when the file is copied up later: who has mapped it goes on with what was there. So of one that
     /// was copied up already it cannot be told.
     pub(super) fn find_home(&mut self, systems: &FileSystems) {
-        if let Source::File { home: Home::Volume(number), .. } = self.mapping.source
-            && let Some((_, volume)) = systems.served.iter().find(|v| v.0 == self.device)
-        {
-            volume.note(Ino(number));
+        let Some(Known { volume, .. }) = systems.volume(self.device) else { return };
+        if let Source::File { home: Home::Volume(number), .. } = self.mapping.source {
+            return volume.note(Ino(number));
         }
-        let Some((_, volume)) = systems.layer.as_ref().filter(|l| l.0 == self.device) else {
-            return;
-        };
         let Source::File { path, home, .. } = &mut self.mapping.source else { return };
         let above = Path::new(UPPER).join(path.trim_start_matches('/'));
         let Some(ino) = volume.file_at(&above) else { return };
@@ -198,7 +254,7 @@ impl Vma {
     }
 }
 
-/// Reads all mappings of a process. Where files of a layered root are is for [`Vma::find_home`].
+/// Reads all mappings of a process. The rest is for [`Vma::find_home`], and then for [`Vma::look_at_file`].
 pub(super) fn read(pid: i32, systems: &FileSystems) -> SysResult<Vec<Vma>> {
     let path = format!("/proc/{pid}/maps");
     let text = fs::read(&path).map_err(|source| SysError {
@@ -210,9 +266,7 @@ pub(super) fn read(pid: i32, systems: &FileSystems) -> SysResult<Vec<Vma>> {
     let mut all = Vec::new();
     for line in text.lines() {
         let vma = parse(line, systems);
-        let mut vma = vma.ok_or_else(|| SysError::errno("parse", path.clone(), libc::EINVAL))?;
-        vma.look_at_file(pid);
-        all.push(vma);
+        all.push(vma.ok_or_else(|| SysError::errno("parse", path.clone(), libc::EINVAL))?);
     }
     Ok(all)
 }
@@ -267,7 +321,7 @@ fn parse(line: &str, systems: &FileSystems) -> Option<Vma> {
                 true => Home::Volume(inode),
                 false => Home::Host,
             };
-            Source::File { path: unescape(name), offset, shared, home }
+            Source::File { path: unescape(name), offset, shared, home, writable: false }
         }
         _ => Source::Anonymous,
     };
@@ -347,7 +401,7 @@ mod tests {
         .expect("a file");
         assert_eq!((v.mapping.start, v.mapping.end, v.mapping.prot), (0x55d0c000, 0x55d0d000, 5));
         assert!(
-            matches!(v.mapping.source, Source::File { ref path, offset: 0x1000, shared: false, home: Home::Host } if path == "/usr/bin/x")
+            matches!(v.mapping.source, Source::File { ref path, offset: 0x1000, shared: false, home: Home::Host, writable: false } if path == "/usr/bin/x")
         );
         let v = parse(
             "7ffd0000-7ffd2000 rw-p 00000000 00:00 0                          [stack]",

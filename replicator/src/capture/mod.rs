@@ -62,7 +62,7 @@ use crate::image::pages::PageSet;
 use crate::sys::ptrace::Status;
 use crate::sys::remote::Batch;
 use crate::sys::unix_diag::UnixDiag;
-use crate::volume::Volume;
+use crate::volume::Known;
 use memory::{AddressSpace, Job};
 use process::Attributes;
 use std::collections::BTreeMap;
@@ -290,6 +290,8 @@ pub struct Capturer {
     copies: Vec<u8>,
     /// The objects of a checkpoint that is to be confirmed.
     unconfirmed: Vec<u32>,
+    /// Files of volumes that were written back last.
+    written: Vec<maps::Mapped>,
     glances: Glances,
     refusals: refusals::Refusals,
     remains: lineage::Remains,
@@ -456,18 +458,17 @@ impl Capturer {
 
     /// Its root is an overlay ([`crate::volume::Served::become_root`]), and what it writes is in this volume, also
     /// the programs and libraries among it.
-    pub fn keep_root_in(&mut self, layer: Arc<Volume>) {
+    pub fn keep_root_in(&mut self, layer: Known) {
+        self.files.keep_root_in(layer.volume.clone());
         if let Some(device) = self.tmpfs.root_layer() {
-            self.objects.systems_mut().layer = Some((device, layer.clone()));
+            self.objects.systems_mut().layer = Some((device, layer));
         }
-        self.files.keep_root_in(layer);
     }
 
-    /// A device in the container is this volume ([`crate::volume::Served::device`]): what is mapped of it is found when
-    /// it gets another name.
-    pub fn keep_volume(&mut self, device: u64, volume: Arc<Volume>) {
-        let device = nix::sys::stat::major(device) << 32 | nix::sys::stat::minor(device);
-        self.objects.systems_mut().served.push((device, volume));
+    /// The container has this volume: what is mapped of it is found when it gets another name, and what is written
+    /// through mappings is in it when an epoch is sealed.
+    pub fn keep_volume(&mut self, volume: Known) {
+        self.objects.systems_mut().served.push(volume);
     }
 
     /// Whether the end of a connection would wait for the next stop.
@@ -573,7 +574,18 @@ impl Capturer {
             Err(e) => return Err(e),
         }
         self.copy_objects()?;
+        self.write_back()?;
         Ok(self.pages.pages() - before)
+    }
+
+    /// Has what was stored through mappings of files in volumes written to these.
+    fn write_back(&mut self) -> Result<(), CaptureError> {
+        let files = self.processes.values().flat_map(|t| t.space.written_back()).copied();
+        self.written.clear();
+        self.written.extend(files);
+        self.written.sort_unstable();
+        self.written.dedup();
+        Ok(self.objects.systems_mut().write_back(&self.written)?)
     }
 
     /// Copies what was written to objects. Says whether the mappings must be read anew first.

@@ -418,6 +418,7 @@ impl Capturer {
         if self.copy_objects()? {
             return Err(CaptureError::Transient("a mapped file has just got another name"));
         }
+        self.write_back()?;
         let mappings = state.processes.iter().flat_map(|p| p.mappings.iter());
         let mapped = mappings.filter_map(|m| match m.source {
             Source::Object { id, .. } => Some(id),

@@ -216,6 +216,9 @@ pub enum Source {
         shared: bool,
         /// Where it is.
         home: Home,
+        /// Of a shared one of a file in a volume: it was opened for writing too, and so can be written through after
+        /// mprotect(2), if not now.
+        writable: bool,
     },
     /// The kernel's vdso code page or its data pages; they are moved, never copied.
     Vdso(VdsoPart),

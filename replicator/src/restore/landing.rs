@@ -84,28 +84,28 @@ impl Spare {
 
 /// Files in volumes, each opened once.
 #[derive(Default)]
-struct Files(BTreeMap<(String, Home), File>);
+struct Files(BTreeMap<(String, Home, bool), File>);
 
 impl Files {
     fn open(&mut self, init: i32, m: &Mapping) -> SysResult<()> {
-        let Source::File { path, home, .. } = &m.source else { return Ok(()) };
+        let Source::File { path, home, writable, .. } = &m.source else { return Ok(()) };
         if self.of(m).is_none() {
-            let file = find(&outside(init, path), *home);
+            let file = find(&outside(init, path), *home, *writable);
             let file = file.map_err(|e| SysError { object: path.clone(), ..e })?;
-            self.0.insert((path.clone(), *home), file);
+            self.0.insert((path.clone(), *home, *writable), file);
         }
         Ok(())
     }
 
     fn of(&self, m: &Mapping) -> Option<&File> {
-        let Source::File { path, home, .. } = &m.source else { return None };
-        self.0.get(&(path.clone(), *home))
+        let Source::File { path, home, writable, .. } = &m.source else { return None };
+        self.0.get(&(path.clone(), *home, *writable))
     }
 }
 
 /// A file in a volume, which may have got another name since its path was read.
-fn find(path: &str, home: Home) -> SysResult<File> {
-    let there = File::open(path);
+fn find(path: &str, home: Home, writable: bool) -> SysResult<File> {
+    let there = File::options().read(true).write(writable).open(path);
     let Home::Volume(number) = home else {
         return there.map_err(|source| SysError { call: "open", object: path.into(), source });
     };
@@ -117,7 +117,8 @@ fn find(path: &str, home: Home) -> SysResult<File> {
     let mut above = Path::new(path).ancestors().skip(1).filter_map(|d| File::open(d).ok());
     match above.find(is_fuse) {
         Some(directory) => {
-            mount::open_by_node(directory.as_fd(), number, OFlag::O_RDONLY).map(File::from)
+            let flags = if writable { OFlag::O_RDWR } else { OFlag::O_RDONLY };
+            mount::open_by_node(directory.as_fd(), number, flags).map(File::from)
         }
         None => Err(SysError::errno("open", path, libc::ENOENT)),
     }

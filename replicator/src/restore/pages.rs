@@ -113,7 +113,13 @@ mod tests {
 
     fn space() -> Vec<Mapping> {
         let rw = libc::PROT_READ | libc::PROT_WRITE;
-        let file = Source::File { path: "/f".into(), offset: 0, shared: false, home: Home::Host };
+        let file = Source::File {
+            path: "/f".into(),
+            offset: 0,
+            shared: false,
+            home: Home::Host,
+            writable: false,
+        };
         vec![
             mapping(10, 4, rw, Source::Anonymous),
             mapping(14, 3, libc::PROT_READ, file),

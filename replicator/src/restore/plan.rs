@@ -101,14 +101,14 @@ fn part(m: &Mapping, start: u64, end: u64) -> Mapping {
 fn alike(old: &Mapping, new: &Mapping) -> bool {
     let same_source = match (&old.source, &new.source) {
         (
-            Source::File { path: a, offset: i, shared: s, home },
-            Source::File { path: b, offset: j, shared: t, home: new_home },
+            Source::File { path: a, offset: i, shared: s, home, writable: w },
+            Source::File { path: b, offset: j, shared: t, home: new_home, writable: x },
         ) => {
             // A shared file mapped for reading alone was opened so and cannot be made writable.
             let opens = |m: &Mapping| *s && m.prot & PROT_WRITE != 0;
             let (i, j) = (i.wrapping_sub(old.start), j.wrapping_sub(new.start));
             // One that has a number may have got another name.
-            let same = home == new_home && (a == b || *home != Home::Host);
+            let same = home == new_home && w == x && (a == b || *home != Home::Host);
             i == j && s == t && same && (opens(old) || !opens(new))
         }
         (
@@ -154,6 +154,7 @@ mod tests {
             offset: start,
             shared,
             home: Home::Host,
+            writable: false,
         };
         match choice {
             0 | 1 => Source::Anonymous,
@@ -188,7 +189,13 @@ mod tests {
             end: 0x2000,
             prot: 1,
             grows_down: false,
-            source: Source::File { path: path.into(), offset: 0, shared: false, home },
+            source: Source::File {
+                path: path.into(),
+                offset: 0,
+                shared: false,
+                home,
+                writable: false,
+            },
             fresh: false,
         };
         let steps = |a: Mapping, b: Mapping| plan(&[a], &[b]).len();

@@ -157,7 +157,7 @@ fn check_new(pid: i32, m: &Mapping, old: &[Mapping]) -> Result<(), RestoreError>
 }
 
 /// Maps parts of files that were not there when the mappings were made, over the memory that has their place.
-/// The files are open for reading.
+/// The files are open as the mappings need it.
 pub(super) fn map_late(
     target: &Target<'_>,
     script: &mut Script,
@@ -360,7 +360,13 @@ mod tests {
     use crate::image::Home;
 
     fn mapping(start: u64, end: u64, shared: bool, fresh: bool) -> Mapping {
-        let source = Source::File { path: "/f".into(), offset: 0, shared, home: Home::Host };
+        let source = Source::File {
+            path: "/f".into(),
+            offset: 0,
+            shared,
+            home: Home::Host,
+            writable: false,
+        };
         Mapping { start, end, prot: PROT_WRITE, grows_down: false, source, fresh }
     }
 

@@ -6,6 +6,7 @@ pub mod birth;
 pub mod bpf;
 pub mod descriptors;
 pub mod error;
+pub mod file_range;
 pub mod inet_diag;
 pub mod inotify;
 pub mod limits;

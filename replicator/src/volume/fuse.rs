@@ -72,6 +72,22 @@ pub struct Served {
     session: Option<BackgroundSession>,
 }
 
+/// What a capture needs to know of a volume that is served.
+#[derive(Debug)]
+pub struct Known {
+    pub(crate) volume: Arc<Volume>,
+    /// Major above minor, as in /proc/PID/maps.
+    pub(crate) device: u64,
+    mount: OwnedFd,
+}
+
+impl Known {
+    /// Opens a file by its number, to read it.
+    pub(crate) fn open(&self, ino: Ino) -> Result<File, SysError> {
+        mount::open_by_node(self.mount.as_fd(), ino.0, OFlag::O_RDONLY).map(File::from)
+    }
+}
+
 fn system(e: SysError) -> (String, io::Error) {
     (format!("{} on {}", e.call, e.object), e.source)
 }
@@ -154,6 +170,18 @@ impl Served {
     /// inode number, which is the file's [`Ino`], it tells which file a descriptor refers to.
     pub fn device(&self) -> u64 {
         self.device
+    }
+
+    /// What a capture needs to know of it.
+    ///
+    /// # Errors
+    /// The process has too many files open.
+    pub fn known(&self) -> Result<Known, VolumeError> {
+        let mount = self.mount.try_clone();
+        let mount = mount.map_err(|e| self.failed("duplicating its mount".into(), e))?;
+        let (major, minor) =
+            (nix::sys::stat::major(self.device), nix::sys::stat::minor(self.device));
+        Ok(Known { volume: self.volume.clone(), device: major << 32 | minor, mount })
     }
 
     /// Opens a file by its number, by way of the mount, whether it has a name or not.

@@ -36,7 +36,7 @@ mod tree;
 
 pub use compare::{difference, digest};
 pub use disk::{Attributes, Shape, Time};
-pub use fuse::{Fsync, ROOT_SOURCE, ServeOptions, Served, UPPER};
+pub use fuse::{Fsync, Known, ROOT_SOURCE, ServeOptions, Served, UPPER};
 pub use guard::{GUARD_COMMAND, Guard, guard_main};
 pub use journal::Journals;
 pub use live::{Change, Found, Opened, Volume};

@@ -30,7 +30,10 @@ impl AddressSpace {
             if !vma.keep_home(&vmas_before) {
                 vma.find_home(objects.systems());
             }
+            vma.look_at_file(self.pid, objects.systems());
         }
+        self.written_back.clear();
+        self.written_back.extend(self.vmas.iter().filter_map(maps::Vma::written_back));
         self.guards.keep_within(&self.vmas);
         let named = self.name_objects(objects, stopped)?;
         list(&mut self.glance, &self.procmap, &mut self.extents)?;

@@ -34,7 +34,7 @@ use crate::sys::pagemap::{self, Buffer, Pagemap, Region, Scan};
 use crate::sys::procmap::{Extent, ProcMap};
 use crate::sys::remote::{SCRATCH, SCRATCH_LEN};
 use crate::sys::{SysError, SysResult, uffd};
-use maps::Vma;
+use maps::{Mapped, Vma};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
@@ -60,6 +60,8 @@ pub(super) struct AddressSpace {
     spans: Vec<(u64, u64)>,
     /// Watched mappings of objects, whose pages are the objects'.
     shared: Vec<Shared>,
+    /// Files of volumes that may be written through mappings, and are no objects.
+    written_back: Vec<Mapped>,
     /// Ranges first seen since the last checkpoint.
     fresh: Vec<(u64, u64)>,
     /// Runs to copy again: they were marked clean but could not be read while running.
@@ -111,6 +113,7 @@ impl AddressSpace {
             vmas: Vec::new(),
             spans: Vec::new(),
             shared: Vec::new(),
+            written_back: Vec::new(),
             fresh: Vec::new(),
             carry: Vec::new(),
             regions: Vec::new(),
@@ -410,6 +413,11 @@ impl AddressSpace {
         Ok(Scan::Complete)
     }
 
+    /// Files of volumes that may be written through its mappings.
+    pub(super) fn written_back(&self) -> &[Mapped] {
+        &self.written_back
+    }
+
     /// Gives mappings of objects the numbers of these.
     fn name_objects(&mut self, objects: &mut Objects, stopped: bool) -> Result<bool, CaptureError> {
         let mut complete = true;
@@ -442,7 +450,10 @@ impl AddressSpace {
     /// Reads the mappings and no pages, for a survey.
     pub(super) fn look(&mut self, objects: &mut Objects) -> Result<(), CaptureError> {
         self.vmas = maps::read(self.pid, objects.systems())?;
-        self.vmas.iter_mut().for_each(|v| v.find_home(objects.systems()));
+        for vma in &mut self.vmas {
+            vma.find_home(objects.systems());
+            vma.look_at_file(self.pid, objects.systems());
+        }
         self.name_objects(objects, true)?;
         Ok(())
     }
