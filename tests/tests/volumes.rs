@@ -653,3 +653,64 @@ fn programs_go_on(tag: &str, path: &str) {
     bed.until_store("it is protected", |store| store["protected"] == true);
     bed.destroy();
 }
+
+/// VO-5, VO-17: etcd, whose file (bbolt) is mapped to be read and written by write(2).
+#[test]
+fn etcd_goes_on_whole() {
+    if !is_installed("etcd") || !is_installed("python3") {
+        return;
+    }
+    let sketch = Sketch::of(
+        "command: [etcd, --data-dir, @/seen/etcd, --listen-client-urls, 'http://0.0.0.0:7000', \
+         --advertise-client-urls, 'http://10.77.0.10:7000', --snapshot-count, '50']\n    \
+         ready: { tcp: 7000, timeout: 30s }\n    volume-directory: @/kept\n    volumes:\n      \
+         - { path: @/seen, kind: replicated }",
+    );
+    let bed = Bed::new("etcd", &sketch);
+    bed.write(&bed.text().replace('@', &bed.directory().display().to_string()));
+    let ask = |call: &str, body: &str| -> Value {
+        let program = "import sys, urllib.request; \
+            r = urllib.request.Request('http://10.77.0.10:7000/v3/kv/' + sys.argv[1], sys.argv[2].encode()); \
+            print(urllib.request.urlopen(r, timeout=30).read().decode())";
+        let done = bed.exec("client", &["python3", "-c", program, call, body]).expect_success();
+        serde_json::from_str(&done.stdout).expect("JSON")
+    };
+    // Keys and values are in base 64: k00 to k59.
+    let key = |n: u32| {
+        let text = format!("k{n:02}");
+        let bits = text.bytes().fold(0u32, |bits, byte| bits << 8 | u32::from(byte));
+        let digits = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+        let digit = |at: u32| char::from(digits[(bits >> at & 63) as usize]);
+        [18, 12, 6, 0].map(digit).iter().collect::<String>()
+    };
+    let put = |n: u32| {
+        let body = format!(r#"{{"key": "{0}", "value": "{0}"}}"#, key(n));
+        let answer = ask("put", &body);
+        answer["header"]["revision"].as_str().expect("a revision").parse::<u32>().expect("it")
+    };
+    let all = || ask("range", &format!(r#"{{"key": "{}", "range_end": "bA=="}}"#, key(0)));
+    bed.deploy();
+    bed.until_store("it is protected", |store| store["protected"] == true);
+    let base = put(0);
+    (1..20).for_each(|n| assert_eq!(put(n), base + n));
+    bed.fault("kill-host:alpha");
+    bed.until_store("it runs on beta", |s| s["primary"] == "beta" && s["phase"] != "promoting");
+    assert_eq!(all()["count"], "20");
+    (20..40).for_each(|n| assert_eq!(put(n), base + n));
+    bed.fault("revive-host:alpha");
+    bed.until_store("it is protected again", |store| store["protected"] == true);
+    (40..60).for_each(|n| assert_eq!(put(n), base + n));
+    bed.fault("kill-host:beta");
+    bed.until_store("it is back", |s| s["primary"] == "alpha" && s["phase"] != "promoting");
+    let found = all();
+    let keys: Vec<&str> = found["kvs"]
+        .as_array()
+        .expect("a list")
+        .iter()
+        .map(|pair| pair["value"].as_str().expect("a value"))
+        .collect();
+    assert_eq!(keys, (0..60).map(key).collect::<Vec<_>>(), "{found:#}");
+    bed.fault("revive-host:beta");
+    bed.until_store("it is protected", |store| store["protected"] == true);
+    bed.destroy();
+}

@@ -113,10 +113,12 @@ pub(super) struct Object {
 impl Vma {
     /// Whether its pages can be written and so must be watched.
     pub(super) fn is_trackable(&self) -> bool {
+        // What a mapping shows of a volume's file is the volume's.
+        let is_left_to_volume = self.mapping.is_late() && self.is_shared_file();
         !self.vsyscall
+            && !is_left_to_volume
             && !matches!(self.mapping.source, Source::Vdso(_))
             && !is_scratch(self.mapping.start, self.mapping.end)
-            && !(self.mapping.is_late() && self.is_shared_file())
     }
 
     /// The file that may be written through it and is written back at each stop.

@@ -12,7 +12,7 @@ use super::task::TimeUnit;
 use super::terminal::OtherEnd;
 use super::tree::EntryKind;
 use super::unix::UnixLink;
-use super::{Kind, Source, State, VdsoPart};
+use super::{Home, Kind, Source, State, VdsoPart};
 use serde_reflection::{ContainerFormat, Error, Registry, Samples, Tracer, TracerConfig};
 use std::fmt::Write as _;
 use std::net::{IpAddr, SocketAddr};
@@ -34,6 +34,7 @@ fn types() -> Result<Registry, Error> {
     tracer.trace_type::<EntryKind>(&samples)?;
     tracer.trace_type::<UnixLink>(&samples)?;
     tracer.trace_type::<ObjectKind>(&samples)?;
+    tracer.trace_type::<Home>(&samples)?;
     tracer.trace_type::<Source>(&samples)?;
     tracer.trace_type::<Kind>(&samples)?;
     tracer.registry()
