@@ -47,7 +47,7 @@ impl Mounts {
         let ours: Vec<u64> =
             whole("tmpfs", &read("/proc/thread-self/mountinfo")?).map(|m| m.1).collect();
         let theirs = read(&format!("/proc/{root}/mountinfo"))?;
-        let volumes = whole("fuse", &theirs).chain(whole("fuse.nilicon", &theirs));
+        let volumes = whole("fuse.nilicon", &theirs);
         let mut me = Self {
             volumes: volumes.map(|m| m.1).collect(),
             root_layer: root_layer(&theirs),

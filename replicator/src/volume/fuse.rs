@@ -21,6 +21,7 @@ use crate::sys::mount::{self, Place, RootLayers, Setup};
 use fuser::{BackgroundSession, Config, Session, SessionACL};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::stat::Mode;
 use requests::Requests;
 use std::fs::File;
@@ -105,6 +106,12 @@ impl Served {
             doing: format!("serving it as {name:?}: {what}"),
             source,
         };
+        // Some files of each volume stay open here.
+        if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+            && soft < hard
+        {
+            let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+        }
         let device = File::options().read(true).write(true).open("/dev/fuse");
         let device = device.map_err(|e| failed(("opening /dev/fuse".into(), e)))?;
         let mount = new_mount(name, &device, options).map_err(|e| failed(system(e)))?;
