@@ -135,6 +135,20 @@ fn checks() -> Vec<Check> {
              and closes at once, beyond some 14 KB, is lost with its host",
         )
         .optional(),
+        Check::of(
+            "volumes",
+            said(probe::fuse()),
+            "boot a kernel with CONFIG_FUSE_FS, or make /dev/fuse available here; without it no \
+             volume can be replicated",
+        )
+        .optional(),
+        Check::of(
+            "a root as a volume",
+            said(probe::layers_by_descriptor()),
+            "boot a kernel of version 6.13 or later with CONFIG_OVERLAY_FS; without it a volume \
+             cannot have the path /",
+        )
+        .optional(),
         Check::of("/dev/net/tun", tun(), "modprobe tun, or make the device available here"),
         Check::of("cgroups", cgroups(), "mount the unified hierarchy at /sys/fs/cgroup, writable"),
     ];

@@ -1,7 +1,7 @@
 //! Trying what the kernel can do, on objects of this process alone, for `nilicon doctor`.
 
-use super::error::{SysResult, check};
-use super::{pagemap, sockopt, uffd};
+use super::error::{SysError, SysResult, check};
+use super::{mount, pagemap, sockopt, uffd};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 
@@ -46,6 +46,32 @@ pub fn tcp_repair() -> SysResult<()> {
     let socket = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)
         .map_err(|errno| super::SysError::errno("socket", "AF_INET", errno as i32))?;
     sockopt::set_i32(socket.as_fd(), libc::IPPROTO_TCP, libc::TCP_REPAIR, 1)
+}
+
+/// Whether a file system can be served by this process, and its connection be ended.
+///
+/// # Errors
+/// There is no FUSE, or no right to it.
+pub fn fuse() -> SysResult<()> {
+    let path = "/dev/fuse";
+    let opened = std::fs::File::options().read(true).write(true).open(path);
+    opened.map_err(|source| SysError { call: "open", object: path.to_owned(), source })?;
+    mount::Setup::begin("fuse")?;
+    mount::Setup::begin("fusectl").map(drop)
+}
+
+/// Whether an overlay takes its layers as descriptors (kernel 6.13).
+///
+/// # Errors
+/// It does not, or there are no overlays.
+pub fn layers_by_descriptor() -> SysResult<()> {
+    let setup = mount::Setup::begin("overlay")?;
+    let root = std::fs::File::open("/").map_err(|source| SysError {
+        call: "open",
+        object: "/".to_owned(),
+        source,
+    })?;
+    setup.file("lowerdir+", root.as_fd())
 }
 
 #[cfg(test)]

@@ -129,10 +129,12 @@ impl Volume {
         self.inner().dirty = Dirty::default();
     }
 
-    /// Reads the contents that have changed, and counts them as unchanged; gives their length.
-    pub(super) fn precopy(&self, out: &mut Vec<u8>) -> Result<usize, VolumeError> {
+    /// Reads the contents that have changed, and counts them as unchanged; gives their length. There is room for so
+    /// many bytes.
+    pub(super) fn precopy(&self, out: &mut Vec<u8>, room: u64) -> Result<usize, VolumeError> {
         let before = out.len();
         let mut inner = self.inner();
+        inner.check_room(room)?;
         let nodes = inner.dirty.take_nodes();
         // Attributes are read in the stop.
         nodes.keys().for_each(|ino| inner.dirty.node(*ino));
@@ -278,6 +280,27 @@ impl Inner {
         Ok(())
     }
 
+    /// Refuses to read more than there is room for, before any of it is in memory.
+    fn check_room(&self, room: u64) -> Result<(), VolumeError> {
+        let length = |ranges: &Ranges| ranges.iter().map(|(start, end)| end - start).sum::<u64>();
+        // Holes are looked for only where that can make a difference.
+        if self.dirty.nodes.values().map(length).sum::<u64>() <= room {
+            return Ok(());
+        }
+        let mut bytes = 0;
+        for (&ino, ranges) in self.dirty.nodes.iter().filter(|(_, r)| r.iter().next().is_some()) {
+            let Ok(file) = self.disk.open(&self.tree.path(ino), false) else { continue };
+            bytes += data(&file, ranges).map_err(self.disk.failed("looking for holes"))?;
+        }
+        match bytes <= room {
+            true => Ok(()),
+            false => {
+                let root = self.disk.root().to_owned();
+                Err(VolumeError::TooMuch { root, bytes, most: room })
+            }
+        }
+    }
+
     fn write_down(&self, dirty: &Dirty, out: &mut Vec<u8>) -> Result<(), VolumeError> {
         for (&ino, ranges) in &dirty.nodes {
             if !self.tree.known.contains_key(&ino) {
@@ -304,6 +327,26 @@ impl Inner {
         }
         Ok(())
     }
+}
+
+/// How much of these ranges of a file is data, and no hole.
+fn data(file: &File, ranges: &Ranges) -> io::Result<u64> {
+    let mut bytes = 0;
+    for (start, end) in ranges.iter() {
+        let mut at = start;
+        while at < end {
+            let begin = match lseek64(file, at as i64, Whence::SeekData) {
+                Ok(n) => n as u64,
+                // There is nothing but a hole up to the end.
+                Err(nix::Error::ENXIO) => break,
+                Err(e) => return Err(e.into()),
+            };
+            let stop = lseek64(file, begin as i64, Whence::SeekHole)? as u64;
+            bytes += stop.min(end).saturating_sub(begin);
+            at = stop;
+        }
+    }
+    Ok(bytes)
 }
 
 /// What is in these ranges of a file now, as far as it reaches; gives its size.

@@ -62,6 +62,9 @@ impl std::fmt::Display for Ino {
     }
 }
 
+/// Bytes of contents that a checkpoint may have of all volumes. They are in memory at both hosts.
+pub const MOST_BYTES: u64 = 4 << 30;
+
 /// Why a volume cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum VolumeError {
@@ -98,6 +101,21 @@ pub enum VolumeError {
         at: PathBuf,
         /// The first name that differs, and how.
         first: String,
+    },
+    /// A checkpoint cannot say so much.
+    #[error(
+        "volume {}: {bytes} bytes of it would be in one checkpoint, where there is room for {most} \
+         (the first one has all that is in the volumes): keep what need not go along elsewhere, or have it on storage \
+         that both hosts see (kind: shared)",
+        root.display()
+    )]
+    TooMuch {
+        /// The volume's directory.
+        root: PathBuf,
+        /// How much has changed, holes left out.
+        bytes: u64,
+        /// How much there is room for.
+        most: u64,
     },
     /// A checkpoint says something about files that cannot be.
     #[error("volume {}: the checkpoint does not fit its files: {why}", root.display())]

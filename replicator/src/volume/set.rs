@@ -11,7 +11,7 @@
 
 use super::disk::Disk;
 use super::record::Record;
-use super::{ReadOnly, Volume, VolumeError, journal, read_only};
+use super::{MOST_BYTES, ReadOnly, Volume, VolumeError, journal, read_only};
 use crate::{Epoch, Generation};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -106,8 +106,12 @@ impl Volumes {
     pub fn precopy(&self) -> Result<usize, VolumeError> {
         let mut pending = self.pending();
         let mut read = 0;
+        let held: usize = pending.iter().map(Vec::len).sum();
+        let mut room = MOST_BYTES.saturating_sub(held as u64);
         for (volume, out) in self.list.iter().zip(&mut *pending) {
-            read += volume.precopy(out)?;
+            let more = volume.precopy(out, room)?;
+            room = room.saturating_sub(more as u64);
+            read += more;
         }
         Ok(read)
     }

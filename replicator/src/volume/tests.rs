@@ -474,3 +474,26 @@ fn what_does_not_fit_is_an_error() {
         assert!(matches!(result, Err(VolumeError::Misfit { .. })), "{payload:?}: {result:?}");
     }
 }
+
+/// A first copy is refused before it fills the memory of both hosts; holes count nothing.
+#[test]
+fn more_than_a_checkpoint_has_room_for_is_refused_before_it_is_read() {
+    if needs_root() {
+        return;
+    }
+    let here = Scratch::new();
+    let primary = open(&here.0).expect("new");
+    let volume = &primary.list()[0];
+    let made = volume.make(Ino::ROOT, OsStr::new("a"), &Shape::File, 0o600, (0, 0), true);
+    let opened = volume.open_file(made.expect("it is new").ino).expect("it opens");
+    volume.write(&opened, 0, &[1; 8192]).expect("written");
+    volume.write(&opened, 1 << 30, &[2; 4096]).expect("written");
+    primary.begin_full();
+    let mut out = Vec::new();
+    let error = volume.precopy(&mut out, 12_287).expect_err("a byte too many");
+    assert!(matches!(error, VolumeError::TooMuch { bytes: 12_288, most: 12_287, .. }), "{error}");
+    assert!(out.is_empty());
+    // It is all still to be read.
+    let read = volume.precopy(&mut out, 12_288).expect("there is room");
+    assert!(read > 12_288 && read == out.len(), "{read}");
+}

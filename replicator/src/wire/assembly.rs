@@ -23,6 +23,7 @@ use super::shadow::{PageKey, PageMap, Shadow};
 use super::state::decode_piece;
 use crate::image::State;
 use crate::image::pages::{Content, Edit, Edits, PAGE, PageSet, Run};
+use crate::volume::MOST_BYTES;
 use crate::{Epoch, Generation};
 use std::sync::Arc;
 use xxhash_rust::xxh3::Xxh3;
@@ -41,9 +42,10 @@ pub struct Limits {
 }
 
 impl Default for Limits {
-    /// 16 GiB of pages, four million runs, 256 MiB of state, 4 GiB of files.
+    /// 16 GiB of pages, four million runs, 256 MiB of state, of files a quarter more than their contents may be.
     fn default() -> Self {
-        Self { pages: 4 << 20, runs: 4 << 20, state_bytes: 256 << 20, volume_bytes: 4 << 30 }
+        let volume_bytes = (MOST_BYTES + MOST_BYTES / 4) as usize;
+        Self { pages: 4 << 20, runs: 4 << 20, state_bytes: 256 << 20, volume_bytes }
     }
 }
 
