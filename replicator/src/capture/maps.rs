@@ -426,6 +426,56 @@ mod tests {
     }
 
     #[test]
+    fn a_mapping_keeps_its_home_while_it_is_of_the_same_file() {
+        let systems = FileSystems::new(Vec::new(), vec![7]);
+        let vma = |line: &str| parse(line, &systems).expect("a mapping");
+        let home = |v: &Vma| match v.mapping.source {
+            Source::File { home, .. } => home,
+            _ => panic!("no file"),
+        };
+        let mut old = vma("7000-9000 r--p 00000000 00:05 12   /lib");
+        assert_eq!(home(&old), Home::Host);
+        if let Source::File { home, .. } = &mut old.mapping.source {
+            *home = Home::Root(3);
+        }
+        let before = [old];
+        // A part of it, after mprotect(2), and what is not of it.
+        let mut part = vma("8000-9000 rw-p 00001000 00:05 12   /lib");
+        assert!(part.keep_home(&before));
+        assert_eq!(home(&part), Home::Root(3));
+        for other in [
+            "8000-9000 rw-p 00001000 00:05 12   /other",
+            "9000-a000 rw-p 00001000 00:05 12   /lib",
+            "8000-9000 r--s 00001000 00:05 12   /lib",
+        ] {
+            let mut other = vma(other);
+            assert!(!other.keep_home(&before));
+            assert_eq!(home(&other), Home::Host);
+        }
+        // The kernel says itself which file of a volume it is.
+        let before = [vma("7000-9000 r--p 00000000 00:07 12   /v/lib")];
+        let mut same = vma("7000-9000 r--p 00000000 00:07 12   /v/lib");
+        assert!(same.keep_home(&before));
+        let mut other = vma("7000-9000 r--p 00000000 00:07 13   /v/lib");
+        assert!(!other.keep_home(&before));
+        assert_eq!(home(&other), Home::Volume(13));
+    }
+
+    #[test]
+    fn what_is_left_of_a_file_without_a_name_is_new() {
+        let vma = |line: &str| parse(line, &FileSystems::default()).expect("a mapping");
+        let before = [vma("7000-9000 r--p 00000000 00:05 12   /lib")];
+        let gone = vma("7000-8000 r--p 00000000 00:05 12   /lib (deleted)");
+        assert!(gone.is_nameless_now(&before));
+        assert!(!gone.is_nameless_now(std::slice::from_ref(&gone)), "it was so before");
+        assert!(!before[0].is_nameless_now(&before), "it has its name");
+        let beside = vma("9000-a000 r--p 00002000 00:05 12   /lib (deleted)");
+        assert!(!beside.is_nameless_now(&before));
+        let shared = vma("7000-8000 r--s 00000000 00:05 12   /lib (deleted)");
+        assert!(!shared.is_nameless_now(&before), "its pages are the object's");
+    }
+
+    #[test]
     fn a_mapping_that_grew_between_two_looks_shows() {
         let text = ["1000-3000 rw-p 00000000 00:00 0", "3000-9000 ---p 00000000 00:00 0"];
         let vmas: Vec<Vma> =
