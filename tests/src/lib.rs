@@ -12,11 +12,13 @@
 mod bed;
 mod command;
 mod leftovers;
+mod obedient;
 mod relay;
 mod sketch;
 
 pub use bed::{Bed, until};
 pub use command::{Done, Running, binary, is_installed, nilicon, nilicon_as_nobody};
 pub use leftovers::leftovers;
+pub use obedient::{OBEDIENT, tell};
 pub use relay::Relay;
 pub use sketch::{EMBEDDED, MEMCACHED, REDIS, Sketch};

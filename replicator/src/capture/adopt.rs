@@ -43,12 +43,10 @@ impl Capturer {
             return Err(tracer::leader_has_ended(root));
         }
         let tmpfs = tmpfs::Mounts::find(root)?;
-        let (own, volumes) = (tmpfs.devices().to_vec(), tmpfs.volumes().to_vec());
-        let systems = maps::FileSystems::new(own, volumes);
         Ok(Self {
             tracer: Tracer::new(),
             processes: BTreeMap::new(),
-            objects: objects::Objects::new(systems),
+            objects: objects::Objects::new(tmpfs.devices()),
             tmpfs,
             namespaces: surroundings::Namespaces::of(root)?,
             vdso: 0,
@@ -67,7 +65,6 @@ impl Capturer {
             rest: None,
             copies: Vec::new(),
             unconfirmed: Vec::new(),
-            written: Vec::new(),
             glances: Glances::On,
             refusals: refusals::Refusals::default(),
             remains: lineage::Remains::default(),

@@ -8,7 +8,7 @@ use crate::sys::{SysError, SysResult, file_range};
 use crate::volume::{Ino, Known, UPPER};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::{fstat, major, minor};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
@@ -36,9 +36,7 @@ pub(super) fn kernel_tmpfs() -> Option<u64> {
 pub(super) struct FileSystems {
     /// Its own tmpfs mounts.
     pub(super) own: Vec<u64>,
-    /// Volumes.
-    pub(super) volumes: Vec<u64>,
-    /// Those that are served here.
+    /// Its volumes.
     pub(super) served: Vec<Known>,
     /// A root that is an overlay, and the volume that its upper layer is in.
     pub(super) layer: Option<(u64, Known)>,
@@ -50,9 +48,9 @@ pub(super) struct FileSystems {
 pub(super) type Mapped = (u64, u64);
 
 impl FileSystems {
-    /// Its tmpfs mounts and its volumes, of which no more is known yet.
-    pub(super) fn new(own: Vec<u64>, volumes: Vec<u64>) -> Self {
-        Self { own, volumes, ..Self::default() }
+    /// Its tmpfs mounts; of volumes nothing is known yet.
+    pub(super) fn new(own: Vec<u64>) -> Self {
+        Self { own, ..Self::default() }
     }
 
     /// Whether a file that is mapped has got another name, or has none any more, since this was asked last.
@@ -69,7 +67,7 @@ impl FileSystems {
 
     /// Has what was stored through mappings of these files written to their volumes. That costs a system call for a
     /// file where nothing was. sync_file_range(2)
-    pub(super) fn write_back(&mut self, files: &[Mapped]) -> SysResult<()> {
+    pub(super) fn write_back(&mut self, files: &BTreeSet<Mapped>) -> SysResult<()> {
         self.written.retain(|file, _| files.contains(file));
         for file in files {
             if !self.written.contains_key(file) {
@@ -149,7 +147,7 @@ impl Vma {
     /// Makes a shared mapping through which a file may be written, now or after mprotect(2), one
     /// of an object, unless the file is none whose contents can be copied. One of a volume that is not written
     /// through at present is left to the volume, and so is one of a large file.
-    pub(super) fn look_at_file(&mut self, pid: i32, systems: &FileSystems) {
+    pub(super) fn look_at_file(&mut self, pid: i32) {
         let Some(object) = self.file.take() else { return };
         let Mapping { start, end, .. } = self.mapping;
         let path = format!("/proc/{pid}/map_files/{start:x}-{end:x}");
@@ -158,18 +156,15 @@ impl Vma {
         if !writable && self.mapping.prot & 2 == 0 {
             return;
         }
-        let is_served = self.mapping.is_late() && systems.volume(self.device).is_some();
-        let meta = fs::metadata(&path);
-        let is_large = meta.as_ref().is_ok_and(|m| m.len() > LARGEST_FILE);
-        if is_served && (is_large || self.mapping.prot & 2 == 0) {
-            if let Source::File { writable, .. } = &mut self.mapping.source {
-                *writable = true;
-            }
-            return;
+        if self.mapping.is_late() && self.mapping.prot & 2 == 0 {
+            return self.leave_to_volume();
         }
         // What was said of a file that is only read is not so of an object.
         self.refused = None;
-        match meta {
+        match fs::metadata(&path) {
+            Ok(meta) if self.mapping.is_late() && meta.len() > LARGEST_FILE => {
+                self.leave_to_volume();
+            }
             Ok(meta) if !meta.is_file() => {
                 self.refused = Some("a device mapped shared and writable");
             }
@@ -189,7 +184,13 @@ impl Vma {
         }
     }
 
-    /// What the mappings were as of which this was one tells where its file is, if it is the same still.
+    fn leave_to_volume(&mut self) {
+        if let Source::File { writable, .. } = &mut self.mapping.source {
+            *writable = true;
+        }
+    }
+
+    /// Takes over where its file is from the mapping that was in this place before, if that was of the same file.
     pub(super) fn keep_home(&mut self, before: &[Self]) -> bool {
         let at = before.partition_point(|b| b.mapping.end <= self.mapping.start);
         let Some(known) = before.get(at).filter(|b| b.mapping.start < self.mapping.end) else {
@@ -319,7 +320,7 @@ fn parse(line: &str, systems: &FileSystems) -> Option<Vma> {
                 let key = Key { class: Class::File, device, inode };
                 file = Some(Object { key, name: unescape(name) });
             }
-            let home = match systems.volumes.contains(&device) {
+            let home = match systems.served.iter().any(|v| v.device == device) {
                 true => Home::Volume(inode),
                 false => Home::Host,
             };
@@ -427,20 +428,20 @@ mod tests {
 
     #[test]
     fn a_mapping_keeps_its_home_while_it_is_of_the_same_file() {
-        let systems = FileSystems::new(Vec::new(), vec![7]);
-        let vma = |line: &str| parse(line, &systems).expect("a mapping");
+        let vma = |line: &str, at: Home| {
+            let mut vma = parse(line, &FileSystems::default()).expect("a mapping");
+            if let Source::File { home, .. } = &mut vma.mapping.source {
+                *home = at;
+            }
+            vma
+        };
         let home = |v: &Vma| match v.mapping.source {
             Source::File { home, .. } => home,
             _ => panic!("no file"),
         };
-        let mut old = vma("7000-9000 r--p 00000000 00:05 12   /lib");
-        assert_eq!(home(&old), Home::Host);
-        if let Source::File { home, .. } = &mut old.mapping.source {
-            *home = Home::Root(3);
-        }
-        let before = [old];
+        let before = [vma("7000-9000 r--p 00000000 00:05 12   /lib", Home::Root(3))];
         // A part of it, after mprotect(2), and what is not of it.
-        let mut part = vma("8000-9000 rw-p 00001000 00:05 12   /lib");
+        let mut part = vma("8000-9000 rw-p 00001000 00:05 12   /lib", Home::Host);
         assert!(part.keep_home(&before));
         assert_eq!(home(&part), Home::Root(3));
         for other in [
@@ -448,15 +449,15 @@ mod tests {
             "9000-a000 rw-p 00001000 00:05 12   /lib",
             "8000-9000 r--s 00001000 00:05 12   /lib",
         ] {
-            let mut other = vma(other);
+            let mut other = vma(other, Home::Host);
             assert!(!other.keep_home(&before));
             assert_eq!(home(&other), Home::Host);
         }
         // The kernel says itself which file of a volume it is.
-        let before = [vma("7000-9000 r--p 00000000 00:07 12   /v/lib")];
-        let mut same = vma("7000-9000 r--p 00000000 00:07 12   /v/lib");
-        assert!(same.keep_home(&before));
-        let mut other = vma("7000-9000 r--p 00000000 00:07 13   /v/lib");
+        let line = "7000-9000 r--p 00000000 00:07 12   /v/lib";
+        let before = [vma(line, Home::Volume(12))];
+        assert!(vma(line, Home::Volume(12)).keep_home(&before));
+        let mut other = vma(line, Home::Volume(13));
         assert!(!other.keep_home(&before));
         assert_eq!(home(&other), Home::Volume(13));
     }

@@ -290,8 +290,6 @@ pub struct Capturer {
     copies: Vec<u8>,
     /// The objects of a checkpoint that is to be confirmed.
     unconfirmed: Vec<u32>,
-    /// Files of volumes that were written back last.
-    written: Vec<maps::Mapped>,
     glances: Glances,
     refusals: refusals::Refusals,
     remains: lineage::Remains,
@@ -581,11 +579,7 @@ impl Capturer {
     /// Has what was stored through mappings of files in volumes written to these.
     fn write_back(&mut self) -> Result<(), CaptureError> {
         let files = self.processes.values().flat_map(|t| t.space.written_back()).copied();
-        self.written.clear();
-        self.written.extend(files);
-        self.written.sort_unstable();
-        self.written.dedup();
-        Ok(self.objects.systems_mut().write_back(&self.written)?)
+        Ok(self.objects.systems_mut().write_back(&files.collect())?)
     }
 
     /// Copies what was written to objects. Says whether the mappings must be read anew first.

@@ -81,9 +81,9 @@ pub(super) struct Objects {
 }
 
 impl Objects {
-    /// None yet.
-    pub(super) fn new(systems: maps::FileSystems) -> Self {
-        Self { systems, ..Self::default() }
+    /// None yet. `own` are the devices of the container's own tmpfs mounts.
+    pub(super) fn new(own: &[u64]) -> Self {
+        Self { systems: maps::FileSystems::new(own.to_vec()), ..Self::default() }
     }
 
     /// Where what is mapped can be.

@@ -25,8 +25,6 @@ const MOST: usize = 100_000;
 pub(super) struct Mounts {
     all: Vec<Mount>,
     devices: Vec<u64>,
-    /// Devices of file systems that we serve ([`crate::volume`]).
-    volumes: Vec<u64>,
     /// The device of an overlay of ours that is the container's root.
     root_layer: Option<u64>,
     /// Devices of those that may be read past the page cache however a file was opened.
@@ -47,9 +45,7 @@ impl Mounts {
         let ours: Vec<u64> =
             whole("tmpfs", &read("/proc/thread-self/mountinfo")?).map(|m| m.1).collect();
         let theirs = read(&format!("/proc/{root}/mountinfo"))?;
-        let volumes = whole("fuse.nilicon", &theirs);
         let mut me = Self {
-            volumes: volumes.map(|m| m.1).collect(),
             root_layer: root_layer(&theirs),
             uncached: uncached(&theirs).collect(),
             ..Self::default()
@@ -69,11 +65,6 @@ impl Mounts {
     /// Their devices, major above minor.
     pub(super) fn devices(&self) -> &[u64] {
         &self.devices
-    }
-
-    /// Devices of the container's volumes, major above minor.
-    pub(super) fn volumes(&self) -> &[u64] {
-        &self.volumes
     }
 
     /// The device of an overlay of ours that is the container's root, major above minor: what

@@ -52,6 +52,9 @@ impl Spare {
         for p in &state.processes {
             let Some(stub) = stubs.iter().find(|s| s.pid == p.pid) else { continue };
             let late: Vec<&Mapping> = p.mappings.iter().filter(|m| m.is_late()).collect();
+            if late.is_empty() {
+                continue;
+            }
             for m in &late {
                 files.open(launched.pid, m).doing(p.pid, "open a file that it maps")?;
             }
@@ -110,9 +113,10 @@ fn find(path: &str, home: Home, writable: bool) -> SysResult<File> {
         return there.map_err(|source| SysError { call: "open", object: path.into(), source });
     };
     let is_it = |f: &File| !is_fuse(f) || f.metadata().is_ok_and(|m| m.ino() == number);
-    match there {
-        Ok(file) if is_it(&file) => return Ok(file),
-        _ => {}
+    if let Ok(file) = there
+        && is_it(&file)
+    {
+        return Ok(file);
     }
     let mut above = Path::new(path).ancestors().skip(1).filter_map(|d| File::open(d).ok());
     match above.find(is_fuse) {

@@ -7,8 +7,8 @@
 //! ```
 //! Invariants: no request waits for a checkpoint, so that a stop, which waits for the requests of
 //! the threads that it stops, never waits for itself; each change is in the volume before it is
-//! answered (no write-back cache), so that a seal misses none but stores through a mapping, and
-//! [`Served::flush`] has those written.
+//! answered (no write-back cache), so that a seal misses none but stores through a mapping, and a
+//! capture has those written ([`Capturer::keep_volume`](crate::capture::Capturer::keep_volume)).
 
 mod answers;
 mod files;
@@ -197,12 +197,6 @@ impl Served {
             let (call, source) = system(e);
             self.failed(format!("opening file {ino}: {call}"), source)
         })
-    }
-
-    /// Has a file's bytes that were stored through mappings written to the volume.
-    pub fn flush(&self, ino: Ino) -> Result<(), VolumeError> {
-        let file = File::from(self.open(ino, OFlag::O_RDONLY)?);
-        file.sync_data().map_err(|e| self.failed(format!("writing back file {ino}"), e))
     }
 
     /// Another descriptor of the file that ends the connection.

@@ -329,20 +329,27 @@ impl Inner {
     }
 }
 
+/// Where data begins, from there on; beyond all files if there is nothing but a hole up to the end.
+fn next_data(file: &File, at: u64) -> io::Result<u64> {
+    match lseek64(file, at as i64, Whence::SeekData) {
+        Ok(n) => Ok(n as u64),
+        Err(nix::Error::ENXIO) => Ok(u64::MAX),
+        Err(e) => Err(e.into()),
+    }
+}
+
 /// How much of these ranges of a file is data, and no hole.
 fn data(file: &File, ranges: &Ranges) -> io::Result<u64> {
     let mut bytes = 0;
     for (start, end) in ranges.iter() {
         let mut at = start;
         while at < end {
-            let begin = match lseek64(file, at as i64, Whence::SeekData) {
-                Ok(n) => n as u64,
-                // There is nothing but a hole up to the end.
-                Err(nix::Error::ENXIO) => break,
-                Err(e) => return Err(e.into()),
-            };
+            let begin = next_data(file, at)?;
+            if begin >= end {
+                break;
+            }
             let stop = lseek64(file, begin as i64, Whence::SeekHole)? as u64;
-            bytes += stop.min(end).saturating_sub(begin);
+            bytes += stop.min(end) - begin;
             at = stop;
         }
     }
@@ -356,14 +363,9 @@ fn contents(ino: Ino, file: &File, ranges: &Ranges, out: &mut Vec<u8>) -> io::Re
         let end = end.min(size);
         let mut at = start;
         while at < end {
-            // ENXIO: nothing but a hole up to the end.
-            let data = match lseek64(file, at as i64, Whence::SeekData) {
-                Ok(n) => n as u64,
-                Err(nix::Error::ENXIO) => end,
-                Err(e) => return Err(e.into()),
-            };
+            let data = next_data(file, at)?.min(end);
             if data > at {
-                let len = data.min(end) - at;
+                let len = data - at;
                 Record::Hole { ino, offset: at, len }.encode(out);
                 at += len;
                 continue;

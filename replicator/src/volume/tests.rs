@@ -2,7 +2,9 @@
 //! whatever was written while it was read, and wherever the process was killed.
 
 use super::disk::LEFT;
-use super::{Change, Ino, Journals, Node, Opened, Shape, VolumeError, Volumes, difference, digest};
+use super::{
+    Change, Ino, Journals, Node, Opened, Shape, Volume, VolumeError, Volumes, difference, digest,
+};
 use crate::{Epoch, Generation};
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
@@ -319,8 +321,7 @@ fn damaged_journals_are_refused_by_name() {
     let primary = open(&here.0).expect("a new volume");
     primary.begin_full();
     let volume = &primary.list()[0];
-    let made = volume.make(Ino::ROOT, OsStr::new("a"), &Shape::File, 0o600, (0, 0), true);
-    let opened = volume.open_file(made.expect("it is new").ino).expect("it opens");
+    let opened = new_file(volume);
     volume.write(&opened, 0, &[7; 9000]).expect("it is written");
     primary.seal().expect("it can be read");
     let mut payload = Vec::new();
@@ -345,6 +346,12 @@ fn damaged_journals_are_refused_by_name() {
     assert_eq!(contents(&open(&there.0).expect("carried out")), contents(&primary));
 }
 
+/// A file in it, made and open.
+fn new_file(volume: &Volume) -> Opened {
+    let made = volume.make(Ino::ROOT, OsStr::new("a"), &Shape::File, 0o600, (0, 0), true);
+    volume.open_file(made.expect("it is new").ino).expect("it opens")
+}
+
 /// A backup acknowledges epochs before it carries them out: a kill loses none of them, and a
 /// promotion drops those that were not acknowledged.
 #[test]
@@ -356,8 +363,7 @@ fn epochs_that_are_kept_are_carried_out_in_order_or_taken_back() {
     let primary = open(&here.0).expect("new");
     primary.begin_full();
     let volume = &primary.list()[0];
-    let made = volume.make(Ino::ROOT, OsStr::new("a"), &Shape::File, 0o600, (0, 0), true);
-    let opened = volume.open_file(made.expect("it is new").ino).expect("it opens");
+    let opened = new_file(volume);
     let journals = Journals::new(&there.0, true);
     let mut payloads = Vec::new();
     let mut wanted = Contents::new();
@@ -443,8 +449,7 @@ fn what_pre_copy_found_cut_off_is_zeros_when_it_comes_back() {
     let (primary, backup) = (open(&here.0).expect("new"), open(&there.0).expect("new"));
     primary.begin_full();
     let volume = &primary.list()[0];
-    let made = volume.make(Ino::ROOT, OsStr::new("a"), &Shape::File, 0o600, (0, 0), true);
-    let opened = volume.open_file(made.expect("it is new").ino).expect("it opens");
+    let opened = new_file(volume);
     volume.write(&opened, 0, &[7; 9000]).expect("it is written");
     let mut payload = Vec::new();
     primary.seal().expect("it can be read");
@@ -484,8 +489,7 @@ fn more_than_a_checkpoint_has_room_for_is_refused_before_it_is_read() {
     let here = Scratch::new();
     let primary = open(&here.0).expect("new");
     let volume = &primary.list()[0];
-    let made = volume.make(Ino::ROOT, OsStr::new("a"), &Shape::File, 0o600, (0, 0), true);
-    let opened = volume.open_file(made.expect("it is new").ino).expect("it opens");
+    let opened = new_file(volume);
     volume.write(&opened, 0, &[1; 8192]).expect("written");
     volume.write(&opened, 1 << 30, &[2; 4096]).expect("written");
     primary.begin_full();

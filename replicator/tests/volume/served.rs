@@ -3,6 +3,8 @@
 
 use crate::process::{Process, thread_in_namespace};
 use crate::{Scratch, cannot, open};
+use nix::fcntl::OFlag;
+use replicator::sys::file_range;
 use replicator::volume::{Fsync, Ino, ServeOptions, Served, Volumes};
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
@@ -69,7 +71,8 @@ fn stores_through_a_mapping_are_written_when_asked_for() {
     BufReader::new(out).read_line(&mut line).expect("it is ready");
     let ino = Ino(fs::metadata(m.seen.join("a")).expect("it is there").ino());
     let served = m.served.as_ref().expect("it is served");
-    served.flush(ino).expect("it is written back");
+    let file = File::from(served.open(ino, OFlag::O_RDONLY).expect("it opens"));
+    file_range::write_back(&file).expect("it is written back");
     let bytes = fs::read(m.here.0.join("data/tree/a")).expect("on the disk");
     assert_eq!(&bytes[5000..5005], b"hello");
     drop(python.stdin.take());

@@ -30,7 +30,7 @@ impl AddressSpace {
             if !vma.keep_home(&vmas_before) {
                 vma.find_home(objects.systems());
             }
-            vma.look_at_file(self.pid, objects.systems());
+            vma.look_at_file(self.pid);
         }
         self.written_back.clear();
         self.written_back.extend(self.vmas.iter().filter_map(maps::Vma::written_back));

@@ -452,7 +452,7 @@ impl AddressSpace {
         self.vmas = maps::read(self.pid, objects.systems())?;
         for vma in &mut self.vmas {
             vma.find_home(objects.systems());
-            vma.look_at_file(self.pid, objects.systems());
+            vma.look_at_file(self.pid);
         }
         self.name_objects(objects, true)?;
         Ok(())
