@@ -142,6 +142,42 @@ fn a_backup_without_room_says_so_and_is_one_again_when_it_has_some() {
     bed.destroy();
 }
 
+/// A large volume goes ahead of the first checkpoint: where that finds no room, nothing of it stays.
+#[test]
+fn a_backup_without_room_for_a_copy_says_so_and_gets_one_when_it_has_some() {
+    if !is_installed("python3") {
+        return;
+    }
+    let program = "\
+import os
+if not os.path.exists('@/seen/large'):
+    with open('@/seen/large', 'wb') as file:
+        for _ in range(150):
+            file.write(os.urandom(1_000_000))
+"
+    .to_owned()
+        + KEEPER;
+    let bed = bed("copy", &program, &["{ path: @/seen, kind: replicated }"], "");
+    let disk = Disk::new(&base(&bed, "beta"));
+    disk.change(MsFlags::empty(), "size=100m");
+    let deploying = bed.start("deploy", &[]);
+    until("the lab to be there", || bed.run("inspect", &[]).code.filter(|code| *code == 0));
+    until_said(&bed, &["writing a copy of file", "the disk is full"]);
+    let store = bed.store().expect("it is there");
+    assert_eq!((&store["protected"], &store["primary"]), (&false.into(), &"alpha".into()));
+    disk.change(MsFlags::empty(), "size=600m");
+    deploying.wait(std::time::Duration::from_secs(60)).expect_success();
+    assert_eq!(tell(&bed, 1000), 1000);
+    bed.fault("kill-host:alpha");
+    bed.until_store("it runs on beta", |s| s["primary"] == "beta" && s["phase"] != "promoting");
+    assert_eq!(tell(&bed, 5), 1005);
+    let volumes = fs::read_dir(base(&bed, "beta")).expect("it is there").flatten();
+    let inside = volumes.filter_map(|entry| fs::read_dir(entry.path()).ok()).flatten().flatten();
+    let left = inside.filter(|entry| entry.file_name().to_string_lossy().starts_with("seed"));
+    assert_eq!(left.count(), 0, "what came ahead is done with");
+    bed.destroy();
+}
+
 /// The program hears of a full disk where it runs, as on any other; it stays protected.
 #[test]
 fn a_program_hears_of_a_full_disk_and_stays_protected() {

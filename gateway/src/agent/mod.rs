@@ -15,6 +15,7 @@ mod orphans;
 mod pace;
 mod plain;
 mod primary;
+mod seeding;
 mod ship;
 pub mod status;
 mod stop;

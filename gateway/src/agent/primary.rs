@@ -228,6 +228,22 @@ impl Shell {
         lock(&self.base).full
     }
 
+    /// The connection for which the next checkpoint must be a full one.
+    pub(super) fn full_for(&self) -> Option<LinkId> {
+        let base = lock(&self.base);
+        base.full.then_some(base.link)
+    }
+
+    /// Files of `all` bytes go to a new backup, `sent` of them so far.
+    pub(super) fn copies_files(&self, all: u64, sent: u64) {
+        tracing::info!(container = self.name, all, sent, "a new backup gets its files");
+        self.say_why(format!(
+            "a new backup gets its files: {} of {} MB",
+            sent / 1_000_000,
+            all.max(sent) / 1_000_000
+        ));
+    }
+
     /// Whether nothing is kept for the next checkpoint, as there is nobody to send it to: it will
     /// be a full one.
     pub(super) fn begins_anew(&self) -> bool {

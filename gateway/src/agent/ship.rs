@@ -16,7 +16,7 @@ use replicator::protocol::LinkId;
 use replicator::protocol::primary::Input;
 use replicator::sys::sched;
 use replicator::transport::link::Closed;
-use replicator::wire::{BuildError, CheckpointBuilder, Limits};
+use replicator::wire::{self, BuildError, CheckpointBuilder, Limits};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender};
 use std::time::Duration;
@@ -108,6 +108,9 @@ fn ship(
     taken: &mut Taken,
 ) -> Result<(), ShipError> {
     let link = shell.link_for(taken).ok_or(ShipError::Stale)?;
+    if taken.seed {
+        return Ok(link.send_all(vec![wire::seed(taken.generation, taken.epoch, &taken.files)])?);
+    }
     if taken.full {
         *builder = Some((taken.link, CheckpointBuilder::new(Limits::default())));
     }

@@ -13,6 +13,7 @@ use super::network::Place;
 use super::orphans::Closed;
 use super::pace::{self, Look, Pacer};
 use super::primary::{Next, Shell};
+use super::seeding::Copying;
 use super::ship::Verdict;
 use super::urgency::RealTime;
 use super::young;
@@ -77,6 +78,8 @@ pub(super) struct Taken {
     pub(super) full: bool,
     /// Its output did not wait for it.
     pub(super) provisional: bool,
+    /// It is none, but a piece of the files that goes ahead of one.
+    pub(super) seed: bool,
     /// The generation that it is of.
     pub(super) generation: Generation,
     /// The state.
@@ -193,6 +196,8 @@ pub(super) struct StopLoop {
     pub(super) still: Option<Standing>,
     /// Its replicated volumes.
     pub(super) volumes: Option<Arc<Volumes>>,
+    /// A new backup gets their files.
+    pub(super) copying: Option<Copying>,
     /// They could not be read: what was taken of them, and pages of the stop, is lost, so that no
     /// checkpoint may follow.
     pub(super) seal_failed: Option<VolumeError>,
@@ -225,7 +230,7 @@ pub(super) enum Ending {
 }
 
 /// A volume that cannot be read ends protection.
-fn of_volumes(error: VolumeError) -> CaptureError {
+pub(super) fn of_volumes(error: VolumeError) -> CaptureError {
     CaptureError::Unsupported { object: "a replicated volume".into(), reason: error.to_string() }
 }
 
@@ -270,10 +275,14 @@ impl StopLoop {
         self.capturer.let_go_after(NO_STOP);
         if let Some(volumes) = self.volumes.as_ref().filter(|_| self.shell.begins_anew()) {
             volumes.forget_changes();
+            self.copying = None;
         }
         let next = if self.buffers.is_empty() || !self.shell.may_begin_stop() {
             self.stirs();
             pace::Next::After(IDLE)
+        } else if self.seed()? {
+            self.stirs();
+            return self.capturer.pump();
         } else if self.shell.hands_over() {
             self.stirs();
             pace::Next::Stop
@@ -379,6 +388,7 @@ impl StopLoop {
         loop {
             match self.from_ship.try_recv() {
                 Ok(mut taken) => {
+                    taken.seed = false;
                     taken.pages.clear();
                     taken.files.clear();
                     taken.files.shrink_to(FILES_KEPT);
@@ -397,10 +407,13 @@ impl StopLoop {
         (taken.link, taken.full, taken.epoch) = (link, full, self.epoch);
         (taken.provisional, taken.generation) = (provisional, generation);
         if full {
-            self.capturer.begin_full();
-            if let Some(volumes) = &self.volumes {
-                volumes.begin_full();
+            // Its files have gone ahead over another connection.
+            if !self.has_seeded(link) {
+                self.shell.full_again(link);
+                self.buffers.push(taken);
+                return Ok(());
             }
+            self.capturer.begin_full();
         }
         let idle = !full && self.pacer.busy(self.capturer.cpu_time()) < HARDLY;
         // Somebody waits for what this takes, and it takes little. Files may take long.
@@ -575,6 +588,7 @@ impl StopLoop {
         taken.sealed = boundary.sealed;
         if let Some(volumes) = &self.volumes {
             volumes.take(&mut taken.files);
+            self.copying = self.copying.filter(|_| !taken.full);
         }
         if !taken.provisional {
             self.closed.add(&mut taken.state, &self.gate);

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!  runs here:       Files::begin / go_on ─► Volumes ─► FUSE ─► container      journals shut
-//!  runs elsewhere:  Files::copy ─► Volumes ◄─ carry_out ◄─ Journals ◄─ keep   journals open
+//!  runs elsewhere:  Files::copy ─► Volumes ◄─ carry_out ◄─ Journals ◄─ seed, keep   journals open
 //! ```
 //! Invariant: a directory is either written by the container here or made like another host's, never
 //! both: journals are kept only while the container does not run here, and those of epochs that it
@@ -105,12 +105,14 @@ impl Files {
         let kept =
             paths(container, VolumeKind::Shared).chain([PathBuf::from(STATE_ROOT)]).collect();
         let marked = read_generation(&base)?;
+        let names: Vec<String> = ours.iter().map(|v| v.directory_name()).collect();
+        let journals = Journals::new(&base, &names, durable).with_read_only(read_only.clone());
         Ok(Some(Arc::new(Self {
-            names: ours.iter().map(|v| v.directory_name()).collect(),
             plan: plan.collect(),
             kept,
             durable,
-            journals: Arc::new(Journals::new(&base, durable).with_read_only(read_only.clone())),
+            journals: Arc::new(journals),
+            names,
             read_only,
             marked: Mutex::new(marked),
             base,

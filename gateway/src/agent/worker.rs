@@ -221,6 +221,7 @@ impl Place {
             buffers: (0..BUFFERS).map(|_| Taken::default()).collect(),
             still: None,
             volumes: files.as_ref().map(|files| files.volumes.clone()),
+            copying: None,
             seal_failed: None,
             lost: false,
             closed: Closed::of(name, pid, closed),

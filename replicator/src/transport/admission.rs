@@ -3,9 +3,9 @@
 use crate::protocol::LinkId;
 use crate::protocol::backup::{Action, Backup, Input, State};
 use crate::protocol::detector::{Marks, Pace};
-use crate::volume::Journals;
+use crate::volume::{Journals, VolumeError};
 use crate::wire::message::{Bye, Heartbeat, Hello, Refuse, RefuseCode, Role, Welcome};
-use crate::wire::{Checkpoint, Receipt};
+use crate::wire::{Checkpoint, Receipt, seed_of};
 use crate::{Epoch, Generation};
 use bytes::Bytes;
 use std::net::SocketAddr;
@@ -60,6 +60,10 @@ pub trait Admission: Send + Sync + 'static {
     /// promises the files too. Comes before [`Admission::complete`]; may take as long as the disk
     /// does. After an error the connection ends, and the copy here is void.
     fn keep(&self, link: LinkId, checkpoint: &Checkpoint) -> Result<(), LinkError>;
+
+    /// Keeps contents of files that come ahead of the full checkpoint that is sent next, of about this epoch: a
+    /// payload whose frame began at `at`. As [`Admission::keep`].
+    fn seed(&self, link: LinkId, epoch: Epoch, at: u64, payload: &[u8]) -> Result<(), LinkError>;
 
     /// What was kept is of a checkpoint that was not acknowledged.
     fn take_back(&self, checkpoint: &Checkpoint);
@@ -197,6 +201,19 @@ impl SharedBackup {
             (self.notices)(Notice::Action(action));
         }
     }
+
+    /// Writes something of files down.
+    fn write_files(
+        &self,
+        epoch: Epoch,
+        write: impl FnOnce(&Journals) -> Result<(), VolumeError>,
+    ) -> Result<(), LinkError> {
+        let written = match &self.journals {
+            Some(journals) => write(journals).map_err(|e| e.to_string()),
+            None => Err("it has replicated volumes, and this side's topology has none".into()),
+        };
+        written.map_err(|reason| LinkError::Files { epoch, reason })
+    }
 }
 
 impl Admission for SharedBackup {
@@ -282,16 +299,20 @@ impl Admission for SharedBackup {
 
     fn keep(&self, link: LinkId, checkpoint: &Checkpoint) -> Result<(), LinkError> {
         let Checkpoint { generation, epoch, files, .. } = checkpoint;
-        let kept = match &self.journals {
-            _ if files.is_empty() => Ok(()),
-            Some(journals) => journals.keep(*generation, *epoch, files).map_err(|e| e.to_string()),
-            None => Err("it has replicated volumes, and this side's topology has none".into()),
-        };
-        kept.map_err(|reason| {
+        if files.is_empty() {
+            return Ok(());
+        }
+        let keep = |journals: &Journals| journals.keep(*generation, *epoch, files);
+        self.write_files(*epoch, keep).inspect_err(|_| {
             // The copy here is not to be promoted from: its files are behind.
             self.handle(Input::Bye { link, bye: Bye::Demoted, last: *epoch });
-            LinkError::Files { epoch: *epoch, reason }
         })
+    }
+
+    fn seed(&self, link: LinkId, epoch: Epoch, at: u64, payload: &[u8]) -> Result<(), LinkError> {
+        let piece = seed_of(at, payload)?;
+        // A copy that is here already stays what it was.
+        self.write_files(epoch, |journals: &Journals| journals.seed(link.0, &piece))
     }
 
     fn take_back(&self, checkpoint: &Checkpoint) {

@@ -241,7 +241,7 @@ impl Session {
         }
     }
 
-    /// Checkpoints and goodbye, until the stream ends.
+    /// Checkpoints, what comes ahead of them, and goodbye, until the stream ends.
     async fn receive(&self, connection: &Connection, admitted: Admitted) -> Result<(), LinkError> {
         let Admitted { registered, mut reader, mut send } = admitted;
         let link = registered.link;
@@ -250,6 +250,12 @@ impl Session {
             self.admission.event(link, Event::Heard(None));
             if let Message::Bye(bye) = frame.message {
                 self.admission.event(link, Event::Bye { bye, last: frame.epoch });
+                continue;
+            }
+            if let Message::VolumeSeed(payload) = &frame.message
+                && !assembly.is_open()
+            {
+                block_in_place(|| self.admission.seed(link, frame.epoch, frame.at, payload))?;
                 continue;
             }
             // Long work in a task keeps the runtime from looking for heartbeats and timers: an idle

@@ -443,7 +443,7 @@ fn files_are_kept_before_they_are_acknowledged() {
     let kept = TempDir::new("kept");
     let load = |host| Identity::load(dir.path(), host, HostRole::Host).unwrap();
     let runtime = runtime();
-    let journals = Arc::new(Journals::new(kept.path(), false));
+    let journals = Arc::new(Journals::new(kept.path(), &[], false));
     let (mut beta, link, events) = runtime.block_on(async {
         let beta = Beta::with_journals(load("beta"), Generation(0), Some(journals.clone()));
         let (link, events) = connect(alpha(&beta, load("alpha"), 1)).await.unwrap();
@@ -478,7 +478,7 @@ fn what_cannot_be_kept_is_not_acknowledged() {
     let load = |host| Identity::load(dir.path(), host, HostRole::Host).unwrap();
     let runtime = runtime();
     // Nothing can be made in a file.
-    let journals = Journals::new(&dir.path().join("ca.pem").join("files"), false);
+    let journals = Journals::new(&dir.path().join("ca.pem").join("files"), &[], false);
     for journals in [None, Some(Arc::new(journals))] {
         let (mut beta, link, events) = runtime.block_on(async {
             let beta = Beta::with_journals(load("beta"), Generation(0), journals);

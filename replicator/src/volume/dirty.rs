@@ -36,6 +36,24 @@ impl Dirty {
         self.gone.insert(ino);
     }
 
+    /// The first file from this number on of which bytes were written.
+    pub(super) fn written_from(&self, ino: Ino) -> Option<(Ino, &Ranges)> {
+        let mut all = self.nodes.range(ino..).filter(|(_, ranges)| !ranges.is_empty());
+        all.next().map(|(ino, ranges)| (*ino, ranges))
+    }
+
+    /// Bytes of this range have been read.
+    pub(super) fn read(&mut self, ino: Ino, start: u64, end: u64) {
+        if let Some(ranges) = self.nodes.get_mut(&ino) {
+            ranges.remove(start, end);
+        }
+    }
+
+    /// Length of all ranges.
+    pub(super) fn bytes(&self) -> u64 {
+        self.nodes.values().map(Ranges::bytes).sum()
+    }
+
     /// Takes the files and ranges, for pre-copy.
     pub(super) fn take_nodes(&mut self) -> BTreeMap<Ino, Ranges> {
         std::mem::take(&mut self.nodes)

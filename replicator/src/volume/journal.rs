@@ -9,6 +9,8 @@
 //! it out when its memory is as far: so there may be several, which are carried out in order.
 
 use super::disk::{is_dead, step};
+use super::seeds::{Incoming, Seeds};
+use super::set::keep;
 use super::{ReadOnly, VolumeError, read_only};
 use crate::{Epoch, Generation};
 use std::io::{ErrorKind, Write};
@@ -31,14 +33,24 @@ pub struct Journals {
     durable: bool,
     /// Directories here that must be what the primary's are.
     read_only: Option<Arc<ReadOnly>>,
+    seeds: Seeds,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
     /// Whether this side takes checkpoints at all.
-    open: Mutex<bool>,
+    open: bool,
+    /// What comes ahead of one.
+    incoming: Incoming,
 }
 
 impl Journals {
-    /// For the volumes under `base`. `durable`: what is kept outlives a loss of power.
-    pub fn new(base: &Path, durable: bool) -> Self {
-        Self { base: base.to_owned(), durable, read_only: None, open: Mutex::new(true) }
+    /// For the volumes with these names under `base`. `durable`: what is kept outlives a loss of power.
+    pub fn new(base: &Path, names: &[String], durable: bool) -> Self {
+        let state = Mutex::new(State { open: true, incoming: Incoming::default() });
+        let seeds = Seeds::new(base, names);
+        Self { base: base.to_owned(), durable, read_only: None, seeds, state }
     }
 
     /// Beside these directories that nobody changes.
@@ -63,39 +75,53 @@ impl Journals {
             })?;
             here.compare(told)?;
         }
-        let open = self.open();
-        if *open && !payload.is_empty() {
+        let mut state = self.state();
+        if state.open && !payload.is_empty() {
             std::fs::create_dir_all(&self.base).map_err(|source| VolumeError::Io {
                 root: self.base.clone(),
                 doing: "making the directory".into(),
                 source,
             })?;
-            write(&self.base, generation, epoch, payload, self.durable)?;
+            keep(&self.base, &self.seeds, generation, epoch, payload, self.durable)?;
+            // What came ahead of it is no longer open to whoever sent it.
+            state.incoming = Incoming::default();
         }
         Ok(())
     }
 
+    /// Takes a piece of what comes ahead of a full checkpoint over `link`; an empty one begins, and takes away what
+    /// came over another. The newest connection that has begun is the one that counts.
+    pub fn seed(&self, link: u64, piece: &[u8]) -> Result<(), VolumeError> {
+        let mut state = self.state();
+        match state.open {
+            true => self.seeds.take(&mut state.incoming, link, piece, || kept(&self.base)),
+            false => Ok(()),
+        }
+    }
+
     /// Takes back what was kept of a checkpoint that is not acknowledged.
     pub fn take_back(&self, generation: Generation, epoch: Epoch) -> Result<(), VolumeError> {
-        let _open = self.open();
-        clear(&self.base, generation, epoch)
+        let _state = self.state();
+        clear(&self.base, generation, epoch)?;
+        self.seeds.clear_one(generation, epoch)
     }
 
     /// The files are used here from now on: nothing is kept any more, and what is there and was
     /// not carried out never will be.
     pub fn shut(&self) -> Result<(), VolumeError> {
-        let mut open = self.open();
-        *open = false;
-        clear_all(&self.base)
+        let mut state = self.state();
+        (state.open, state.incoming) = (false, Incoming::default());
+        clear_all(&self.base)?;
+        self.seeds.clear_all()
     }
 
     /// They are not used here any longer.
     pub fn reopen(&self) {
-        *self.open() = true;
+        self.state().open = true;
     }
 
-    fn open(&self) -> std::sync::MutexGuard<'_, bool> {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -113,6 +139,17 @@ fn file(base: &Path, generation: Generation, epoch: Epoch) -> PathBuf {
 
 fn is_journal(path: &Path) -> bool {
     path.file_name().and_then(|n| n.to_str()).is_some_and(|n| n.starts_with(PREFIX))
+}
+
+/// The checkpoints that have a journal.
+fn kept(base: &Path) -> Result<Vec<(Generation, Epoch)>, VolumeError> {
+    let number = |text: &str| u64::from_str_radix(text, 16).ok();
+    let parse = |path: PathBuf| {
+        let (generation, epoch) =
+            path.file_name()?.to_str()?.strip_prefix(PREFIX)?.split_once('-')?;
+        Some((Generation(number(generation)?), Epoch(number(epoch)?)))
+    };
+    Ok(all(base)?.into_iter().filter_map(parse).collect())
 }
 
 /// All journals, the oldest first.

@@ -10,7 +10,7 @@ use super::disk::Disk;
 use super::ranges::Ranges;
 use super::record::{Blob, Record};
 use super::tree::Tree;
-use super::{Ino, VolumeError};
+use super::{Ino, VolumeError, seeds};
 use nix::unistd::{Whence, lseek64};
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -20,11 +20,21 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+pub(super) use apply::punch;
 pub(super) use change::DEFAULT_ACL;
 pub use change::{Change, Found};
 
 /// Bytes in one record at most.
 const PIECE: u64 = 128 << 10;
+
+/// With no more files and entries than this that have changed, all are read in the stop.
+const MANY: usize = if cfg!(test) { 3 } else { 256 };
+/// So many are read at a time while files are written to.
+const FEW: usize = 64;
+/// More than a record takes without its bytes.
+const HEAD: usize = 64;
+/// With less room than this in a piece that goes ahead, the next one is begun.
+const LEAST: u64 = 4 << 10;
 
 /// A regular file that is open.
 #[derive(Clone, Debug)]
@@ -63,6 +73,23 @@ impl Opened {
     pub fn sync(&self, data: bool) -> io::Result<()> {
         if data { self.file.sync_data() } else { self.file.sync_all() }
     }
+}
+
+/// How far contents have been read that go ahead of a checkpoint: up to this offset of this file.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Place {
+    ino: Ino,
+    offset: u64,
+}
+
+impl Place {
+    /// The beginning of a file.
+    pub(super) const fn of(ino: Ino) -> Self {
+        Self { ino, offset: 0 }
+    }
+
+    /// Where the first file begins.
+    pub(super) const FIRST: Self = Self::of(Ino::ROOT);
 }
 
 #[derive(Debug)]
@@ -136,11 +163,10 @@ impl Volume {
         let mut inner = self.inner();
         inner.check_room(room)?;
         let nodes = inner.dirty.take_nodes();
-        // Attributes are read in the stop.
         nodes.keys().for_each(|ino| inner.dirty.node(*ino));
         drop(inner);
         for (ino, ranges) in nodes {
-            if ranges.iter().next().is_none() {
+            if ranges.is_empty() {
                 continue;
             }
             let inner = self.inner();
@@ -156,7 +182,86 @@ impl Volume {
                 inner.dirty.range(ino, start.max(size), end);
             }
         }
+        self.write_many(out)?;
         Ok(out.len() - before)
+    }
+
+    /// Attributes and entries are read in the stop, but for most of many.
+    fn write_many(&self, out: &mut Vec<u8>) -> Result<(), VolumeError> {
+        let mut from = Ino::ROOT;
+        loop {
+            let mut inner = self.inner();
+            if inner.dirty.nodes.len() + inner.dirty.entries.len() <= MANY {
+                return Ok(());
+            }
+            // Those with contents that were not read are not done with.
+            let few = |(ino, _): (&Ino, &Ranges)| *ino;
+            let nodes: Vec<Ino> = inner.dirty.nodes.range(from..).take(FEW).map(few).collect();
+            let entries: Vec<_> = (0..FEW).map_while(|_| inner.dirty.entries.pop_first()).collect();
+            if nodes.is_empty() && entries.is_empty() {
+                return Ok(());
+            }
+            from = nodes.last().map_or(Ino(u64::MAX), |ino| Ino(ino.0 + 1));
+            let mut some = Dirty { entries: entries.into_iter().collect(), ..Dirty::default() };
+            for ino in nodes {
+                if inner.dirty.nodes.get(&ino).is_some_and(Ranges::is_empty) {
+                    inner.dirty.nodes.remove(&ino);
+                    some.node(ino);
+                }
+            }
+            inner.write_down(&some, out)?;
+        }
+    }
+
+    /// Reads some of the contents that have changed, from this place on, and counts them as unchanged: records that
+    /// make a piece of at most [`seeds::PIECE`] bytes. Gives where to go on, or nothing at the end.
+    pub(super) fn seed(
+        &self,
+        from: Place,
+        out: &mut Vec<u8>,
+    ) -> Result<Option<Place>, VolumeError> {
+        let mut at = from;
+        loop {
+            let mut inner = self.inner();
+            let Some((ino, ranges)) = inner.dirty.written_from(at.ino) else { return Ok(None) };
+            if ino != at.ino {
+                at = Place::of(ino);
+            }
+            let room = seeds::PIECE.saturating_sub(out.len() + HEAD) as u64;
+            if room < LEAST {
+                return Ok(Some(at));
+            }
+            let path = inner.tree.path(ino);
+            let failed = || inner.disk.failed(format!("reading {}", path.display()));
+            // One that is gone meanwhile has nothing to be read, and what lies behind the end of one that was cut is
+            // not read now.
+            let next = match inner.disk.open(&path, false) {
+                Ok(file) => {
+                    let part = next_part(&file, ranges, at.offset, room).map_err(failed())?;
+                    part.map(|part| (file, part))
+                }
+                Err(_) => None,
+            };
+            let Some((file, Part { start, end, is_hole })) = next else {
+                at = Place::of(Ino(ino.0 + 1));
+                continue;
+            };
+            let failed = failed();
+            inner.dirty.read(ino, start, end);
+            drop(inner);
+            if is_hole {
+                Record::Hole { ino, offset: start, len: end - start }.encode(out);
+            } else {
+                read_data(ino, &file, start, end, out).map_err(failed)?;
+            }
+            // What is written there again is for the next time.
+            at.offset = end;
+        }
+    }
+
+    /// How many bytes have changed and were not read yet, holes among them.
+    pub(super) fn unread(&self) -> u64 {
+        self.inner().dirty.bytes()
     }
 
     /// Takes all that has changed.
@@ -193,8 +298,9 @@ impl Volume {
     }
 
     /// Carries out what a checkpoint says.
-    pub(super) fn apply(&self, records: &[Record]) -> Result<(), VolumeError> {
-        self.inner().apply(records)
+    /// Contents that came ahead of it are in `seeds`, in the volume's directory.
+    pub(super) fn apply(&self, records: &[Record], seeds: &Path) -> Result<(), VolumeError> {
+        self.inner().apply(records, seeds)
     }
 }
 
@@ -282,13 +388,12 @@ impl Inner {
 
     /// Refuses to read more than there is room for, before any of it is in memory.
     fn check_room(&self, room: u64) -> Result<(), VolumeError> {
-        let length = |ranges: &Ranges| ranges.iter().map(|(start, end)| end - start).sum::<u64>();
         // Holes are looked for only where that can make a difference.
-        if self.dirty.nodes.values().map(length).sum::<u64>() <= room {
+        if self.dirty.bytes() <= room {
             return Ok(());
         }
         let mut bytes = 0;
-        for (&ino, ranges) in self.dirty.nodes.iter().filter(|(_, r)| r.iter().next().is_some()) {
+        for (&ino, ranges) in self.dirty.nodes.iter().filter(|(_, r)| !r.is_empty()) {
             let Ok(file) = self.disk.open(&self.tree.path(ino), false) else { continue };
             bytes += data(&file, ranges).map_err(self.disk.failed("looking for holes"))?;
         }
@@ -308,7 +413,7 @@ impl Inner {
             }
             let path = self.tree.path(ino);
             let mut read = || -> io::Result<Record> {
-                if ranges.iter().next().is_some()
+                if !ranges.is_empty()
                     && let Ok(file) = self.disk.open(&path, false)
                 {
                     contents(ino, &file, ranges, &mut *out)?;
@@ -370,15 +475,43 @@ fn contents(ino: Ino, file: &File, ranges: &Ranges, out: &mut Vec<u8>) -> io::Re
                 at += len;
                 continue;
             }
-            let mut bytes = vec![0; PIECE.min(end - at) as usize];
-            let n = file.read_at(&mut bytes, at)?;
-            if n == 0 {
-                break;
+            match read_data(ino, file, at, end.min(at + PIECE), out)? {
+                0 => break,
+                n => at += n,
             }
-            bytes.truncate(n);
-            Record::Data { ino, offset: at, bytes: Blob(bytes) }.encode(out);
-            at += n as u64;
         }
     }
     Ok(size)
+}
+
+/// What is in this range of a file now; gives how much of it there is.
+fn read_data(ino: Ino, file: &File, at: u64, end: u64, out: &mut Vec<u8>) -> io::Result<u64> {
+    let mut bytes = vec![0; (end - at) as usize];
+    let n = file.read_at(&mut bytes, at)?;
+    if n > 0 {
+        bytes.truncate(n);
+        Record::Data { ino, offset: at, bytes: Blob(bytes) }.encode(out);
+    }
+    Ok(n as u64)
+}
+
+/// A part of a file that is all data, or all hole.
+struct Part {
+    start: u64,
+    end: u64,
+    is_hole: bool,
+}
+
+/// The first part of these ranges from this offset on that the file reaches; of data at most `room` bytes.
+fn next_part(file: &File, ranges: &Ranges, from: u64, room: u64) -> io::Result<Option<Part>> {
+    let size = file.metadata()?.len();
+    let Some((start, end)) = ranges.from(from).filter(|(start, _)| *start < size) else {
+        return Ok(None);
+    };
+    let end = end.min(size);
+    let data = next_data(file, start)?.min(end);
+    if data > start {
+        return Ok(Some(Part { start, end: data, is_hole: true }));
+    }
+    Ok(Some(Part { start, end: end.min(start + room), is_hole: false }))
 }

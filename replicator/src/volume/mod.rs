@@ -3,6 +3,7 @@
 //! ```text
 //!  container ─ system calls ─► FUSE ─► Volume::{write, rename, ...} ─► ROOT/tree
 //!                                        └─ marks what changed (Dirty)
+//!  a copy begins ─ Volumes::seed ──► contents, in pieces ─► Journals::seed
 //!  pre-copy, stop ── Volume::take ──► records ──► checkpoint ──► backup
 //!  backup: Journals::keep (before the ack) ─► Volumes::carry_out (in order) ─► journal gone
 //! ```
@@ -29,6 +30,7 @@ mod live;
 mod ranges;
 mod read_only;
 mod record;
+mod seeds;
 mod set;
 #[cfg(test)]
 mod tests;
@@ -62,7 +64,8 @@ impl std::fmt::Display for Ino {
     }
 }
 
-/// Bytes of contents that a checkpoint may have of all volumes. They are in memory at both hosts.
+/// Bytes of contents that a checkpoint may have of all volumes. They are in memory at both hosts; what a copy begins
+/// with need not be ([`Volumes::seed`]).
 pub const MOST_BYTES: u64 = 4 << 30;
 
 /// Why a volume cannot be used.
@@ -104,9 +107,9 @@ pub enum VolumeError {
     },
     /// A checkpoint cannot say so much.
     #[error(
-        "volume {}: {bytes} bytes of it would be in one checkpoint, where there is room for {most} \
-         (the first one has all that is in the volumes): keep what need not go along elsewhere, or have it on storage \
-         that both hosts see (kind: shared)",
+        "volume {}: {bytes} bytes of it would be in one checkpoint, where there is room for {most}: more is written \
+         than goes to the backup; keep what need not go along elsewhere, or have it on storage that both hosts see \
+         (kind: shared)",
         root.display()
     )]
     TooMuch {

@@ -194,13 +194,13 @@ mod tests {
     fn a_difference_is_refused_with_the_first_name_until_it_is_mended() {
         let dir = crate::volume::tests::Scratch::new();
         let [here, there] = both(&dir.0);
-        let journals = Journals::new(&dir.0.join("kept"), false)
+        let journals = Journals::new(&dir.0.join("kept"), &[], false)
             .with_read_only(Some(Arc::new(ReadOnly::new(vec![there.clone()]))));
         let keep = |payload: &[u8]| journals.keep(Generation::FIRST, Epoch(1), payload);
         keep(&told(&here, &there)).expect("they are the same");
         let refused = |change: &dyn Fn(), first: &str| {
             change();
-            let journals = Journals::new(&dir.0.join("kept"), false)
+            let journals = Journals::new(&dir.0.join("kept"), &[], false)
                 .with_read_only(Some(Arc::new(ReadOnly::new(vec![there.clone()]))));
             let keep = || journals.keep(Generation::FIRST, Epoch(1), &told(&here, &there));
             let error = keep().expect_err("they are not the same").to_string();
@@ -223,8 +223,11 @@ mod tests {
             fs::set_permissions(there.join("lib"), fs::Permissions::from_mode(0o700)).expect("set");
         };
         refused(&mode, "/lib: mode");
-        let error =
-            Journals::new(&dir.0, false).keep(Generation::FIRST, Epoch(1), &told(&here, &there));
+        let error = Journals::new(&dir.0, &[], false).keep(
+            Generation::FIRST,
+            Epoch(1),
+            &told(&here, &there),
+        );
         let error = error.expect_err("it has none").to_string();
         assert!(error.contains("this side's topology has none"), "{error}");
     }

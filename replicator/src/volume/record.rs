@@ -38,8 +38,11 @@ impl<'de> Deserialize<'de> for Blob {
 /// One statement.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Record {
-    /// What follows is about all files: what it does not name is not there.
-    Whole,
+    /// What follows is about all files: what it does not name is not there. The first record of its volume.
+    Whole {
+        /// Contents of files have come ahead of it ([`super::Journals::seed`]).
+        seeded: bool,
+    },
     /// A file is new or has changed.
     Node(Box<Node>),
     /// What an entry of a directory refers to now.
@@ -91,6 +94,13 @@ impl Record {
         *out = filled;
         let len = (out.len() - at - 4) as u32;
         out[at..at + 4].copy_from_slice(&len.to_le_bytes());
+    }
+
+    /// The first record in `bytes`, if there is one.
+    pub(super) fn first(bytes: &[u8]) -> Option<Record> {
+        let (len, rest) = bytes.split_first_chunk::<4>()?;
+        let body = rest.get(..u32::from_le_bytes(*len) as usize)?;
+        postcard::from_bytes(body).ok()
     }
 
     /// All records in `bytes`.

@@ -236,12 +236,21 @@ fn commit_killed(
     base: &Path,
     epoch: Epoch,
     payload: &[u8],
-    was: &Contents,
+    pieces: &[Vec<u8>],
+    (was, now): (&Contents, &Contents),
 ) {
+    let journals = Journals::new(base, &["data".into(), "log".into()], false);
+    let mut link = 0;
+    // What comes ahead comes anew over each connection.
+    let mut commit = |volumes: &Volumes| {
+        link += 1;
+        pieces.iter().try_for_each(|piece| journals.seed(link, piece))?;
+        volumes.commit(Generation::FIRST, epoch, payload)
+    };
     let volumes = open(base).expect("nothing is amiss before");
-    assert_eq!(contents(&volumes), *was, "what was committed is there");
+    assert!(contents(&volumes) == *was, "what was committed is there");
     LEFT.set(rng.i64(0..40));
-    let mut result = volumes.commit(Generation::FIRST, epoch, payload);
+    let mut result = commit(&volumes);
     drop(volumes);
     while result.is_err() {
         LEFT.set(if rng.u8(0..3) == 0 { rng.i64(0..60) } else { i64::MAX });
@@ -253,16 +262,47 @@ fn commit_killed(
                 drop(volumes);
                 result = Ok(());
             }
+            // All that was left to do was to take away what came ahead.
+            Ok(volumes) if !pieces.is_empty() && contents(&volumes) == *now => {
+                LEFT.set(i64::MAX);
+                result = Ok(());
+            }
             // It was killed before the journal was whole: it is as if it had never come.
             Ok(volumes) => {
                 LEFT.set(i64::MAX);
-                assert_eq!(contents(&volumes), *was, "half a journal changes nothing");
+                assert!(contents(&volumes) == *was, "half a journal changes nothing");
                 LEFT.set(rng.i64(0..60));
-                result = volumes.commit(Generation::FIRST, epoch, payload);
+                result = commit(&volumes);
             }
         }
     }
     LEFT.set(i64::MAX);
+}
+
+/// Contents that go ahead of a full checkpoint, while the program goes on.
+fn seeded(rng: &mut fastrand::Rng, primary: &Volumes, busy: &mut Busy) -> Vec<Vec<u8>> {
+    let mut pieces = vec![Vec::new()];
+    let mut passes = rng.u8(1..4);
+    while passes > 0 {
+        let mut piece = Vec::new();
+        match primary.seed(&mut piece).expect("it can be read") {
+            true => pieces.push(piece),
+            false => passes -= 1,
+        }
+        (0..rng.u8(0..10)).for_each(|_| drop(busy.act(primary)));
+        // The full checkpoint may come before all has gone ahead.
+        passes *= u8::from(rng.u8(0..20) > 0);
+    }
+    assert!(pieces.iter().all(|piece| piece.len() <= super::seeds::PIECE));
+    pieces
+}
+
+/// How much is kept of what came ahead of checkpoints.
+fn in_seeds(base: &Path) -> usize {
+    let names = |at: &Path| std::fs::read_dir(at).expect("it is there").flatten();
+    let volumes = names(base).filter(|entry| entry.path().is_dir());
+    let is_seed = |name: &OsStr| name.to_string_lossy().starts_with("seed-");
+    volumes.flat_map(|at| names(&at.path())).filter(|e| is_seed(&e.file_name())).count()
 }
 
 fn torture(seed: u64) {
@@ -273,8 +313,12 @@ fn torture(seed: u64) {
     let mut was = contents(&open(&there.0).expect("a new volume"));
     let mut payload = Vec::new();
     for epoch in 1..=rng.u64(2..7) {
+        let mut pieces = Vec::new();
         if epoch == 1 || rng.u8(0..6) == 0 {
             primary.begin_full();
+            if rng.bool() {
+                pieces = seeded(&mut rng, &primary, &mut busy);
+            }
         }
         for _ in 0..rng.u8(0..3) {
             (0..rng.u8(0..40)).for_each(|_| drop(busy.act(&primary)));
@@ -286,7 +330,12 @@ fn torture(seed: u64) {
         primary.take(&mut payload);
         // The program goes on before the backup has it.
         (0..rng.u8(0..10)).for_each(|_| drop(busy.act(&primary)));
-        commit_killed(&mut rng, &there.0, Epoch(epoch), &payload, &was);
+        commit_killed(&mut rng, &there.0, Epoch(epoch), &payload, &pieces, (&was, &now));
+        assert_eq!(
+            in_seeds(&there.0),
+            0,
+            "seed {seed}, epoch {epoch}: what came ahead is done with"
+        );
         let volumes = open(&there.0).expect("no journal is left");
         let got = contents(&volumes);
         for (key, value) in &now {
@@ -364,7 +413,7 @@ fn epochs_that_are_kept_are_carried_out_in_order_or_taken_back() {
     primary.begin_full();
     let volume = &primary.list()[0];
     let opened = new_file(volume);
-    let journals = Journals::new(&there.0, true);
+    let journals = Journals::new(&there.0, &["data".into(), "log".into()], true);
     let mut payloads = Vec::new();
     let mut wanted = Contents::new();
     for epoch in 9..=17 {
@@ -500,4 +549,72 @@ fn more_than_a_checkpoint_has_room_for_is_refused_before_it_is_read() {
     // It is all still to be read.
     let read = volume.precopy(&mut out, 12_288).expect("there is room");
     assert!(read > 12_288 && read == out.len(), "{read}");
+}
+
+/// What came ahead of a checkpoint is kept as long as its journal, and what came over an older connection counts no
+/// longer.
+#[test]
+fn contents_that_came_ahead_belong_to_one_checkpoint() {
+    if needs_root() {
+        return;
+    }
+    let (here, there) = (Scratch::new(), Scratch::new());
+    let primary = open(&here.0).expect("new");
+    let volume = &primary.list()[0];
+    let opened = new_file(volume);
+    volume.write(&opened, 0, &[5; 300_000]).expect("it is written");
+    let journals = Journals::new(&there.0, &["data".into(), "log".into()], true);
+    let send = |link: u64| {
+        primary.begin_full();
+        journals.seed(link, &[]).expect("it begins");
+        let (mut piece, mut sent) = (Vec::new(), 0);
+        while primary.seed(&mut piece).expect("it can be read") {
+            journals.seed(link, &piece).expect("there is room");
+            sent += piece.len();
+        }
+        assert_eq!(primary.unread(), 0);
+        assert!(sent > 300_000, "{sent} bytes went ahead");
+        primary.seal().expect("it can be read");
+        let mut payload = Vec::new();
+        primary.take(&mut payload);
+        assert!(payload.len() < 10_000, "{} bytes are left for the checkpoint", payload.len());
+        payload
+    };
+    let first = send(1);
+    journals.keep(Generation(2), Epoch(5), &first).expect("it is kept");
+    volume.write(&opened, 1000, &[6; 10]).expect("it is written");
+    // A journal keeps what its checkpoint builds on, whoever comes next.
+    send(2);
+    let old = journals.seed(1, &[0, 0]).expect_err("of an older connection").to_string();
+    assert!(old.contains("before the first"), "{old}");
+    let found = open(&there.0).expect("carried out");
+    let opened = found.list()[0].open_file(opened.ino).expect("it is there");
+    let mut bytes = [0; 1010];
+    assert_eq!(opened.read(0, &mut bytes).expect("it can be read"), 1010);
+    assert_eq!(bytes, [5; 1010], "what is committed is of the first");
+    assert_eq!(in_seeds(&there.0), 0);
+    drop((opened, found));
+    // Without it a checkpoint is nothing, and says so.
+    let last = send(3);
+    journals.keep(Generation(2), Epoch(6), &last).expect("it is kept");
+    let backup =
+        Volumes::open_as_it_is(&there.0, &["data".into(), "log".into()], true).expect("as it is");
+    let seeds = there.0.join("data").join(format!("seed-{:016x}-{:016x}", 2, 6));
+    std::fs::rename(&seeds, there.0.join("away")).expect("it is there");
+    let error = backup.carry_out(Generation(2), Epoch(6), &last).expect_err("missing").to_string();
+    assert!(error.contains("came ahead of it, and is missing"), "{error}");
+    std::fs::rename(there.0.join("away"), &seeds).expect("it is back");
+    backup.carry_out(Generation(2), Epoch(6), &last).expect("carried out");
+    assert_eq!(contents(&backup), contents(&primary));
+    for (piece, why) in [
+        (&[0][..], "cut short"),
+        (&[7, 0, 1], "cut short"),
+        (&[9, 0, 2, 0, 0, 0, 0, 1], "ahead of its"),
+    ] {
+        journals.seed(4, &[]).expect("it begins");
+        let error = journals.seed(4, piece).expect_err("no piece").to_string();
+        assert!(error.contains(why), "{error}");
+    }
+    journals.shut().expect("nothing is in the way");
+    assert_eq!(in_seeds(&there.0), 0, "of no use here any longer");
 }

@@ -200,6 +200,7 @@ pub fn encode(generation: Generation, epoch: Epoch, message: &Message) -> Result
         Message::StateChunk(b)
         | Message::PageChunk(b)
         | Message::VolumeChunk(b)
+        | Message::VolumeSeed(b)
         | Message::Input(b) => {
             out.extend_from_slice(b);
         }
@@ -297,6 +298,7 @@ impl Head {
             Kind::StateChunk => Message::StateChunk(payload),
             Kind::PageChunk => Message::PageChunk(payload),
             Kind::VolumeChunk => Message::VolumeChunk(payload),
+            Kind::VolumeSeed => Message::VolumeSeed(payload),
             Kind::CheckpointEnd => {
                 Message::CheckpointEnd(get::<CheckpointEnd>(at, kind, &payload)?)
             }
@@ -423,6 +425,7 @@ mod tests {
             Message::StateChunk(Bytes::from_static(b"state")),
             Message::PageChunk(Bytes::from_static(b"pages")),
             Message::VolumeChunk(Bytes::from_static(b"files")),
+            Message::VolumeSeed(Bytes::from_static(b"more of them")),
             Message::CheckpointEnd(CheckpointEnd { digest: u64::MAX, ..Default::default() }),
             Message::Ack { digest: 9 },
             Message::Input(Bytes::from_static(b"in")),

@@ -7,8 +7,10 @@
 //! What it says is opaque here ([`crate::volume`] knows). A piece is taken only where the one before
 //! ended, so that what is assembled is what was cut up, or nothing.
 
-use super::codec::WireError;
+use super::codec::{self, WireError};
 use super::message::Kind;
+use crate::{Epoch, Generation};
+use bytes::Bytes;
 use lz4_flex::block::{compress_into, decompress_into, get_maximum_output_size};
 
 /// Bytes of one piece before it is packed.
@@ -40,6 +42,28 @@ pub(super) fn encode_piece(all: &[u8], offset: usize, out: &mut Vec<u8>) {
     }
 }
 
+/// The frame of a piece of contents that goes ahead of a full checkpoint ([`crate::volume::Volumes::seed`]), at most
+/// 128 KiB. One without bytes begins.
+pub fn seed(generation: Generation, epoch: Epoch, piece: &[u8]) -> Bytes {
+    debug_assert!(piece.len() <= PIECE, "a piece of {} bytes", piece.len());
+    let mut out = Vec::with_capacity(codec::HEADER + piece.len() / 2);
+    codec::open(&mut out);
+    if !piece.is_empty() {
+        encode_piece(piece, 0, &mut out);
+    }
+    codec::close(&mut out, 0, Kind::VolumeSeed, 0, generation, epoch);
+    out.into()
+}
+
+/// The piece in the payload of a [`super::Message::VolumeSeed`], whose frame began at `at` of its stream.
+pub fn seed_of(at: u64, payload: &[u8]) -> Result<Vec<u8>, WireError> {
+    let mut piece = Vec::new();
+    if !payload.is_empty() {
+        decode(Kind::VolumeSeed, at + codec::HEADER as u64, payload, PIECE, &mut piece)?;
+    }
+    Ok(piece)
+}
+
 /// Appends the piece in a chunk's payload to `all`, which holds the pieces before it and may have
 /// `cap` bytes.
 pub(super) fn decode_piece(
@@ -48,8 +72,17 @@ pub(super) fn decode_piece(
     cap: usize,
     all: &mut Vec<u8>,
 ) -> Result<(), WireError> {
-    let fail =
-        |offset: u64, what: &str| Err(WireError::payload(at + offset, Kind::VolumeChunk, what));
+    decode(Kind::VolumeChunk, at, payload, cap, all)
+}
+
+fn decode(
+    kind: Kind,
+    at: u64,
+    payload: &[u8],
+    cap: usize,
+    all: &mut Vec<u8>,
+) -> Result<(), WireError> {
+    let fail = |offset: u64, what: &str| Err(WireError::payload(at + offset, kind, what));
     let Some((prefix, body)) = payload.split_first_chunk::<PREFIX>() else {
         return fail(0, "shorter than its prefix");
     };
@@ -102,6 +135,20 @@ mod tests {
                 decode_piece(0, &out, all.len(), &mut back).unwrap();
             }
             prop_assert!(back == all);
+        }
+
+        #[test]
+        fn a_piece_that_goes_ahead_is_a_frame(piece in prop::collection::vec(any::<u8>(), 0..3000)) {
+            let frame = seed(Generation(2), Epoch(7), &piece);
+            let mut decoder = codec::Decoder::default();
+            decoder.feed(&frame);
+            let frame = decoder.next().unwrap().unwrap();
+            prop_assert_eq!((frame.generation, frame.epoch), (Generation(2), Epoch(7)));
+            let crate::wire::Message::VolumeSeed(payload) = frame.message else { panic!() };
+            prop_assert!(seed_of(frame.at, &payload).unwrap() == piece);
+            if let Some((_, cut)) = payload.split_last() {
+                prop_assert!(cut.is_empty() || seed_of(0, cut).is_err());
+            }
         }
 
         #[test]

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 /// Version of the whole format. A peer with another one is refused.
-pub const PROTOCOL: u8 = 4;
+pub const PROTOCOL: u8 = 5;
 
 /// Which end of the replication a host is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -130,11 +130,12 @@ pub enum Kind {
     Bye = 10,
     Heartbeat = 11,
     VolumeChunk = 12,
+    VolumeSeed = 13,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Kind; 12] = [
+    pub const ALL: [Kind; 13] = [
         Kind::Hello,
         Kind::Welcome,
         Kind::CheckpointBegin,
@@ -147,6 +148,7 @@ impl Kind {
         Kind::Bye,
         Kind::Heartbeat,
         Kind::VolumeChunk,
+        Kind::VolumeSeed,
     ];
 
     /// The kind with this number.
@@ -160,7 +162,7 @@ impl Kind {
             Self::Hello => 16 << 10,
             Self::StateChunk => 64 << 10,
             Self::PageChunk => 512 << 10,
-            Self::VolumeChunk => 192 << 10,
+            Self::VolumeChunk | Self::VolumeSeed => 192 << 10,
             Self::Input => 256 << 10,
             Self::Welcome | Self::Refuse => 4 << 10,
             Self::CheckpointBegin | Self::Bye | Self::Heartbeat => 64,
@@ -192,6 +194,9 @@ pub enum Message {
     PageChunk(Bytes),
     /// Part of what the checkpoint says of volumes, coded; see [`super::Assembly`].
     VolumeChunk(Bytes),
+    /// Contents of files, coded, ahead of the full checkpoint that comes next; see [`super::seed_of`]. One
+    /// without any begins.
+    VolumeSeed(Bytes),
     /// The checkpoint is complete.
     CheckpointEnd(CheckpointEnd),
     /// The backup holds every byte of the epoch; with the digest that it computed.
@@ -219,6 +224,7 @@ impl Message {
             Self::StateChunk(_) => Kind::StateChunk,
             Self::PageChunk(_) => Kind::PageChunk,
             Self::VolumeChunk(_) => Kind::VolumeChunk,
+            Self::VolumeSeed(_) => Kind::VolumeSeed,
             Self::CheckpointEnd(_) => Kind::CheckpointEnd,
             Self::Ack { .. } => Kind::Ack,
             Self::Input(_) => Kind::Input,

@@ -4,6 +4,7 @@
 //! primary                                                   backup
 //!   Hello {container, clocks, network}        ->
 //!                                             <-  Welcome | Refuse {reason}
+//!   VolumeSeed ...  (ahead of a full one)     ->
 //!   CheckpointBegin {full, follows, ...}      ->
 //!   PageChunk ...  (any number, pre-copy too) ->
 //!   StateChunk ...                            ->
@@ -35,6 +36,7 @@ mod state;
 pub use assembly::{Assembly, Checkpoint, Limits, Progress, Receipt};
 pub use builder::{BuildError, CheckpointBuilder, Finished};
 pub use codec::{Decoder, Frame, WireError};
+pub use files::{seed, seed_of};
 pub use message::Message;
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use crate::process::{Process, thread_in_namespace};
 use crate::tree::{loose, on_disk, same, tree};
 use crate::{Scratch, cannot, open};
 use nix::fcntl::OFlag;
-use replicator::volume::{Ino, ServeOptions, Served};
+use replicator::volume::{Ino, Journals, ServeOptions, Served, Volumes};
 use replicator::{Epoch, Generation};
 use std::fs::{self, File};
 use std::io::Read;
@@ -13,10 +13,24 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Commits in a process that is killed somewhere, until one gets through.
-fn commit_killed(rng: &mut fastrand::Rng, base: &Path, payload: &Path, epoch: u64) {
+fn commit_killed(
+    rng: &mut fastrand::Rng,
+    base: &Path,
+    payload: &Path,
+    pieces: &[Vec<u8>],
+    epoch: u64,
+) {
+    let journals = Journals::new(base, &["data".into()], false);
+    let mut link = 0;
+    // They come again over each connection.
+    let mut seed = || {
+        link += 1;
+        pieces.iter().for_each(|piece| journals.seed(link, piece).expect("there is room"));
+    };
     let part = format!("commit {} {} {epoch}", base.display(), payload.display());
     let was = on_disk(base);
     for _ in 0..rng.u8(1..3) {
+        seed();
         let process = Process::start(&part);
         std::thread::sleep(Duration::from_micros(rng.u64(0..6000)));
         drop(process);
@@ -27,8 +41,22 @@ fn commit_killed(rng: &mut fastrand::Rng, base: &Path, payload: &Path, epoch: u6
         }
         return;
     }
+    let volumes = open(base);
+    seed();
     let bytes = fs::read(payload).expect("a payload");
-    open(base).commit(Generation::FIRST, Epoch(epoch), &bytes).expect("it is carried out");
+    volumes.commit(Generation::FIRST, Epoch(epoch), &bytes).expect("it is carried out");
+}
+
+/// Contents that go ahead of a full checkpoint, read so many times while processes write.
+fn seeded(primary: &Volumes, passes: u8) -> Vec<Vec<u8>> {
+    let mut pieces = vec![Vec::new()];
+    for _ in 0..passes {
+        let mut piece = Vec::new();
+        while primary.seed(&mut piece).expect("it can be read") {
+            pieces.push(std::mem::take(&mut piece));
+        }
+    }
+    pieces
 }
 
 fn torture(seed: u64) {
@@ -47,8 +75,12 @@ fn torture(seed: u64) {
         .collect();
     let payload = there.0.join("payload");
     for epoch in 1..=3 {
+        let mut pieces = Vec::new();
         if epoch == 1 || rng.u8(0..5) == 0 {
             primary.begin_full();
+            if rng.bool() {
+                pieces = seeded(&primary, rng.u8(1..4));
+            }
         }
         for _ in 0..rng.u8(0..3) {
             std::thread::sleep(Duration::from_millis(rng.u64(1..20)));
@@ -68,7 +100,7 @@ fn torture(seed: u64) {
         let mut part = Vec::new();
         primary.take(&mut part);
         fs::write(&payload, part).expect("written");
-        commit_killed(&mut rng, &there.0, &payload, epoch);
+        commit_killed(&mut rng, &there.0, &payload, &pieces, epoch);
         let got = on_disk(&there.0);
         same(&format!("seed {seed}, epoch {epoch}"), &got.0, &now.0);
         for (path, entry) in &now.1 {

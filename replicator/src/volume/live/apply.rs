@@ -1,6 +1,6 @@
 //! From a checkpoint's records to files. Every step may have been done before (VO-2).
 //!
-//! Order: files that are new, loose; contents; entries that refer to something else now are
+//! Order: files that are new, loose, with what came ahead of them; contents; entries that refer to something else now are
 //! taken away (a file that loses its last name becomes loose); entries are made; files that are
 //! gone; attributes, the times of directories last of all.
 
@@ -13,7 +13,7 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// The last word on each thing.
 #[derive(Default)]
@@ -22,14 +22,19 @@ struct Words<'a> {
     entries: BTreeMap<(Ino, &'a OsString), Option<Ino>>,
     gone: BTreeSet<Ino>,
     whole: bool,
+    /// Where contents that came ahead of it are.
+    seeds: Option<&'a Path>,
 }
 
 impl Inner {
-    pub(super) fn apply(&mut self, records: &[Record]) -> Result<(), VolumeError> {
+    pub(super) fn apply(&mut self, records: &[Record], seeds: &Path) -> Result<(), VolumeError> {
         let mut words = Words::default();
         for record in records {
             match record {
-                Record::Whole => words.whole = true,
+                Record::Whole { seeded } => {
+                    words.whole = true;
+                    words.seeds = seeded.then_some(seeds);
+                }
                 Record::Node(node) => {
                     words.nodes.insert(node.ino, node);
                 }
@@ -43,6 +48,11 @@ impl Inner {
             }
         }
         words.nodes.retain(|ino, _| !words.gone.contains(ino));
+        if let Some(seeds) = words.seeds.filter(|seeds| !self.disk.at(seeds).is_dir()) {
+            return Err(
+                self.misfit(format!("{} came ahead of it, and is missing", seeds.display()))
+            );
+        }
         if words.whole {
             self.wipe().map_err(self.disk.failed("making room for a full copy"))?;
         }
@@ -85,11 +95,23 @@ impl Inner {
                 continue;
             }
             let path = Path::new("loose").join(ino.to_string());
-            let made = self.disk.make(&path, ino, &node.shape, 0o700);
+            let made = match self.seed_of(ino, node, words) {
+                // Another name of it, as all of this may have to be done again.
+                Some(seed) => {
+                    self.disk.link(&seed, &path).and_then(|()| self.disk.mark(&path, ino))
+                }
+                None => self.disk.make(&path, ino, &node.shape, 0o700),
+            };
             made.map_err(self.disk.failed(format!("making file {ino}")))?;
             self.tree.add(ino, is_directory);
         }
         Ok(())
+    }
+
+    /// What came ahead of a file.
+    fn seed_of(&self, ino: Ino, node: &Node, words: &Words<'_>) -> Option<PathBuf> {
+        let seed = words.seeds.filter(|_| node.shape == Shape::File)?.join(ino.to_string());
+        self.disk.meta(&seed).is_ok_and(|meta| meta.is_file()).then_some(seed)
     }
 
     fn fill(&mut self, records: &[Record], words: &Words<'_>) -> Result<(), VolumeError> {
@@ -189,7 +211,7 @@ impl Inner {
 }
 
 /// Makes a range read as zeros; the file may have to grow for it.
-fn punch(file: &File, offset: u64, len: u64) -> io::Result<()> {
+pub(in crate::volume) fn punch(file: &File, offset: u64, len: u64) -> io::Result<()> {
     let size = file.metadata()?.len();
     if offset + len > size {
         file.set_len(offset + len)?;
