@@ -58,7 +58,7 @@ const QUIET: Duration = Duration::from_secs(1);
 /// Longest sleep when nothing is due.
 const IDLE: Duration = Duration::from_millis(200);
 /// Pages in one round of pre-copy that make another round worth its while.
-const ANOTHER_ROUND: usize = 2_000;
+const ANOTHER_ROUND: usize = 500;
 /// Bytes of a buffer for files that are kept for the next checkpoint: a full copy is many times that.
 const FILES_KEPT: usize = 1 << 20;
 /// Most rounds of pre-copy before one stop.

@@ -532,7 +532,7 @@ impl Capturer {
     }
 
     fn copy_ahead(&mut self, job: &Job, helped: bool) -> Result<usize, CaptureError> {
-        let Self { processes, pages, objects, diag, namespaces, .. } = self;
+        let Self { processes, pages, objects, diag, namespaces, files, .. } = self;
         let before = pages.pages();
         for (pid, tracked) in processes {
             match namespaces.check(*pid) {
@@ -542,7 +542,9 @@ impl Capturer {
             // Pages last: what is written meanwhile is left for the stop.
             let read = tracked.read_ahead(*pid).and_then(|()| {
                 let handle = tracked.handle.as_fd();
-                tracked.files.look_ahead(*pid, handle, objects, diag)
+                tracked.files.look_ahead(*pid, handle, objects, diag)?;
+                tracked.files.read_queues_ahead(files);
+                Ok(())
             });
             let round = match tracked.has_notes {
                 true => tracked.space.round_around_notes(pages, job),

@@ -57,6 +57,26 @@ impl Queue {
         (end == self.end).then(|| &self.bytes[from..])
     }
 
+    /// How far the bytes from `start` to `end` are here.
+    fn reaches(&self, start: u32, end: u32) -> u32 {
+        let missing = end.wrapping_sub(self.end);
+        let here = end.wrapping_sub(start).checked_sub(missing).map(|here| here as usize);
+        if here.is_some_and(|here| here <= self.bytes.len()) { self.end } else { start }
+    }
+
+    /// Adds bytes that begin at `start`, which may be here in part, and forgets what is before `una`.
+    fn add(&mut self, una: u32, start: u32, bytes: &[u8]) {
+        let end = start.wrapping_add(bytes.len() as u32);
+        if self.reaches(una, start) == start && start != una {
+            let unneeded = self.bytes.len() - start.wrapping_sub(una) as usize;
+            self.bytes.drain(..unneeded);
+            self.bytes.extend_from_slice(bytes);
+            self.end = end;
+        } else {
+            self.keep(end, bytes);
+        }
+    }
+
     fn keep(&mut self, end: u32, bytes: &[u8]) {
         self.bytes.clear();
         // What is not kept must not look like an empty queue with this end.
@@ -133,19 +153,19 @@ impl Remembered {
             && !seen.is_special()
     }
 
-    /// Where its send queue begins and ends, if it is a connection with a queue that would have to be read
-    /// now and is worth to be kept.
+    /// Which bytes of its send queue would have to be read now, if it is a connection with a queue that is worth to be
+    /// kept: from this sequence number to that.
     pub(super) fn lacks(&self, seen: Tcp<'_>) -> Option<(u32, u32)> {
         let What::Connection(_) = &self.what else { return None };
         let (write_seq, una) = seen.sent();
         let len = write_seq.wrapping_sub(una) as usize;
-        let lacks = len > 0 && len <= KEPT && self.sent.get(una, write_seq).is_none();
-        lacks.then_some((una, write_seq))
+        let from = self.sent.reaches(una, write_seq);
+        (len > 0 && len <= KEPT && from != write_seq).then_some((from, write_seq))
     }
 
-    /// The bytes of its send queue that end there.
-    pub(super) fn learn(&mut self, end: u32, bytes: &[u8]) {
-        self.sent.keep(end, bytes);
+    /// Bytes of its send queue, which begin at `start`; the queue itself at `una`, as far as that was seen.
+    pub(super) fn learn(&mut self, una: u32, start: u32, bytes: &[u8]) {
+        self.sent.add(una, start, bytes);
     }
 
     /// Makes the copy that the next stop takes, if it is not there. True, for chains of conditions.
@@ -239,6 +259,27 @@ fn options_now(seen: Tcp<'_>, options: &mut SocketOptions) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What is read before the stop, and the rest in it.
+    #[test]
+    fn a_queue_grows_by_what_is_read_of_it() {
+        let first = u32::MAX - 3;
+        let mut queue = Queue::default();
+        assert_eq!(queue.reaches(first, 2), first, "nothing is here");
+        queue.add(first, first, b"abcdef");
+        assert_eq!((queue.reaches(first, 2), queue.get(first, 2)), (2, Some(&b"abcdef"[..])));
+        assert_eq!(queue.reaches(first, 9), 2, "more was written");
+        assert_eq!(queue.reaches(first.wrapping_sub(1), 9), first.wrapping_sub(1), "not all");
+        assert_eq!(queue.reaches(3, 9), 3, "all of it was acknowledged");
+        queue.add(0, 2, b"ghi");
+        assert_eq!(queue.get(0, 5), Some(&b"efghi"[..]));
+        assert_eq!(queue.get(first, 5), None, "forgotten");
+        // Some were acknowledged while they were read.
+        queue.add(0, 6, b"kl");
+        assert_eq!((queue.get(6, 8), queue.get(5, 8)), (Some(&b"kl"[..]), None));
+        queue.keep(20, &vec![1; KEPT + 1]);
+        assert_eq!(queue.reaches(10, 30), 10, "not kept");
+    }
 
     #[test]
     fn bytes_count_only_with_their_sequence_numbers() {

@@ -20,7 +20,7 @@ use super::fdinfo::{self, Info, Watched};
 use super::glance::{Glance, Pieces, Row};
 use super::numbered::ByNumber;
 use super::objects::Objects;
-use super::orphans::{Orphans, Still};
+use super::orphans::{Bytes, Orphans, Still};
 use super::refusals::Refusals;
 use super::unix::Empties;
 use super::{CaptureError, Glances, farewell, homes, inotify, locks, tcp};
@@ -73,9 +73,19 @@ pub(super) struct Memory {
     room: Room,
     /// Reads send queues; none if this kernel cannot, or if it was not asked for.
     queues: Option<Option<Orphans>>,
-    /// The descriptors whose queues are to be read, and what of them.
-    asked: (Vec<i32>, Vec<Still>),
+    asked: Asked,
 }
+
+/// Queues that are to be read.
+#[derive(Debug, Default)]
+struct Asked {
+    /// Their descriptors, and the first sequence number that was not acknowledged.
+    of: Vec<(i32, u32)>,
+    queues: Vec<Still>,
+}
+
+/// So many queues, or more, are read before the stop as well.
+const MANY_QUEUES: usize = 8;
 
 impl Memory {
     /// The container's root is an overlay with this upper layer.
@@ -180,12 +190,41 @@ impl Files {
     }
 
     /// In a stop, after [`Files::glance`]: reads all at once what connections with the world have under way and
-    /// was not read at an earlier stop. What is not read so is read one by one, later.
+    /// was not read before. What is not read so is read one by one, later.
     pub(super) fn read_queues(&mut self, memory: &mut Memory) {
-        let (Some(glance), Some(Some(reader))) = (&self.glance, &mut memory.queues) else { return };
-        let (numbers, asked) = &mut memory.asked;
-        numbers.clear();
-        asked.clear();
+        let Memory { queues: Some(Some(reader)), asked, .. } = memory else { return };
+        self.ask_for_queues(asked);
+        if asked.queues.is_empty() {
+            return;
+        }
+        match reader.still(&asked.queues) {
+            Ok(found) => {
+                let found = found.into_iter().zip(&asked.queues);
+                self.learn(asked, found.map(|(bytes, queue)| Some((queue.from, bytes?))));
+            }
+            Err(error) => tracing::debug!(%error, "send queues are read one by one"),
+        }
+    }
+
+    /// The same while the container runs, after a look ahead, if there are many: then the stop has only to read what is
+    /// written since.
+    pub(super) fn read_queues_ahead(&mut self, memory: &mut Memory) {
+        let Memory { queues: Some(Some(reader)), asked, .. } = memory else { return };
+        self.ask_for_queues(asked);
+        if asked.queues.len() < MANY_QUEUES {
+            return;
+        }
+        match reader.moving(&asked.queues) {
+            Ok(found) => self.learn(asked, found.into_iter()),
+            Err(error) => tracing::debug!(%error, "send queues are left for the stop"),
+        }
+    }
+
+    /// The queues of which something would have to be read.
+    fn ask_for_queues(&self, asked: &mut Asked) {
+        asked.queues.clear();
+        asked.of.clear();
+        let Some(glance) = &self.glance else { return };
         for nth in 0..glance.len() {
             // Nothing is in its queues.
             if self.rests(nth) {
@@ -193,26 +232,21 @@ impl Files {
             }
             let row = glance.nth(nth);
             let Some(tcp) = row.tcp.filter(|tcp| !tcp.is_local()) else { continue };
-            let seen = self.seen.get_mut(&row.number()).filter(|s| s.is_of(&row));
+            let seen = self.seen.get(&row.number()).filter(|s| s.is_of(&row));
             let remembered = seen.and_then(|s| s.remembered.as_ref()).filter(|r| r.is_of(tcp));
-            if let Some((una, end)) = remembered.and_then(|r| r.lacks(tcp)) {
-                numbers.push(row.number());
-                asked.push(Still { at: row.socket(), una, end });
+            if let Some((from, end)) = remembered.and_then(|r| r.lacks(tcp)) {
+                asked.of.push((row.number(), tcp.sent().1));
+                asked.queues.push(Still { at: row.socket(), from, end });
             }
         }
-        if asked.is_empty() {
-            return;
-        }
-        match reader.still(asked) {
-            Ok(found) => {
-                for ((number, queue), bytes) in numbers.iter().zip(asked).zip(found) {
-                    let seen = self.seen.get_mut(number).and_then(|s| s.remembered.as_mut());
-                    if let (Some(remembered), Some(bytes)) = (seen, bytes) {
-                        remembered.learn(queue.end, &bytes);
-                    }
-                }
+    }
+
+    fn learn(&mut self, asked: &Asked, found: impl Iterator<Item = Option<Bytes>>) {
+        for ((number, una), bytes) in asked.of.iter().zip(found) {
+            let seen = self.seen.get_mut(number).and_then(|s| s.remembered.as_mut());
+            if let (Some(remembered), Some((start, bytes))) = (seen, bytes) {
+                remembered.learn(*una, start, &bytes);
             }
-            Err(error) => tracing::debug!(%error, "send queues are read one by one"),
         }
     }
 

@@ -20,7 +20,7 @@ use crate::image::net::{SocketOptions, TcpConnection, TcpState};
 use crate::sys::{SysError, SysResult};
 use memory::Memory;
 use pages::Pages;
-pub(super) use queue::still::Still;
+pub(super) use queue::still::{Bytes, Still};
 use queue::{Places, changing};
 use std::io;
 use std::net::SocketAddr;
@@ -125,6 +125,15 @@ impl Orphans {
     pub(super) fn still(&mut self, queues: &[Still]) -> SysResult<Vec<Option<Vec<u8>>>> {
         let Kernel { places, pages, .. } = self.kernel;
         queue::still::read(&mut self.memory, places, pages, queues)
+    }
+
+    /// The same while the container runs: as much of each queue as can be counted on.
+    ///
+    /// # Errors
+    /// The kernel refuses, or a socket is gone.
+    pub(super) fn moving(&mut self, queues: &[Still]) -> SysResult<Vec<Option<Bytes>>> {
+        let Kernel { places, pages, .. } = self.kernel;
+        queue::still::read_moving(&mut self.memory, places, pages, queues)
     }
 
     fn read(&mut self, at: u64, asked: [SocketAddr; 2]) -> SysResult<Option<TcpConnection>> {
