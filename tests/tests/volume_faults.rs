@@ -432,6 +432,16 @@ fn who_waits_for_the_server_of_a_killed_agent_does_not_wait_for_ever() {
         .count()
     };
     assert_eq!(guards(), 1);
+    // A process that dies closes its files in the thread that ends last. That is not to be the one by which
+    // the guard learns of it.
+    let tasks = format!("/proc/{agent}/task");
+    let tasks = fs::read_dir(tasks).expect("threads").flatten().map(|entry| entry.path());
+    let watched = |task: &PathBuf| fs::read(task.join("comm")).is_ok_and(|name| name == b"guard\n");
+    let watched: Vec<PathBuf> = tasks.filter(watched).collect();
+    assert_eq!(watched.len(), 1, "{watched:?}");
+    until("the watched thread to have no descriptors", || {
+        (fs::read_dir(watched[0].join("fd")).ok()?.count() == 0).then_some(())
+    });
     let done =
         std::process::Command::new("python3").args(["-c", HOLDER, &agent.to_string()]).output();
     let said = String::from_utf8(done.expect("it runs").stdout).expect("text");

@@ -15,6 +15,15 @@ pub fn close_on_exec_from(first: u32) -> SysResult<()> {
     check(r, "close_range", || format!("descriptors from {first} on")).map(drop)
 }
 
+/// Gives the calling thread a table of descriptors of its own, with nothing in it; other threads keep theirs. For a thread
+/// that uses none from then on.
+pub fn have_none() -> SysResult<()> {
+    let flags = libc::CLOSE_RANGE_UNSHARE;
+    // SAFETY: no pointers; the table of the other threads stays as it is, and this one is said to use none.
+    let r = unsafe { libc::syscall(libc::SYS_close_range, 0, u32::MAX, flags) };
+    check(r, "close_range", || "all descriptors of a thread".into()).map(drop)
+}
+
 /// Sets the number of expirations of a timerfd that nobody has read yet (at least 1).
 pub fn set_timer_ticks(fd: BorrowedFd<'_>, ticks: u64) -> SysResult<()> {
     // SAFETY: the request reads one u64.

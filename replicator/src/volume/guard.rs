@@ -6,15 +6,18 @@
 //! descriptors are closed, and the connection ended, only when that thread has ended, which waits for
 //! the connection. Nobody would ever come out of that: so somebody else ends it.
 //!
+//! What it watches is a thread of ours that does nothing else and has no descriptors: a process that dies closes its files in
+//! whichever thread ends last, and to close one of a volume is to write it back, and to wait.
+//!
 //! Invariant: a guard does something only once the thread that has begun it is dead, and ends then.
 
 use super::Served;
-use crate::sys::pidfd;
+use crate::sys::{descriptors, pidfd};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -28,6 +31,8 @@ pub const GUARD_COMMAND: &str = "__volume-guard";
 pub struct Guard {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
+    /// The guard opens them anew while it begins.
+    _aborts: Vec<OwnedFd>,
 }
 
 #[derive(Debug, Default)]
@@ -55,27 +60,31 @@ impl Guard {
     pub fn start(program: &Path, served: &[Served]) -> io::Result<Self> {
         let aborts: io::Result<Vec<OwnedFd>> = served.iter().map(Served::abort_handle).collect();
         let (aborts, program) = (aborts?, program.to_owned());
+        let numbers: Vec<RawFd> = aborts.iter().map(AsRawFd::as_raw_fd).collect();
         let shared = Arc::<Shared>::default();
         let of_thread = shared.clone();
         // A thread that does nothing else: it dies as soon as it is told to.
         let thread = std::thread::Builder::new().name("guard".into()).spawn(move || {
             let mut watch = lock(&of_thread);
             if !watch.over {
-                match begin(&program, &aborts) {
+                match begin(&program, &numbers) {
                     Ok(child) => watch.child = Some(child),
                     Err(error) => tracing::warn!(%error, "volumes are served without a guard"),
                 }
+            }
+            if let Err(error) = descriptors::have_none() {
+                tracing::warn!(%error, "the guard of volumes may wait for them itself");
             }
             while !watch.over {
                 watch = of_thread.change.wait(watch).unwrap_or_else(PoisonError::into_inner);
             }
         })?;
-        Ok(Self { shared, thread: Some(thread) })
+        Ok(Self { shared, thread: Some(thread), _aborts: aborts })
     }
 }
 
-fn begin(program: &Path, aborts: &[OwnedFd]) -> io::Result<Child> {
-    let numbers = aborts.iter().map(|fd| fd.as_raw_fd().to_string());
+fn begin(program: &Path, aborts: &[RawFd]) -> io::Result<Child> {
+    let numbers = aborts.iter().map(RawFd::to_string);
     Command::new(program)
         .arg(GUARD_COMMAND)
         .args([std::process::id().to_string(), nix::unistd::gettid().to_string()])
