@@ -22,6 +22,7 @@ use crate::sys::memory::ForcedMemory;
 use crate::sys::{SysError, SysResult, ptrace};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use std::sync::Arc;
 
 /// Numbers for passing processes are tried from here downwards.
 const HIGHEST_PID: i32 = 32_767;
@@ -135,7 +136,7 @@ impl Spare {
             .position(|s| s.pid != root && !is_there(s.pid, s.born) && !is_ended(s.pid, s.born))
         {
             let stub = self.stubs.remove(at);
-            self.state.processes.retain(|p| p.pid != stub.pid);
+            Arc::make_mut(&mut self.state).processes.retain(|p| p.pid != stub.pid);
             self.end(&stub)?;
         }
         while let Some(at) = self.corpses.iter().position(|c| !is_ended(c.pid, c.born)) {
@@ -335,7 +336,7 @@ impl Spare {
         let Some(at) = self.stubs.iter().position(|s| s.pid == ended.pid) else { return Ok(()) };
         let stub = self.stubs.remove(at);
         end_as(&mut self.script, stub.host, ended).doing(stub.pid, "end it as it has ended")?;
-        self.state.processes.retain(|p| p.pid != stub.pid);
+        Arc::make_mut(&mut self.state).processes.retain(|p| p.pid != stub.pid);
         let Stub { pid, ppid, pgid, born, host, .. } = stub;
         self.corpses.push(Corpse { pid, ppid, pgid, born, host });
         self.reparent(pid)

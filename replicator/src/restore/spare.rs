@@ -17,6 +17,7 @@ use crate::sys::{SysError, SysResult, ptrace};
 use nix::sched::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
 use nix::unistd::Pid;
 use std::borrow::Cow;
+use std::sync::Arc;
 
 /// How every thread of a spare is traced: it dies with its tracer, and what it creates is traced
 /// too.
@@ -59,7 +60,7 @@ pub(super) struct Stub {
 pub struct Spare {
     pub(super) stubs: Vec<Stub>,
     pub(super) corpses: Vec<Corpse>,
-    pub(super) state: State,
+    pub(super) state: Arc<State>,
     pub(super) script: Script,
     pub(super) specials: Vec<Special>,
     pub(super) finishing: Finishing,
@@ -102,7 +103,7 @@ impl Spare {
         Ok(Spare {
             stubs: vec![stub],
             corpses: Vec::new(),
-            state: State::default(),
+            state: Arc::default(),
             script,
             specials,
             finishing: Finishing::default(),
@@ -137,13 +138,13 @@ impl Spare {
     /// Folds one complete checkpoint in. `pages` are those that changed since the checkpoint that
     /// was folded in before (all of them, the first time).
     pub fn apply(&mut self, state: &State, pages: &PageSet) -> Result<(), RestoreError> {
-        self.apply_edited(state, &Edits::default(), pages)
+        self.apply_edited(&Arc::new(state.clone()), &Edits::default(), pages)
     }
 
     /// As [`Spare::apply`], after these edits of the pages of the checkpoint before.
     pub fn apply_edited(
         &mut self,
-        state: &State,
+        state: &Arc<State>,
         edits: &Edits,
         pages: &PageSet,
     ) -> Result<(), RestoreError> {
@@ -192,7 +193,12 @@ impl Spare {
         result
     }
 
-    fn fold(&mut self, state: &State, edits: &Edits, pages: &PageSet) -> Result<(), RestoreError> {
+    fn fold(
+        &mut self,
+        state: &Arc<State>,
+        edits: &Edits,
+        pages: &PageSet,
+    ) -> Result<(), RestoreError> {
         self.follow_terminals(state).doing(1, "make a terminal")?;
         self.follow_tree(state)?;
         self.held.follow(self.launched.pid, &state.objects).doing(1, "make the memory objects")?;

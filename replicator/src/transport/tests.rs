@@ -350,7 +350,7 @@ fn a_thousand_checkpoints_arrive_equal_and_are_acknowledged_in_order() {
             let got = checkpoints.blocking_recv().expect("a checkpoint");
             let (state, set) = sent.recv().unwrap();
             assert_eq!((got.epoch, got.full), (Epoch(epoch), epoch == 1));
-            assert_eq!(got.state, state);
+            assert_eq!(*got.state, state);
             for edit in &got.edits.list {
                 let at = (edit.start - 0x10000) as usize;
                 spare[at..at + edit.len].copy_from_slice(got.edits.of(edit));

@@ -61,7 +61,7 @@ pub struct Checkpoint {
     /// The epoch of the one that it builds on, if it is not full.
     pub follows: Epoch,
     /// The state.
-    pub state: State,
+    pub state: Arc<State>,
     /// The pages that changed a little: against the checkpoint before, and before `pages`.
     pub edits: Edits,
     /// The pages that changed. Where two runs hold a page, the later says what it is.
@@ -131,7 +131,21 @@ pub struct Assembly {
     last: Option<(Generation, Epoch)>,
     open: Option<Box<Open>>,
     complete: Option<Arc<Checkpoint>>,
+    /// What the last checkpoint took, as the next one will.
+    room: Room,
 }
+
+/// Room for the parts of a checkpoint that arrives.
+#[derive(Clone, Copy, Debug, Default)]
+struct Room {
+    edits: usize,
+    edited_bytes: usize,
+    bytes: usize,
+    placed: usize,
+}
+
+/// Bytes of pages that room is made for in advance: a full copy may have much more.
+const MOST_ROOM: usize = 32 << 20;
 
 impl Assembly {
     /// An assembly for a new connection.
@@ -145,6 +159,7 @@ impl Assembly {
             last: None,
             open: None,
             complete: None,
+            room: Room::default(),
         }
     }
 
@@ -255,6 +270,7 @@ impl Assembly {
             self.shadow.clear();
             self.state.clear();
         }
+        let room = self.room;
         let mut digest = Xxh3::new();
         digest.update(&frame.seal);
         self.open = Some(Box::new(Open {
@@ -266,10 +282,13 @@ impl Assembly {
             digest,
             sums: CheckpointEnd::default(),
             state: Vec::new(),
-            edits: Edits::default(),
-            pages: PageSet::default(),
+            edits: Edits {
+                list: Vec::with_capacity(room.edits),
+                bytes: Vec::with_capacity(room.edited_bytes),
+            },
+            pages: PageSet { runs: Vec::new(), bytes: Vec::with_capacity(room.bytes) },
             files: Vec::new(),
-            placed: PageMap::default(),
+            placed: PageMap::with_capacity_and_hasher(room.placed, Default::default()),
         }));
         Ok(Progress::Partial)
     }
@@ -320,10 +339,21 @@ impl Assembly {
             files,
             sums,
             state: bytes,
+            placed,
             ..
         } = *open;
+        self.room = Room {
+            edits: edits.list.len(),
+            edited_bytes: edits.bytes.len(),
+            bytes: pages.bytes.len(),
+            placed: placed.len(),
+        };
+        if full || self.room.bytes > MOST_ROOM {
+            self.room = Room::default();
+        }
         by_index(&mut edits, &mut pages, &state);
         put_together(&self.shadow, &state, &mut edits, &mut pages);
+        let state = Arc::new(state);
         self.state = bytes;
         self.last = Some((generation, epoch));
         let checkpoint =
@@ -514,7 +544,9 @@ impl PageReader<'_> {
                 Some(Placed::At(offset)) => (offset, true),
                 _ => {
                     let offset = self.room(open, shared)?;
-                    match previous {
+                    // What is coded without the version before overwrites all of it.
+                    let stands_on = matches!(coding, Coding::Same | Coding::Delta);
+                    match previous.filter(|_| stands_on) {
                         Some(page) => open.pages.bytes.extend_from_slice(page),
                         None => open.pages.bytes.resize(offset + PAGE, 0),
                     }

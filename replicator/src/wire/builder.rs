@@ -236,7 +236,7 @@ impl CheckpointBuilder {
         for offset in (0..encoded.len()).step_by(PIECE) {
             let mut out = Vec::with_capacity(codec::HEADER + PIECE + PIECE / 8);
             codec::open(&mut out);
-            encode_piece(&self.state, &encoded, offset, &mut at, &mut out);
+            encode_piece(&self.state, &encoded, offset, &mut at, &mut self.coder, &mut out);
             let seal = self.seal(&mut out, Kind::StateChunk);
             self.count_chunk(&seal, out.len());
             send(out.into());

@@ -16,7 +16,8 @@ use memchr::memmem;
 /// Bytes that must be alike for the two strings to be in step again.
 const STEP: usize = 16;
 
-/// How far the new string is looked through for the place where it is in step again with nothing moved.
+/// How far the new string is looked through, byte by byte, for the place where it is in step again with nothing
+/// moved.
 const IN_PLACE: usize = 256;
 
 /// How far either string is looked through for what the other goes on with.
@@ -107,6 +108,10 @@ fn in_step(old: &[u8], new: &[u8]) -> Step {
         if let Some(n) = shrunk {
             return Step { new: beside, old: n };
         }
+    }
+    // A queue that holds other bytes now, as many as before.
+    if let Some(n) = (IN_PLACE..WINDOW).step_by(STEP).find(|n| is_at(*n, *n)) {
+        return Step { new: n, old: n };
     }
     Step { new: new.len(), old: new.len().min(old.len()) }
 }

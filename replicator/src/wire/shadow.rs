@@ -9,7 +9,7 @@
 //! Invariant: a page that is remembered is what the spare holds there. So of a mapping that is new only
 //! what the same checkpoint has brought is remembered; what another mapping at its place held is not.
 
-use super::delta::{Page, is_zero};
+use super::delta::{Page, is_same, is_zero};
 use crate::image::State;
 use crate::image::pages::PAGE;
 use std::collections::HashMap;
@@ -325,7 +325,7 @@ impl Shadow {
 fn update(version: &mut Page, current: &Page) {
     let lines = version.as_chunks_mut::<LINE>().0.iter_mut();
     for (old, new) in lines.zip(current.as_chunks::<LINE>().0) {
-        if old != new {
+        if !is_same(old, new) {
             *old = *new;
         }
     }

@@ -3,11 +3,14 @@
 //! Two states in a row have most bytes in common (registers and queues differ), though not
 //! always at the same offset. Each piece of 32 KiB is coded as edits of the state before ([`edit`]); where that
 //! does not make it much shorter, as an LZ4 block whose dictionary is what the
-//! state before held there and 16 KiB to either side.
+//! state before held there and 16 KiB to either side. What LZ4 would make nothing of, such as queues of
+//! random bytes, is not given to it: that takes longest.
 
 use super::codec::WireError;
+use super::delta::PageCoder;
 use super::edit;
 use super::message::Kind;
+use crate::image::pages::PAGE;
 use lz4_flex::block::{
     compress_into, compress_into_with_dict, decompress_into, decompress_into_with_dict,
     get_maximum_output_size,
@@ -27,8 +30,11 @@ const LZ4: u8 = 2;
 const LZ4_BEFORE: u8 = 3;
 const EDITS: u8 = 4;
 
-/// Edits may take this part of a piece: of what is longer, LZ4 may make less.
+/// Edits of at most this part of a piece are taken without trying anything else.
 const SHORT: usize = 4;
+
+/// A coding must save this part of a piece at least.
+const SAVED: usize = 8;
 
 fn dictionary(before: &[u8], offset: usize) -> &[u8] {
     let end = (offset + PIECE + MARGIN).min(before.len());
@@ -47,6 +53,7 @@ pub(super) fn encode_piece(
     state: &[u8],
     offset: usize,
     at: &mut usize,
+    coder: &mut PageCoder,
     out: &mut Vec<u8>,
 ) {
     let piece = &state[offset..state.len().min(offset + PIECE)];
@@ -55,10 +62,20 @@ pub(super) fn encode_piece(
     let (tag, body) = (out.len(), out.len() + 1);
     out.push(EDITS);
     let origin = origin(before, offset);
-    if !before.is_empty() && edit::encode(before, origin, at, piece, piece.len() / SHORT, out) {
+    let (most, mut next) = (piece.len() - piece.len() / SAVED, *at);
+    let edited = !before.is_empty() && edit::encode(before, origin, &mut next, piece, most, out);
+    let short = edited && out.len() - body <= piece.len() / SHORT;
+    let dense = !short && is_dense(piece, coder);
+    if short || edited && dense {
+        *at = next;
         return;
     }
     *at = (origin + piece.len()).min(before.len());
+    out.truncate(body);
+    if dense {
+        out[tag] = RAW;
+        return out.extend_from_slice(piece);
+    }
     out.resize(body + get_maximum_output_size(piece.len()), 0);
     let dict = dictionary(before, offset);
     let packed = if dict.is_empty() {
@@ -76,6 +93,15 @@ pub(super) fn encode_piece(
             out.extend_from_slice(piece);
         }
     }
+}
+
+/// Whether LZ4 would save next to nothing of a piece, judged by two pages of it.
+fn is_dense(piece: &[u8], coder: &mut PageCoder) -> bool {
+    let quarter = piece.len() / 4;
+    let samples = [quarter, 3 * quarter].map(|at| piece[at..].first_chunk::<PAGE>());
+    samples.into_iter().all(|page| {
+        page.is_some_and(|page| coder.packed(page).is_none_or(|len| len > PAGE - PAGE / SAVED))
+    })
 }
 
 /// Appends the piece in a chunk's payload to `state`, which holds the pieces before it.
@@ -100,6 +126,10 @@ pub(super) fn decode_piece(
         return fail(4, "not the next piece");
     }
     let len = PIECE.min(total - offset);
+    if offset == 0 {
+        // As much as it was, and no more on the word of a peer.
+        state.reserve(total.min(before.len() + PIECE));
+    }
     state.resize(offset + len, 0);
     let piece = &mut state[offset..];
     let done = match prefix[8] {
@@ -128,9 +158,10 @@ mod tests {
 
     fn round_trip(before: &[u8], state: &[u8]) -> usize {
         let (mut back, mut sent, mut at) = (Vec::new(), 0, 0);
+        let mut coder = PageCoder::default();
         for offset in (0..state.len()).step_by(PIECE) {
             let mut out = Vec::new();
-            encode_piece(before, state, offset, &mut at, &mut out);
+            encode_piece(before, state, offset, &mut at, &mut coder, &mut out);
             sent += out.len();
             assert!(out.len() <= Kind::StateChunk.cap());
             decode_piece(before, 0, &out, 1 << 20, &mut back).unwrap();
@@ -148,6 +179,21 @@ mod tests {
         let mut shifted = vec![1, 2, 3];
         shifted.extend_from_slice(&state);
         assert!(round_trip(&state, &shifted) < 1000);
+    }
+
+    #[test]
+    fn what_is_random_travels_as_it_is_but_for_what_is_as_before() {
+        let mut rng = fastrand::Rng::with_seed(2);
+        let mut random = |len: usize| (0..len).map(|_| rng.u8(..)).collect::<Vec<u8>>();
+        let (before, fresh) = (random(10 * PIECE), random(10 * PIECE));
+        let sent = round_trip(&before, &fresh);
+        assert!((fresh.len()..fresh.len() + 200).contains(&sent), "{sent}");
+        let (mut some, new) = (before.clone(), 3 * PIECE / 8);
+        some.chunks_mut(PIECE).for_each(|piece| piece[..new].copy_from_slice(&fresh[..new]));
+        let sent = round_trip(&before, &some);
+        assert!((10 * new..10 * new + 400).contains(&sent), "{sent}");
+        let text = b"the same words, again and again. ".repeat(10_000);
+        assert!(round_trip(&before, &text) < text.len() / 20);
     }
 
     proptest! {

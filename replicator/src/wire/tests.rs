@@ -298,7 +298,7 @@ fn memory_rebuilt_from_checkpoints_equals_the_model() {
                 "seed {seed}"
             );
             number += 1;
-            assert_eq!((checkpoint.full, &checkpoint.state), (full, &model.state));
+            assert_eq!((checkpoint.full, &*checkpoint.state), (full, &model.state));
             apply(&mut rebuilt, &checkpoint);
             assert!(rebuilt == model.memory, "seed {seed} epoch {epoch}");
             model.settle();

@@ -238,7 +238,7 @@ impl Original {
     pub fn bring(&mut self, spare: &mut Spare) -> Duration {
         let checkpoint = self.wire.carry(&self.state, &self.pages);
         let Checkpoint { state, edits, pages, .. } = &*checkpoint;
-        assert!(*state == self.state, "a state as it was sent");
+        assert!(**state == self.state, "a state as it was sent");
         let begin = Instant::now();
         spare.apply_edited(state, edits, pages).expect("folded in");
         let took = begin.elapsed();
