@@ -36,10 +36,11 @@ impl Hasher for Mix {
     }
 }
 
-/// What has one number: nearly always one thing.
+/// What has one number: nearly always one thing, or the two ends of a pipe.
 #[derive(Clone, Debug)]
 pub(super) enum Few {
     One(u32),
+    Two([u32; 2]),
     Many(Vec<u32>),
 }
 
@@ -48,6 +49,7 @@ impl Few {
     pub(super) fn all(&self) -> &[u32] {
         match self {
             Few::One(only) => std::slice::from_ref(only),
+            Few::Two(both) => both,
             Few::Many(all) => all,
         }
     }
@@ -55,10 +57,13 @@ impl Few {
     /// Puts one more at its place in the order.
     pub(super) fn insert(&mut self, place: usize, it: u32) {
         match self {
-            Few::One(only) => {
-                let mut both = vec![*only];
-                both.insert(place, it);
-                *self = Few::Many(both);
+            Few::One(only) if place == 0 => *self = Few::Two([it, *only]),
+            Few::One(only) => *self = Few::Two([*only, it]),
+            Few::Two(both) => {
+                let mut all = Vec::with_capacity(4);
+                all.extend_from_slice(both);
+                all.insert(place, it);
+                *self = Few::Many(all);
             }
             Few::Many(all) => all.insert(place, it),
         }

@@ -57,6 +57,8 @@ pub(super) struct Files {
     direct: [bool; 2],
     /// Devices of file systems that may be read so whatever the flags of a descriptor.
     uncached: Arc<[u64]>,
+    /// What is being looked at, as errors name it. Kept, so that nothing is allocated for each.
+    about: String,
 }
 
 /// Remembered between stops, one for a container.
@@ -419,8 +421,13 @@ impl Files {
                 let kind = match ready {
                     Some(kind) => Ok(kind),
                     None => {
+                        let mut about = std::mem::take(&mut self.about);
+                        about.clear();
+                        write_about(&mut about, number, pid);
                         let mut whole = world.with(builder, state);
-                        self.describe(holder, number, &info, &mut whole, &what())
+                        let described = self.describe(holder, number, &info, &mut whole, &about);
+                        self.about = about;
+                        described
                     }
                 };
                 let Some(kind) = refusals.admit(kind)? else { return Ok(None) };
@@ -488,7 +495,15 @@ impl Files {
 }
 
 fn about(number: i32, pid: i32) -> String {
-    format!("descriptor {number} of pid {pid}")
+    let mut out = String::new();
+    write_about(&mut out, number, pid);
+    out
+}
+
+fn write_about(out: &mut String, number: i32, pid: i32) {
+    use std::fmt::Write;
+    // To a string nothing can fail.
+    let _ = write!(out, "descriptor {number} of pid {pid}");
 }
 
 /// Whether two looks at one thing agree, but for what passes between them.
