@@ -265,9 +265,10 @@ impl Check<'_> {
                 );
                 self.at_value(&format!("{path}/path"), message, None);
             }
-            let is_ours = volume.kind != VolumeKind::Shared;
+            let is_ours = matches!(volume.kind, VolumeKind::Replicated | VolumeKind::ReadOnly);
             if container.device == Device::Veth && is_ours {
-                let message = "a container with a plain veth has nothing of ours, volumes neither";
+                let message = "a container with a plain veth has nothing of ours: no volumes but \
+                               `shared` and `ephemeral` ones";
                 let help = "leave out its `device`, or the volume";
                 self.at_value(&format!("{path}/kind"), message, Some(help.into()));
             }

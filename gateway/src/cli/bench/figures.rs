@@ -149,9 +149,15 @@ pub(super) fn not_protected(run: &RunReport, topology: &Topology) -> Option<Stri
 
 /// The container that ought to be protected and is not where it was, and why.
 pub(super) fn bare(containers: &[ContainerView], topology: &Topology) -> Option<String> {
-    let ought = |name: &str| topology.protect.iter().any(|protect| protect.container == name);
-    let mut ends = containers.iter().filter(|container| ought(&container.name));
-    let bare = ends.find(|container| !container.protected || container.generation > 1)?;
+    let ought = |name: &str| topology.protection_of(name);
+    let has_moved = |container: &ContainerView| {
+        let home = ought(&container.name).map(|protect| protect.primary.as_str());
+        // Files that are kept from one life to the next keep its generation, and the next one begins above.
+        let keeps = topology.containers.get(&container.name).is_some_and(|c| !c.volumes.is_empty());
+        container.primary.as_deref() != home || container.generation > 1 && !keeps
+    };
+    let mut ends = containers.iter().filter(|container| ought(&container.name).is_some());
+    let bare = ends.find(|container| !container.protected || has_moved(container))?;
     let reason = bare.reason.as_deref().unwrap_or(match bare.protected {
         true => "it has moved",
         false => "its backup is gone",
@@ -415,6 +421,7 @@ impl ModeFigures {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use netns_tools::topology::{Volume, VolumeKind};
 
     /// Two rounds on a machine that became twice as fast, with a gate that costs a tenth and a
     /// protection that costs half.
@@ -493,6 +500,7 @@ pub(super) mod tests {
             (run.failover, run.records) = (None, vec![EpochRecord::default()]);
             run.containers[0].name = topology.protect[0].container.clone();
             (run.containers[0].protected, run.containers[0].generation) = (true, 1);
+            run.containers[0].primary = Some(topology.protect[0].primary.clone());
             run
         };
         let why = |run: &RunReport| not_protected(run, &topology);
@@ -500,6 +508,20 @@ pub(super) mod tests {
         let mut bare = run();
         bare.containers[0].protected = false;
         assert!(why(&bare).unwrap().contains("was not protected all the time: its backup is gone"));
+        let mut away = run();
+        away.containers[0].primary = Some(topology.protect[0].backup.clone());
+        assert!(why(&away).unwrap().contains("it has moved"));
+        let mut back = run();
+        back.containers[0].generation = 3;
+        assert!(why(&back).unwrap().contains("it has moved"));
+        // Its files are of an earlier life.
+        let path = "/srv/a".to_owned();
+        let kind = VolumeKind::Replicated;
+        let volume = Volume { path, kind, fsync: None, durable: None, start: None, check: None };
+        let mut kept = topology.clone();
+        kept.containers.values_mut().for_each(|c| c.volumes = vec![volume.clone()]);
+        assert_eq!(not_protected(&back, &kept), None);
+        assert!(not_protected(&away, &kept).is_some());
         let mut idle = run();
         idle.records.clear();
         assert_eq!(why(&idle).unwrap(), "there was no epoch");

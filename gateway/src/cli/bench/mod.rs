@@ -23,7 +23,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use netns_tools::lab::Lab;
-use netns_tools::topology::{Device, Event, Fault, Period, Topology};
+use netns_tools::topology::{Device, Event, Fault, Period, Topology, Volume, VolumeKind};
 
 use super::args::Output;
 use super::progress::Progress;
@@ -61,6 +61,14 @@ pub(super) fn bench(args: &BenchArgs) -> Result<bool> {
     if let Some(other) = &args.against {
         let report = against::measure(args, &topology, other)?;
         return told(args, &report, || against::text(&report));
+    }
+    if let Some((name, _)) =
+        topology.containers.iter().find(|(_, c)| c.volumes.iter().any(Volume::is_root))
+    {
+        bail!(
+            "{file} cannot be measured: without nilicon {name}, whose root is a volume, would write over the \
+             files of this host; give it volumes in the places that it writes to instead of `/`"
+        );
     }
     if let Some(port) = work::port(&topology) {
         let report = work::measure(args, &topology, cores.as_ref(), port)?;
@@ -301,14 +309,50 @@ fn in_mode(topology: &Topology, mode: Mode) -> Topology {
         container.host = home;
         if mode == Mode::Veth {
             container.device = Device::Veth;
+            container.volumes.iter_mut().for_each(without_us);
         }
     }
     topology
 }
 
+/// A volume as a container has it that nobody replicates.
+fn without_us(volume: &mut Volume) {
+    let kind = match volume.kind {
+        VolumeKind::Replicated => VolumeKind::Ephemeral,
+        VolumeKind::ReadOnly => VolumeKind::Shared,
+        other => other,
+    };
+    let path = std::mem::take(&mut volume.path);
+    *volume = Volume { path, kind, fsync: None, durable: None, start: None, check: None };
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn volumes_are_plain_without_us() {
+        let text = super::super::demo::TOPOLOGY.replacen(
+            "    uplink: lan\n",
+            "    uplink: lan\n    volumes:\n      - { path: /srv/a, kind: replicated, start: empty, check: 'true' }\n      \
+             - { path: /srv/b, kind: read-only }\n      - { path: /srv/c, kind: ephemeral }\n",
+            1,
+        );
+        let topology = Topology::parse("demo", &text).unwrap();
+        let kinds = |mode| {
+            let lab = in_mode(&topology, mode);
+            let text = serde_json::to_string(&lab).unwrap();
+            assert_eq!(Topology::parse("again", &text).unwrap(), lab);
+            lab.containers
+                .values()
+                .flat_map(|c| c.volumes.clone())
+                .map(|v| v.kind)
+                .collect::<Vec<_>>()
+        };
+        use VolumeKind::{Ephemeral, ReadOnly, Replicated, Shared};
+        assert_eq!(kinds(Mode::Veth), [Ephemeral, Shared, Ephemeral]);
+        assert_eq!(kinds(Mode::Gateway), [Replicated, ReadOnly, Ephemeral]);
+    }
 
     #[test]
     fn what_is_compared_differs_in_its_protection_alone() {
