@@ -143,6 +143,15 @@ fn volumes() {
     refused("      - { path: /a, kind: shared, durable: ^true }", "only volumes of kind");
     refused("      - { path: /a, kind: shared, check: ^true }", "only volumes of kind");
     refused("      - { path: /a, kind: ephemeral, start: ^empty }", "only volumes of kind");
+    let on_a_veth = |kind: &str| {
+        let volume =
+            format!("{}    device: veth", with(&format!("      - {{ path: /a, kind: {kind} }}\n")));
+        let text = GOOD.replacen("uplink: lan", &volume, 1);
+        let error = Topology::parse("lab.topo.yml", &text).expect_err("it is protected as well");
+        error.problems().iter().any(|p| p.message.contains("has nothing of ours"))
+    };
+    assert_eq!(["replicated", "read-only"].map(on_a_veth), [true; 2]);
+    assert_eq!(["ephemeral", "shared"].map(on_a_veth), [false; 2]);
 }
 
 #[test]

@@ -42,6 +42,27 @@ fn a_bench_compares_three_modes() {
     bed.expect_gone();
 }
 
+/// A container with a volume is measured as well, and again with the files of the run before, which are of
+/// its generation.
+#[test]
+fn a_bench_measures_a_container_with_a_volume() {
+    let body = format!(
+        "{EMBEDDED}\n    volume-directory: @/kept\n    volumes:\n      \
+         - {{ path: @/seen, kind: replicated }}"
+    );
+    let bed = Bed::new("bvol", &Sketch::of(&body).loaded());
+    bed.write(&bed.text().replace('@', &bed.directory().display().to_string()));
+    let line =
+        ["--rounds", "1", "--load", "1s", "--connections", "2", "--loads", "closed", "-o", "json"];
+    for _ in 0..2 {
+        let bench = bed.run("bench", &line).expect_success().json();
+        let modes = bench["points"][0]["modes"].as_array().expect("modes");
+        let rate = |mode: &Value| mode["rate_per_s"]["median"].as_f64();
+        assert!(modes.len() == 3 && modes.iter().all(|m| rate(m) > Some(0.0)), "{bench:#}");
+    }
+    bed.expect_gone();
+}
+
 /// Nobody asks: there are no epochs, and agents and gateway do next to nothing. How little is a
 /// figure of the bench; here a busy machine must pass as well.
 #[test]

@@ -137,7 +137,10 @@ pub(super) enum Outcome {
 impl Place {
     /// Runs an unprotected container from its begin to its end.
     pub(super) fn run_alone(&self) {
-        let result = self.begin(Generation::FIRST).and_then(|life| self.lead(life, None));
+        // Files that are kept are newer from now on than those of any copy of an earlier life.
+        let files = self.files.as_ref();
+        let generation = files.map_or(Generation::FIRST, |files| files.generation().next());
+        let result = self.begin(generation).and_then(|life| self.lead(life, None));
         self.tell_end(result.map(drop));
     }
 
