@@ -5,6 +5,9 @@
 //! ```text
 //! cargo run --release -p replicator --example page_cost -- [MEGABYTES [PAGES [ROUNDS]]]
 //! ```
+//! In turns, all pages of a round are copied before the first is compared, as in a checkpoint, and so few at a time that
+//! copies stay in the processor's cache.
+//!
 //! A program on the first processor writes a word into each of so many pages of its memory, in no order; the last
 //! processor does the rest, as in `nilicon bench`.
 
@@ -100,53 +103,79 @@ fn main() {
     let (mut program, spare) = (Program::start(megabytes), Program::start(megabytes));
     let mut shadow = vec![0; megabytes << 20];
     memory::read(program.pid(), program.at, &mut shadow).expect("read");
-    let mut buffer = Vec::with_capacity(count * PAGE);
     let mut rng = fastrand::Rng::with_seed(1);
-    let mut all: [Vec<Duration>; 3] = Default::default();
-    for round in 0..rounds {
+    let ways = [usize::MAX, 256, 64, 16];
+    let mut all: [[Vec<Duration>; 3]; 4] = Default::default();
+    for round in 0..rounds * ways.len() {
         let mut pages: Vec<usize> = (0..count).map(|_| rng.usize(..shadow.len() / PAGE)).collect();
         pages.sort_unstable();
         pages.dedup();
         program.write(&pages);
-        let place = |base: u64, page: &usize| base + (page * PAGE) as u64;
-        let ranges: Vec<Range> =
-            pages.iter().map(|p| Range { start: place(program.at, p), len: PAGE }).collect();
-        let begin = Instant::now();
-        buffer.clear();
-        for some in ranges.chunks(512) {
-            memory::read_appended(program.pid(), some, &mut buffer).expect("copied");
-        }
-        let copied = begin.elapsed();
-        let begin = Instant::now();
-        let mut changes = Vec::with_capacity(count);
-        for (page, new) in pages.iter().zip(buffer.as_chunks::<PAGE>().0) {
-            let old = &mut shadow[page * PAGE..][..PAGE];
-            let lines = old.as_chunks_mut::<64>().0.iter_mut().zip(new.as_chunks::<64>().0);
-            for (line, (old, new)) in lines.enumerate().filter(|(_, (old, new))| old != new) {
-                *old = *new;
-                changes.push((place(spare.at, page) + (line * 64) as u64, &new[..]));
+        let way = round % ways.len();
+        let (mut buffer, mut took) =
+            (Vec::with_capacity(count.min(ways[way]) * PAGE), [Duration::ZERO; 3]);
+        let mut changed = 0;
+        for some in pages.chunks(ways[way]) {
+            let begin = Instant::now();
+            copy(&program, some, &mut buffer);
+            took[0] += begin.elapsed();
+            let begin = Instant::now();
+            let changes = compare(&mut shadow, some, &buffer, spare.at);
+            took[1] += begin.elapsed();
+            let begin = Instant::now();
+            for some in changes.chunks(512) {
+                memory::write_scattered(spare.pid(), some).expect("written");
             }
+            took[2] += begin.elapsed();
+            changed += changes.len();
         }
-        let compared = begin.elapsed();
-        assert_eq!(changes.len(), pages.len(), "round {round}: a line of each page has changed");
-        let begin = Instant::now();
-        for some in changes.chunks(512) {
-            memory::write_scattered(spare.pid(), some).expect("written");
-        }
-        let written = begin.elapsed();
-        for (all, took) in all.iter_mut().zip([copied, compared, written]) {
+        assert_eq!(changed, pages.len(), "round {round}: a line of each page has changed");
+        for (all, took) in all[way].iter_mut().zip(took) {
             all.push(took / pages.len() as u32);
         }
     }
-    println!("{megabytes} MB, {count} pages written a round, {rounds} rounds: us a page");
-    println!("             50 %    99 %");
-    let mut sum = Duration::ZERO;
-    for (name, times) in ["copy", "compare", "write"].iter().zip(&mut all) {
-        times.sort_unstable();
-        let at = |part: usize| times[(times.len() * part / 100).min(times.len() - 1)];
-        let us = |time: Duration| time.as_nanos() as f64 / 1e3;
-        println!("  {name:<8} {:>6.2}  {:>6.2}", us(at(50)), us(at(99)));
-        sum += at(50);
+    println!(
+        "{megabytes} MB, {count} pages written a round, {rounds} rounds each: us a page, 50 %"
+    );
+    println!("  at a time     copy  compare    write      all");
+    for (way, all) in ways.iter().zip(&mut all) {
+        let median = |times: &mut Vec<Duration>| {
+            times.sort_unstable();
+            times[times.len() / 2].as_nanos() as f64 / 1e3
+        };
+        let [copy, compare, write] = all.each_mut().map(median);
+        let at_a_time = if *way == usize::MAX { "all".to_owned() } else { way.to_string() };
+        let sum = copy + compare + write;
+        println!("  {at_a_time:<9} {copy:>8.2} {compare:>8.2} {write:>8.2} {sum:>8.2}");
     }
-    println!("  all      {:>6.2}", sum.as_nanos() as f64 / 1e3);
+}
+
+/// Copies these pages of a program.
+fn copy(program: &Program, pages: &[usize], buffer: &mut Vec<u8>) {
+    buffer.clear();
+    let range = |page: &usize| Range { start: program.at + (page * PAGE) as u64, len: PAGE };
+    let ranges: Vec<Range> = pages.iter().map(range).collect();
+    for some in ranges.chunks(512) {
+        memory::read_appended(program.pid(), some, buffer).expect("copied");
+    }
+}
+
+/// Makes the versions before the ones in `buffer`; gives the lines that differ and where they belong in a program whose
+/// memory begins at `at`.
+fn compare<'a>(
+    shadow: &mut [u8],
+    pages: &[usize],
+    buffer: &'a [u8],
+    at: u64,
+) -> Vec<(u64, &'a [u8])> {
+    let mut changes = Vec::with_capacity(pages.len());
+    for (page, new) in pages.iter().zip(buffer.as_chunks::<PAGE>().0) {
+        let old = &mut shadow[page * PAGE..][..PAGE];
+        let lines = old.as_chunks_mut::<64>().0.iter_mut().zip(new.as_chunks::<64>().0);
+        for (line, (old, new)) in lines.enumerate().filter(|(_, (old, new))| old != new) {
+            *old = *new;
+            changes.push((at + (page * PAGE + line * 64) as u64, &new[..]));
+        }
+    }
+    changes
 }

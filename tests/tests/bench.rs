@@ -63,6 +63,19 @@ fn a_bench_measures_a_container_with_a_volume() {
     bed.expect_gone();
 }
 
+/// Without nilicon it would write over the files of the host: nothing is begun.
+#[test]
+fn a_container_whose_root_is_a_volume_is_not_measured() {
+    let body = format!(
+        "{EMBEDDED}\n    volume-directory: @/kept\n    volumes:\n      - {{ path: /, kind: replicated }}"
+    );
+    let bed = Bed::new("broot", &Sketch::of(&body).loaded());
+    bed.write(&bed.text().replace('@', &bed.directory().display().to_string()));
+    let refused = bed.run("bench", &["--rounds", "1", "--load", "1s"]);
+    refused.expect_complaint(&["whose root is a volume", "instead of `/`"]);
+    bed.expect_gone();
+}
+
 /// Nobody asks: there are no epochs, and agents and gateway do next to nothing. How little is a
 /// figure of the bench; here a busy machine must pass as well.
 #[test]

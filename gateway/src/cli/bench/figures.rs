@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use netns_tools::topology::{Ratio, Topology};
+use netns_tools::topology::{Ratio, Topology, VolumeKind};
 use serde::Serialize;
 
 use super::super::clock;
@@ -153,7 +153,10 @@ pub(super) fn bare(containers: &[ContainerView], topology: &Topology) -> Option<
     let has_moved = |container: &ContainerView| {
         let home = ought(&container.name).map(|protect| protect.primary.as_str());
         // Files that are kept from one life to the next keep its generation, and the next one begins above.
-        let keeps = topology.containers.get(&container.name).is_some_and(|c| !c.volumes.is_empty());
+        let keeps = topology
+            .containers
+            .get(&container.name)
+            .is_some_and(|c| c.volumes.iter().any(|volume| volume.kind == VolumeKind::Replicated));
         container.primary.as_deref() != home || container.generation > 1 && !keeps
     };
     let mut ends = containers.iter().filter(|container| ought(&container.name).is_some());
@@ -421,7 +424,7 @@ impl ModeFigures {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use netns_tools::topology::{Volume, VolumeKind};
+    use netns_tools::topology::Volume;
 
     /// Two rounds on a machine that became twice as fast, with a gate that costs a tenth and a
     /// protection that costs half.
