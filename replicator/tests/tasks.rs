@@ -6,9 +6,12 @@ mod common;
 
 use common::{Original, Scratch, wait_until};
 use nix::libc;
+use replicator::capture::Capturer;
 use replicator::restore::Peer;
+use replicator::sys::unix_diag::UnixDiag;
+use std::fs::File;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 const SUBJECT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/subjects/tasks.py");
@@ -119,6 +122,97 @@ while True:
         }
     }
     println!("it had gone off in {gone_off} of 400 stops");
+}
+
+/// The program is nearly always in the middle of making a process or a thread, and the kernel tells nobody of what
+/// is being made at the moment of the seizure.
+#[test]
+fn whoever_is_being_made_at_the_seizure_is_not_missed() {
+    const PROGRAM: &str = "import os, threading
+def start():
+    while True:
+        thread = threading.Thread(target=lambda: None)
+        thread.start()
+        thread.join()
+threading.Thread(target=start).start()
+print('ready', flush=True)
+while True:
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)";
+    const TIMES: usize = 100;
+    let Some(python) = python() else {
+        println!("skipped: python3 is not installed");
+        return;
+    };
+    let dir = Scratch::new("tasks-made");
+    let console = dir.0.join("console");
+    let out = || File::create(&console).expect("a file");
+    let mut command = Command::new(python);
+    command.args(["-c", PROGRAM]).stdin(Stdio::null()).stdout(out()).stderr(out());
+    let child = Ended(command.spawn().expect("started"));
+    let pid = child.0.id() as i32;
+    wait_until("it makes them", || !lines(&console, "ready").is_empty());
+    for time in 0..TIMES {
+        let held =
+            Capturer::adopt_gently(pid, UnixDiag::open().expect("diag")).and_then(Capturer::hold);
+        let held = held.unwrap_or_else(|e| panic!("time {time}: {e}"));
+        let state = &held.state;
+        let (mut tids, mut children) = (0, 0);
+        for process in &state.processes {
+            for entry in std::fs::read_dir(format!("/proc/{}/task", process.pid)).expect("tasks") {
+                let path = entry.expect("a task").path();
+                let of = std::fs::read_to_string(path.join("children")).expect("children");
+                children += of.split_whitespace().count();
+                tids += 1;
+            }
+        }
+        let threads: usize = state.processes.iter().map(|p| p.threads.len()).sum();
+        let others = state.processes.len() - 1 + state.ended.len();
+        held.release().expect("let go");
+        assert_eq!((threads, others), (tids, children), "time {time}: threads, processes");
+    }
+}
+
+/// CLONE_UNTRACED keeps the news of a child from its parent's tracer.
+#[test]
+fn a_child_that_is_to_have_no_tracer_is_found() {
+    const PROGRAM: &str = "import ctypes, os, signal
+libc = ctypes.CDLL(None)
+os.read(0, 1)
+if libc.syscall(56, 0x00800000 | signal.SIGCHLD, 0, 0, 0, 0) == 0:
+    if os.fork() == 0:
+        print('made', flush=True)
+while True:
+    signal.pause()";
+    let Some(python) = python() else {
+        println!("skipped: python3 is not installed");
+        return;
+    };
+    let dir = Scratch::new("tasks-untraced");
+    let mut original = Original::start(&dir, &[&python, "-c", PROGRAM]);
+    let console = original.console();
+    original.pump_until("it has children", || !lines(&console, "made").is_empty());
+    wait_until("they are all seen", || {
+        original.checkpoint();
+        original.state.processes.len() == 3
+    });
+    let mut spare = original.spare();
+    for _ in 0..3 {
+        original.follow(&mut spare);
+    }
+    assert_eq!(original.state.processes.len(), 3);
+}
+
+/// Killed in the end.
+struct Ended(Child);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 #[test]

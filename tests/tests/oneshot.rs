@@ -25,7 +25,7 @@ const ROUNDS_TOGETHER: usize = 20;
 /// Programs under way at a time.
 const SIDE_BY_SIDE: usize = 4;
 /// Programs whose processes come and go.
-const RESTLESS: [&str; 2] = ["spawning", "vforks"];
+const RESTLESS: [&str; 3] = ["hasty", "spawning", "vforks"];
 
 struct Bench(PathBuf);
 

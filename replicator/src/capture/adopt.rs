@@ -14,6 +14,10 @@ use crate::sys::unix_diag::UnixDiag;
 use crate::sys::{SysError, pidfd, ptrace, uffd};
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+/// Between two looks for who was made without our being told.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 impl Capturer {
     /// Seizes the container whose init has this host pid, with all its descendants. From now on
@@ -60,6 +64,8 @@ impl Capturer {
             batch: Batch::new(),
             interrupted: waits::Interrupted::default(),
             end: None,
+            may_miss: false,
+            looked: None,
             still: false,
             idle: false,
             rest: None,
@@ -74,8 +80,88 @@ impl Capturer {
     }
 
     pub(super) fn seize_tree(&mut self) -> Result<(), CaptureError> {
+        self.may_miss = true;
+        self.seize_from(vec![self.root])?;
+        if self.tracer.is_empty() { Err(CaptureError::Ended) } else { Ok(()) }
+    }
+
+    /// A thread that was in the middle of making another one when it was seized makes it without telling us: the
+    /// kernel asks whether anybody wants to know before it copies (kernel_clone of kernel/fork.c). Now that all of the
+    /// tree stands still, everybody has finished, and whoever was missed is seen in /proc.
+    ///
+    /// # Errors
+    /// [`CaptureError::Transient`] if somebody was missed: he has been seized, and runs.
+    pub(super) fn find_missed(&mut self) -> Result<(), CaptureError> {
+        if !self.may_miss {
+            return Ok(());
+        }
+        let missed = self.unknown()?;
+        if missed.is_empty() {
+            self.may_miss = false;
+            return Ok(());
+        }
+        self.seize_missed(missed)?;
+        Err(CaptureError::Transient("it was making a process or a thread when it was seized"))
+    }
+
+    /// While the tree runs, now and then: whoever was made with CLONE_UNTRACED (clone(2)), which keeps the news from
+    /// a tracer. He belongs to the tree all the same.
+    pub(super) fn find_untold(&mut self) -> Result<(), CaptureError> {
+        if self.may_miss || self.looked.is_some_and(|at| at.elapsed() < LOOK_AGAIN) {
+            return Ok(());
+        }
+        let mut untold = self.unknown()?;
+        // Of the others we are about to hear.
+        untold.retain(|pid| tracer::tids(*pid).is_ok_and(|t| t.into_iter().any(tracer::has_none)));
+        if !untold.is_empty() {
+            self.may_miss = true;
+            self.seize_missed(untold)?;
+        }
+        self.looked = Some(Instant::now());
+        Ok(())
+    }
+
+    /// Processes of the tree, or with threads, that we have not heard of. Those that have ended are noted.
+    fn unknown(&mut self) -> Result<Vec<i32>, CaptureError> {
+        let mut found = Vec::new();
+        for pid in self.tracer.processes() {
+            let tids = match tracer::tids(pid) {
+                // Killed meanwhile, which is heard of later.
+                Err(e) if e.is_gone() || e.code() == libc::ENOENT => continue,
+                tids => tids?,
+            };
+            for tid in tids {
+                if !self.tracer.has(tid) && !tracer::has_ended(pid, tid) {
+                    found.push(pid);
+                }
+                for child in lineage::children(pid, tid) {
+                    if self.tracer.has(child) {
+                        continue;
+                    }
+                    match process::ended(child)? {
+                        Some(_) => self.remains.add(child),
+                        None => found.push(child),
+                    }
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    fn seize_missed(&mut self, missed: Vec<i32>) -> Result<(), CaptureError> {
+        let known = self.tracer.all();
+        self.seize_from(missed)?;
+        for tid in self.tracer.all() {
+            if !known.contains(&tid) {
+                self.interrupted.look(tid);
+            }
+        }
+        Ok(())
+    }
+
+    /// Seizes these processes and all of their descendants.
+    fn seize_from(&mut self, mut todo: Vec<i32>) -> Result<(), CaptureError> {
         let is_gone = |e: &SysError| e.is_gone() || e.code() == libc::ENOENT;
-        let mut todo = vec![self.root];
         while let Some(pid) = todo.pop() {
             let seized = self.tracer.seize(pid).and_then(|()| tracer::tids(pid));
             let tids = match seized {
@@ -100,7 +186,7 @@ impl Capturer {
                 todo.extend(lineage::children(pid, tid));
             }
         }
-        if self.tracer.is_empty() { Err(CaptureError::Ended) } else { Ok(()) }
+        Ok(())
     }
 
     /// Watches every process that is not watched yet. All threads are stopped.

@@ -280,6 +280,10 @@ pub struct Capturer {
     interrupted: waits::Interrupted,
     /// How its init has ended.
     end: Option<Status>,
+    /// It ran while it was seized, and has not stood still since.
+    may_miss: bool,
+    /// When it was last looked for who was made without our being told.
+    looked: Option<Instant>,
     /// The next stop that succeeds does not end.
     still: bool,
     /// It hardly ran before this stop, and a helper may have its processor when it has run for a moment.
@@ -386,7 +390,7 @@ impl Capturer {
     /// stays in it.
     pub fn detach(mut self) -> Result<(), CaptureError> {
         // A stop that is noticed by nobody, also where a call would end with EINTR.
-        let cleaned = self.freeze().and_then(|()| self.remove_scratch());
+        let cleaned = self.freeze_known().and_then(|()| self.remove_scratch());
         let detached = self.tracer.detach();
         match cleaned {
             Err(error) if !matches!(error, CaptureError::Ended) => {
@@ -403,6 +407,7 @@ impl Capturer {
         self.follow_changes();
         self.helpers.follow();
         self.files.make_ready(self.glances != Glances::Off);
+        self.find_untold()?;
         let pids = self.pids();
         if pids.iter().all(|p| self.processes.contains_key(p)) {
             return Ok(());
@@ -422,12 +427,18 @@ impl Capturer {
     }
 
     fn freeze(&mut self) -> Result<(), CaptureError> {
-        let frozen = self.tracer.freeze();
-        let done = self.settle().and(frozen);
+        let frozen = self.freeze_known();
+        let done = frozen.and_then(|()| self.find_missed());
         if done.is_err() {
             self.tracer.thaw()?;
         }
         done
+    }
+
+    /// As [`Capturer::freeze`], but whoever is not seized yet may run on, and after an error all stand still.
+    fn freeze_known(&mut self) -> Result<(), CaptureError> {
+        let frozen = self.tracer.freeze();
+        self.settle().and(frozen)
     }
 
     fn settle(&mut self) -> Result<(), CaptureError> {
@@ -438,6 +449,7 @@ impl Capturer {
         Ok(())
     }
 
+    /// From now on a device, address, route or rule that is made or taken away in the container's
     /// network is refused (CP-3).
     pub fn watch_network(&mut self) -> Result<(), CaptureError> {
         self.namespaces.watch_network(self.root)

@@ -549,6 +549,11 @@ fn is_ours(tid: i32) -> bool {
     tracer_of(tid) == Some(nix::unistd::gettid().as_raw())
 }
 
+/// Whether a thread lives and nobody traces it.
+pub(super) fn has_none(tid: i32) -> bool {
+    status_of(tid).is_ok_and(|text| field(&text, "TracerPid:") == Some("0"))
+}
+
 /// Who traces a thread, if anybody.
 fn tracer_of(tid: i32) -> Option<i32> {
     let text = status_of(tid).ok()?;
