@@ -451,6 +451,8 @@ impl StopLoop {
         taken.interval = self.pacer.since(now);
         let times = taken.times;
         self.hand_over(taken, &mut stopped)?;
+        // Nobody waits for anything now.
+        self.capturer.make_ready();
         if !stopped.is_confirmed() {
             return Ok(());
         }

@@ -14,6 +14,7 @@ use crate::sys::unix_diag::UnixDiag;
 use crate::sys::{SysError, pidfd, ptrace, uffd};
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Between two looks for who was made without our being told.
@@ -70,6 +71,11 @@ impl Capturer {
             idle: false,
             rest: None,
             copies: Vec::new(),
+            jobs: [None, None],
+            ready_processes: Vec::new(),
+            order: Vec::new(),
+            tids: Vec::new(),
+            inner_pids: Arc::default(),
             unconfirmed: Vec::new(),
             glances: Glances::On,
             refusals: refusals::Refusals::default(),
@@ -192,6 +198,9 @@ impl Capturer {
     /// Watches every process that is not watched yet. All threads are stopped.
     pub(super) fn attach_new(&mut self) -> Result<(), CaptureError> {
         self.follow_changes();
+        if self.knows_all() {
+            return Ok(());
+        }
         for pid in self.pids() {
             if !self.processes.contains_key(&pid) {
                 let attached = self.attach(pid);
@@ -254,6 +263,7 @@ impl Capturer {
             threads,
             files: files::Files::open(pid, self.glances, self.tmpfs.uncached()),
             attributes,
+            ready: None,
             is_doubtful: true,
             read: None,
             timers: timers::Timers::open(pid)?,

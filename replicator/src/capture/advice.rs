@@ -23,6 +23,8 @@ pub(super) struct Advices {
     last: Option<(Instant, Duration)>,
     /// Mappings have changed since.
     stale: bool,
+    /// A copy for the next checkpoint.
+    ready: Vec<Advice>,
 }
 
 impl Advices {
@@ -68,7 +70,15 @@ impl Advices {
             let object = format!("mapping {start:#x}-{end:#x} of pid {pid}");
             return Err(CaptureError::unsupported(object, why.into()));
         }
-        Ok(self.all.clone())
+        Ok(super::or_copy(std::mem::take(&mut self.ready), &self.all))
+    }
+
+    /// Before a stop: makes the copy that its checkpoint takes, with room for as many more.
+    pub(super) fn make_ready(&mut self, more: usize) {
+        if self.ready.capacity() < self.all.len() + more {
+            self.ready = Vec::with_capacity(self.all.len() + more);
+        }
+        self.ready.clone_from(&self.all);
     }
 }
 

@@ -66,13 +66,19 @@ impl Guards {
         self.remove(at, u64::MAX);
     }
 
+    /// How many there are.
+    pub(super) fn len(&self) -> usize {
+        self.0.len()
+    }
+
     /// Puts them among what was said of memory, in order of address.
     pub(super) fn add_to(&self, all: &mut Vec<Advice>) {
         if self.0.is_empty() {
             return;
         }
         all.extend(self.0.iter().map(|&(start, end)| Advice { start, end, bits: Advice::GUARD }));
-        all.sort_by_key(|a| a.start);
+        // In place: no two begin at the same address.
+        all.sort_unstable_by_key(|a| a.start);
     }
 }
 

@@ -58,6 +58,7 @@ mod waits;
 mod watched;
 
 use crate::Epoch;
+use crate::image::Process;
 use crate::image::pages::PageSet;
 use crate::sys::ptrace::Status;
 use crate::sys::remote::Batch;
@@ -65,7 +66,7 @@ use crate::sys::unix_diag::UnixDiag;
 use crate::volume::Known;
 use memory::{AddressSpace, Job};
 use process::Attributes;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -104,6 +105,11 @@ impl Boundary for NoBoundary {
     fn release_input(&mut self) {}
 }
 
+/// What was copied before a stop, if it is still equal to what there is; otherwise another copy.
+fn or_copy<T: Clone + PartialEq>(before: T, now: &T) -> T {
+    if before == *now { before } else { now.clone() }
+}
+
 struct Tracked {
     handle: OwnedFd,
     space: AddressSpace,
@@ -114,6 +120,8 @@ struct Tracked {
     /// The round of pre-copy that was begun looks around notes.
     has_notes: bool,
     attributes: Attributes,
+    /// A copy of them, of which the next checkpoint takes what it needs.
+    ready: Option<Attributes>,
     /// They were read while it ran, and are others than in the stop before.
     is_doubtful: bool,
     /// When they were last read while it ran.
@@ -137,6 +145,14 @@ impl Tracked {
         self.is_doubtful |= attributes != self.attributes;
         (self.attributes, self.read) = (attributes, Some(begin));
         Ok(())
+    }
+
+    /// Before a stop, while it runs: makes the memory that its checkpoint takes along.
+    fn make_ready(&mut self) {
+        self.threads.make_ready();
+        self.files.make_ready();
+        self.advice.make_ready(self.space.guards().len());
+        self.ready.get_or_insert_with(|| self.attributes.clone());
     }
 
     /// Takes a glance at its threads. If they are `running`, a window of notes begins, which a scan of all
@@ -292,6 +308,13 @@ pub struct Capturer {
     rest: Option<Arc<Job>>,
     /// For copies that helpers make.
     copies: Vec<u8>,
+    /// For the next stop: what will be searched in it and after it, the list of processes that its checkpoint takes along,
+    /// their order, and their numbers inside by those outside.
+    jobs: [Option<Arc<Job>>; 2],
+    ready_processes: Vec<Process>,
+    order: Vec<i32>,
+    tids: Vec<i32>,
+    inner_pids: Arc<HashMap<i32, i32>>,
     /// The objects of a checkpoint that is to be confirmed.
     unconfirmed: Vec<u32>,
     glances: Glances,
@@ -406,16 +429,40 @@ impl Capturer {
     pub fn prepare(&mut self) -> Result<(), CaptureError> {
         self.follow_changes();
         self.helpers.follow();
-        self.files.make_ready(self.glances != Glances::Off);
+        self.files.open_queues(self.glances != Glances::Off);
         self.find_untold()?;
-        let pids = self.pids();
-        if pids.iter().all(|p| self.processes.contains_key(p)) {
+        self.make_ready();
+        if self.knows_all() {
             return Ok(());
         }
         self.freeze()?;
         let result = self.attach_new();
         self.tracer.thaw()?;
         result
+    }
+
+    /// While the container runs: makes the memory that the next checkpoint takes along, so that its stop asks for
+    /// none. [`Capturer::prepare`] does it too; it is nothing that anybody should wait for.
+    pub fn make_ready(&mut self) {
+        self.processes.values_mut().for_each(Tracked::make_ready);
+        self.files.make_ready();
+        self.namespaces.make_ready();
+        self.ready_processes.reserve(self.processes.len() + 1);
+        self.order.reserve(self.processes.len() + 1);
+        self.jobs = self.take_jobs().map(Some);
+    }
+
+    /// The jobs of the last stop if they are nobody else's any more, as good as new, or others: one for the next stop and
+    /// one for after it.
+    fn take_jobs(&mut self) -> [Arc<Job>; 2] {
+        let [taken, seen] = std::mem::take(&mut self.jobs).map(|job| job.and_then(Job::renew));
+        let new = |job: fn() -> Job| move || Arc::new(job());
+        [taken.unwrap_or_else(new(Job::to_take)), seen.unwrap_or_else(new(Job::to_look))]
+    }
+
+    /// Whether every process is watched.
+    fn knows_all(&self) -> bool {
+        self.tracer.is_of(|pid| self.processes.contains_key(&pid))
     }
 
     fn pids(&self) -> Vec<i32> {
@@ -443,9 +490,8 @@ impl Capturer {
 
     fn settle(&mut self) -> Result<(), CaptureError> {
         self.interrupted.retain(|tid| self.tracer.has(tid));
-        for tid in self.tracer.stopped() {
-            self.interrupted.settle(tid)?;
-        }
+        let Self { tracer, interrupted, .. } = self;
+        tracer.stopped().try_for_each(|tid| interrupted.settle(tid))?;
         Ok(())
     }
 

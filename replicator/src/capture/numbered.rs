@@ -36,11 +36,14 @@ impl Hasher for Mix {
     }
 }
 
-/// What has one number: nearly always one thing, or the two ends of a pipe.
+/// How many are held in place.
+const SOME: usize = 4;
+
+/// What has one number: nearly always one thing, or the two ends of a pipe, or a few descriptors of one file (/dev/null).
 #[derive(Clone, Debug)]
 pub(super) enum Few {
     One(u32),
-    Two([u32; 2]),
+    Some([u32; SOME], u8),
     Many(Vec<u32>),
 }
 
@@ -49,7 +52,7 @@ impl Few {
     pub(super) fn all(&self) -> &[u32] {
         match self {
             Few::One(only) => std::slice::from_ref(only),
-            Few::Two(both) => both,
+            Few::Some(some, count) => &some[..usize::from(*count)],
             Few::Many(all) => all,
         }
     }
@@ -57,11 +60,17 @@ impl Few {
     /// Puts one more at its place in the order.
     pub(super) fn insert(&mut self, place: usize, it: u32) {
         match self {
-            Few::One(only) if place == 0 => *self = Few::Two([it, *only]),
-            Few::One(only) => *self = Few::Two([*only, it]),
-            Few::Two(both) => {
-                let mut all = Vec::with_capacity(4);
-                all.extend_from_slice(both);
+            Few::One(only) => {
+                *self = Few::Some([*only; SOME], 1);
+                self.insert(place, it);
+            }
+            Few::Some(some, count) if usize::from(*count) < SOME => {
+                some.copy_within(place..usize::from(*count), place + 1);
+                (some[place], *count) = (it, *count + 1);
+            }
+            Few::Some(some, _) => {
+                let mut all = Vec::with_capacity(4 * SOME);
+                all.extend_from_slice(some);
                 all.insert(place, it);
                 *self = Few::Many(all);
             }
@@ -84,6 +93,9 @@ mod tests {
         few.insert(2, 7);
         few.insert(1, 1);
         assert_eq!(few.all(), [9, 1, 5, 7]);
+        few.insert(4, 3);
+        few.insert(0, 2);
+        assert_eq!(few.all(), [2, 9, 1, 5, 7, 3]);
     }
 
     /// What a table looks at first: the lowest bits, and the highest seven.

@@ -21,6 +21,8 @@ const LISTEN: u8 = 10;
 const SO_COOKIE: i32 = 57;
 /// Longer queues are read at each stop.
 const KEPT: usize = 64 << 10;
+/// Room for so much is made at once in the queues of a connection.
+const ANSWER: usize = 64;
 /// More than any queue can hold: the numbers are not what they should be.
 const ABSURD: u32 = 1 << 30;
 
@@ -33,6 +35,8 @@ pub(super) struct Remembered {
     received: Queue,
     /// A copy of the connection for the next stop, which saves it the time to make one.
     ready: Option<Box<TcpConnection>>,
+    /// The same of a listener.
+    listener: Option<Box<TcpListener>>,
 }
 
 #[derive(Clone, Debug)]
@@ -109,7 +113,7 @@ pub(super) fn remember(
     };
     let record = seen.with_cookie(u64::from_ne_bytes(cookie));
     let (sent, received) = Default::default();
-    let mut remembered = Remembered { record, what, sent, received, ready: None };
+    let mut remembered = Remembered { record, what, sent, received, ready: None, listener: None };
     remembered.make_ready();
     Ok(Some(remembered))
 }
@@ -171,9 +175,19 @@ impl Remembered {
     /// Makes the copy that the next stop takes, if it is not there. True, for chains of conditions.
     pub(super) fn make_ready(&mut self) -> bool {
         if let What::Connection(it) = &self.what {
-            self.ready.get_or_insert_with(|| it.clone());
+            let connection = self.ready.get_or_insert_with(|| it.clone());
+            // With room for what was in its queues of late, or a short answer.
+            connection.send_queue.reserve(self.sent.bytes.len().max(ANSWER));
+            connection.receive_queue.reserve(self.received.bytes.len().max(ANSWER));
         }
         true
+    }
+
+    /// The same for a listener.
+    pub(super) fn make_listener_ready(&mut self) {
+        if let What::Listener(it) = &self.what {
+            self.listener.get_or_insert_with(|| Box::new(it.clone()));
+        }
     }
 
     /// The connection as it is now, for which [`Remembered::is_of`] was true, if nothing is in its
@@ -204,9 +218,10 @@ impl Remembered {
     ) -> Result<Kind, CaptureError> {
         let mut connection = match &self.what {
             What::Listener(l) => {
-                let mut listener = TcpListener { backlog: seen.backlog(), ..l.clone() };
+                let mut listener = self.listener.take().unwrap_or_else(|| Box::new(l.clone()));
+                listener.backlog = seen.backlog();
                 options_now(seen, &mut listener.options);
-                return Ok(Kind::TcpListener(Box::new(listener)));
+                return Ok(Kind::TcpListener(listener));
             }
             What::Connection(it) => self.ready.take().unwrap_or_else(|| it.clone()),
         };
@@ -217,30 +232,30 @@ impl Remembered {
             return Err(CaptureError::Transient("a TCP connection is changing"));
         }
         let mut dup = None;
-        connection.receive_queue = match self.received.get(copied, rcv_nxt) {
-            _ if unread == 0 => Vec::new(),
-            Some(bytes) => bytes.to_vec(),
+        connection.receive_queue.clear();
+        match self.received.get(copied, rcv_nxt) {
+            _ if unread == 0 => {}
+            Some(bytes) => connection.receive_queue.extend_from_slice(bytes),
             None => {
                 let fd = dup.insert(open()?);
-                let bytes = tcp::peek(fd.as_fd(), unread as usize)?;
-                self.received.keep(rcv_nxt, &bytes);
-                bytes
+                tcp::peek_into(fd.as_fd(), unread as usize, &mut connection.receive_queue)?;
+                self.received.keep(rcv_nxt, &connection.receive_queue);
             }
-        };
-        connection.send_queue = match self.sent.get(una, write_seq) {
-            _ if unacknowledged == 0 => Vec::new(),
-            Some(bytes) => bytes.to_vec(),
+        }
+        connection.send_queue.clear();
+        match self.sent.get(una, write_seq) {
+            _ if unacknowledged == 0 => {}
+            Some(bytes) => connection.send_queue.extend_from_slice(bytes),
             None => {
                 let fd = match dup {
                     Some(fd) => fd,
                     None => open()?,
                 };
-                let bytes =
-                    tcp::unacknowledged(fd.as_fd(), unacknowledged as usize, &connection.options)?;
-                self.sent.keep(write_seq, &bytes);
-                bytes
+                let (len, queue) = (unacknowledged as usize, &mut connection.send_queue);
+                tcp::unacknowledged(fd.as_fd(), len, &connection.options, queue)?;
+                self.sent.keep(write_seq, queue);
             }
-        };
+        }
         options_now(seen, &mut connection.options);
         (connection.write_seq, connection.rcv_nxt) = (write_seq, rcv_nxt);
         connection.window = seen.window();

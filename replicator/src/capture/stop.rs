@@ -202,7 +202,11 @@ impl Capturer {
                 self.helpers.call(&pieces);
             }
         }
-        let (mut job, mut rest) = (Job::to_take(), Job::to_look());
+        let [mut job, mut rest] = self.take_jobs();
+        let (Some(taking), Some(looking)) = (Arc::get_mut(&mut job), Arc::get_mut(&mut rest))
+        else {
+            return Err(CaptureError::Transient("a search for written pages goes on"));
+        };
         for tracked in self.processes.values_mut() {
             if self.still {
                 // What stands still cannot be taken back.
@@ -210,11 +214,11 @@ impl Capturer {
             }
             let sequence = tracked.glance(false)?;
             if !self.refusals.collecting() {
-                tracked.space.begin(&mut job, sequence, false)?;
-                tracked.space.add_rest(&mut rest);
+                tracked.space.begin(taking, sequence, false)?;
+                tracked.space.add_rest(looking);
             }
         }
-        let (job, rest) = (Arc::new(job), Arc::new(rest));
+        self.jobs = [Some(job.clone()), Some(rest.clone())];
         self.helpers.call(&job);
         self.helpers.call(&rest);
         self.rest = Some(rest);
@@ -229,21 +233,22 @@ impl Capturer {
     ) -> Result<State, CaptureError> {
         self.interrupted.clocks_are_read();
         let mut state = State { clocks: self.clocks()?, ..State::default() };
-        let order = self.in_order()?;
-        let inner_pids: HashMap<i32, i32> =
-            self.processes.iter().map(|(pid, t)| (*pid, t.attributes.pid)).collect();
-        let (memory, descriptions) = (&mut self.files, &mut state.descriptions);
-        let mut builder = files::Builder::new(inner_pids.clone(), memory, descriptions);
+        state.processes = std::mem::take(&mut self.ready_processes);
+        self.list_in_order()?;
+        let order = std::mem::take(&mut self.order);
+        let inner_pids = self.inner_pids();
+        let mut builder = files::Builder::new(inner_pids.clone(), &mut self.files, &mut state);
         for pid in &order {
             let tracked = self.processes.get_mut(pid).ok_or(CaptureError::Ended)?;
             tracked.files.glance(&mut builder)?;
             tracked.files.read_queues(&mut self.files);
         }
         builder.sort_watchers();
+        let mut tids = std::mem::take(&mut self.tids);
         spent(&mut times.files, &mut times.kinds.descriptors, lap);
         for pid in &order {
             let tracked = self.processes.get_mut(pid).ok_or(CaptureError::Ended)?;
-            let tids = self.tracer.threads_of(*pid);
+            self.tracer.list_threads(*pid, &mut tids);
             if tids.first() != Some(pid) {
                 let error = tracer::leader_has_ended(*pid);
                 self.refusals.admit::<()>(Err(error))?;
@@ -272,8 +277,8 @@ impl Capturer {
                 }
             }
             let securebits = tracked.threads.securebits(*pid);
-            let creds = Credentials { securebits, ..tracked.attributes.creds.clone() };
-            tracked.threads.add_credentials(&tids, &creds, &mut threads)?;
+            let creds = &tracked.attributes.creds;
+            tracked.threads.add_credentials(&tids, (creds, securebits), &mut threads)?;
             match terminals::of_stat(tracked.attributes.terminal) {
                 // An image has no terminal of its launcher, and says so.
                 _ if self.tracer.is_gentle() => {}
@@ -333,7 +338,7 @@ impl Capturer {
             let mut advice = self.refusals.admit(advice)?.unwrap_or_default();
             tracked.space.guards().add_to(&mut advice);
             spent(&mut times.memory, &mut times.kinds.memory, lap);
-            let a = &tracked.attributes;
+            let a = super::or_copy(tracked.ready.take().unwrap_or_default(), &tracked.attributes);
             let mut mm = a.mm;
             mm.brk = inner.brk;
             state.processes.push(Process {
@@ -343,17 +348,17 @@ impl Capturer {
                 sid: a.sid,
                 mappings,
                 mm,
-                auxv: a.auxv.clone(),
-                exe: a.exe.clone(),
+                auxv: a.auxv,
+                exe: a.exe,
                 threads,
                 actions: inner.actions,
                 // Whatever a glance says: a timer whose callback runs in that moment has no time left and no signal yet.
                 pending: ptrace::pending(*pid, true)?,
                 fds,
-                cwd: a.cwd.clone(),
+                cwd: a.cwd,
                 umask: a.umask,
-                limits: a.limits.clone(),
-                creds,
+                limits: a.limits,
+                creds: Credentials { securebits, ..a.creds },
                 dumpable: inner.dumpable,
                 timers,
                 place: Place {
@@ -363,7 +368,7 @@ impl Capturer {
                     stopped: self.tracer.is_halted(*pid),
                 },
                 settings: ProcessSettings {
-                    root: a.root.clone(),
+                    root: a.root,
                     personality: inner.personality,
                     oom_score_adj: a.oom_score_adj,
                     no_huge_pages: inner.no_huge_pages,
@@ -373,6 +378,7 @@ impl Capturer {
             });
             spent(&mut times.threads, &mut times.kinds.threads, lap);
         }
+        (self.order, self.tids) = (order, tids);
         state.ended = self.remains.capture(&inner_pids)?;
         let world =
             files::World { diag: &self.diag, objects: &mut self.objects, memory: &mut self.files };
@@ -436,9 +442,27 @@ impl Capturer {
         Ok(())
     }
 
+    /// The processes' numbers inside by those outside.
+    fn inner_pids(&mut self) -> Arc<HashMap<i32, i32>> {
+        let now = || self.processes.iter().map(|(pid, t)| (*pid, t.attributes.pid));
+        let known = &self.inner_pids;
+        if known.len() != self.processes.len() || now().any(|(k, v)| known.get(&k) != Some(&v)) {
+            self.inner_pids = Arc::new(now().collect());
+        }
+        self.inner_pids.clone()
+    }
+
     /// Host pids, parents before children, the container's init first.
-    pub(super) fn in_order(&self) -> Result<Vec<i32>, CaptureError> {
-        let mut order = vec![self.root];
+    pub(super) fn in_order(&mut self) -> Result<Vec<i32>, CaptureError> {
+        self.list_in_order()?;
+        Ok(self.order.clone())
+    }
+
+    /// Puts them into [`Capturer::order`].
+    fn list_in_order(&mut self) -> Result<(), CaptureError> {
+        let order = &mut self.order;
+        order.clear();
+        order.push(self.root);
         let mut at = 0;
         while let Some(parent) = order.get(at).copied() {
             let children = self.processes.iter().filter(|(_, t)| t.attributes.ppid == parent);
@@ -446,10 +470,12 @@ impl Capturer {
             at += 1;
         }
         if order.len() == self.processes.len() {
-            Ok(order)
+            Ok(())
         } else if self.refusals.collecting() {
             // The parent of some was refused.
-            Ok(self.processes.keys().copied().collect())
+            order.clear();
+            order.extend(self.processes.keys());
+            Ok(())
         } else {
             // An orphan was adopted by init since its attributes were read.
             Err(CaptureError::Transient("a process is changing its parent"))

@@ -2,7 +2,7 @@
 //! and settings of the network that it made, and processes with namespaces or control groups of
 //! their own.
 
-use super::{CaptureError, sharing};
+use super::{CaptureError, or_copy, sharing};
 use crate::sys::namespace::{in_network_of, is_ours};
 use crate::sys::route::{RouteWatch, Settings};
 use crate::sys::{SysError, SysResult};
@@ -28,10 +28,12 @@ pub(super) struct Namespaces {
     of_init: Vec<PathBuf>,
     /// Our uts namespace and the container's, if they are two.
     uts: Option<(File, File)>,
-    /// Files that tell by poll(2) that a host or domain name has changed, in any namespace.
-    renames: Vec<File>,
+    /// Files that tell by poll(2) that a host or domain name has changed, in any namespace, if they are there.
+    renames: Option<[File; 2]>,
     /// The names as they were last.
     names: Option<(String, String)>,
+    /// A copy of them for the next checkpoint.
+    ready: Option<(String, String)>,
     /// The container's mounts and how they were at first, if they are its own.
     mounts: Option<(File, Vec<u8>)>,
     /// The mounts are other ones than at first.
@@ -83,6 +85,7 @@ impl Namespaces {
             uts,
             renames: renames(),
             names: None,
+            ready: None,
             mounts,
             differ: false,
             network: None,
@@ -159,11 +162,13 @@ impl Namespaces {
     /// Host name and domain name, if the container has its own.
     pub(super) fn names(&mut self) -> SysResult<Option<(String, String)>> {
         let Some((ours, theirs)) = &self.uts else { return Ok(None) };
-        let told = self.renames.len() == RENAMES.len();
         // A change is told once, and a name that is set meanwhile is told by the next poll.
-        let changed = told && tells(self.renames.iter())?;
-        if let Some(names) = self.names.as_ref().filter(|_| told && !changed) {
-            return Ok(Some(names.clone()));
+        let changed = match &self.renames {
+            Some(files) => tells(files.each_ref())?,
+            None => true,
+        };
+        if !changed && self.names.is_some() {
+            return Ok(or_copy(self.ready.take(), &self.names));
         }
         let failed = |call| move |e: nix::Error| SysError::errno(call, "uts namespace", e as i32);
         setns(theirs, CloneFlags::CLONE_NEWUTS).map_err(failed("setns"))?;
@@ -173,6 +178,13 @@ impl Namespaces {
         let text = |s: &std::ffi::OsStr| s.to_string_lossy().into_owned();
         self.names = Some((text(names.nodename()), text(names.domainname())));
         Ok(self.names.clone())
+    }
+
+    /// Before a stop: makes the memory that its checkpoint takes along.
+    pub(super) fn make_ready(&mut self) {
+        if self.ready.is_none() {
+            self.ready.clone_from(&self.names);
+        }
     }
 
     /// Refuses mounts that were made or taken away since the container began.
@@ -203,16 +215,15 @@ impl Namespaces {
 /// What tells of changes of names, see proc_sys_kernel(5).
 const RENAMES: [&str; 2] = ["/proc/sys/kernel/hostname", "/proc/sys/kernel/domainname"];
 
-/// Those that are there.
-fn renames() -> Vec<File> {
-    RENAMES.iter().filter_map(|path| File::open(path).ok()).collect()
+fn renames() -> Option<[File; 2]> {
+    let [host, domain] = RENAMES.map(File::open);
+    host.ok().zip(domain.ok()).map(Into::into)
 }
 
 /// Whether any of these files of /proc tells by poll(2) that what it shows has changed since the file
 /// was opened or last told so.
-fn tells<'a>(files: impl IntoIterator<Item = &'a File>) -> SysResult<bool> {
-    let polled = |file: &'a File| PollFd::new(file.as_fd(), PollFlags::POLLPRI);
-    let mut polled: Vec<PollFd<'_>> = files.into_iter().map(polled).collect();
+fn tells<const COUNT: usize>(files: [&File; COUNT]) -> SysResult<bool> {
+    let mut polled = files.map(|file| PollFd::new(file.as_fd(), PollFlags::POLLPRI));
     let changed = poll(&mut polled, PollTimeout::ZERO);
     changed.map(|n| n > 0).map_err(|e| SysError::errno("poll", "files of /proc", e as i32))
 }

@@ -338,7 +338,8 @@ fn in_repair(fd: BorrowedFd<'_>, state: TcpState) -> SysResult<Repaired> {
     let unacknowledged = out_queue(fd)?.saturating_sub(open);
     set_i32(fd, TCP, TCP_REPAIR_QUEUE, SEND_QUEUE)?;
     let write_seq = get_i32(fd, TCP, TCP_QUEUE_SEQ);
-    let send_queue = peek_tail(fd, unacknowledged);
+    let mut send_queue = Vec::new();
+    let read = peek_tail(fd, unacknowledged, &mut send_queue);
     set_i32(fd, TCP, TCP_REPAIR_QUEUE, RECEIVE_QUEUE)?;
     let rcv_nxt = get_i32(fd, TCP, TCP_QUEUE_SEQ);
     set_i32(fd, TCP, TCP_REPAIR_QUEUE, NO_QUEUE)?;
@@ -348,7 +349,7 @@ fn in_repair(fd: BorrowedFd<'_>, state: TcpState) -> SysResult<Repaired> {
     Ok(Repaired {
         write_seq: (write_seq? as u32).wrapping_sub(fin),
         rcv_nxt: rcv_nxt? as u32,
-        send_queue: send_queue?,
+        send_queue: read.map(|()| send_queue)?,
         window: [word(0), word(1), word(2), word(3), word(4)],
         // In repair mode this is what the peer announced (mss_clamp).
         mss: get_i32(fd, TCP, libc::TCP_MAXSEG)? as u32,
@@ -356,15 +357,16 @@ fn in_repair(fd: BorrowedFd<'_>, state: TcpState) -> SysResult<Repaired> {
 }
 
 /// The last `len` bytes that a connection with these options has written; none of them is
-/// acknowledged.
+/// acknowledged. In place of what is in `out`.
 pub(super) fn unacknowledged(
     fd: BorrowedFd<'_>,
     len: usize,
     options: &SocketOptions,
-) -> Result<Vec<u8>, CaptureError> {
+    out: &mut Vec<u8>,
+) -> Result<(), CaptureError> {
     set_i32(fd, libc::IPPROTO_TCP, TCP_REPAIR, REPAIR_ON)?;
     let bytes = set_i32(fd, libc::IPPROTO_TCP, TCP_REPAIR_QUEUE, SEND_QUEUE)
-        .and_then(|()| peek_tail(fd, len));
+        .and_then(|()| peek_tail(fd, len, out));
     // The queue counts only in repair mode, which begins with none the next time.
     end_repair(fd, options)?;
     match bytes {
@@ -377,30 +379,40 @@ pub(super) fn unacknowledged(
 
 /// Copies `len` bytes of the selected queue and leaves them there.
 pub(super) fn peek(fd: BorrowedFd<'_>, len: usize) -> SysResult<Vec<u8>> {
+    let mut bytes = Vec::new();
+    peek_into(fd, len, &mut bytes)?;
+    Ok(bytes)
+}
+
+/// The same, in place of what is in `out`.
+pub(super) fn peek_into(fd: BorrowedFd<'_>, len: usize, out: &mut Vec<u8>) -> SysResult<()> {
+    out.clear();
     if len == 0 {
-        return Ok(Vec::new());
+        return Ok(());
     }
-    let mut bytes = vec![0; len];
-    let n = recv(fd.as_raw_fd(), &mut bytes, MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT).map_err(
-        |e| SysError::errno("recv(MSG_PEEK)", format!("fd {}", fd.as_raw_fd()), e as i32),
-    )?;
+    out.resize(len, 0);
+    let n =
+        recv(fd.as_raw_fd(), out, MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT).map_err(|e| {
+            SysError::errno("recv(MSG_PEEK)", format!("fd {}", fd.as_raw_fd()), e as i32)
+        })?;
     if n != len {
         let what = format!("fd {}: {n} of {len} bytes", fd.as_raw_fd());
         return Err(SysError::errno("recv(MSG_PEEK)", what, libc::EIO));
     }
-    Ok(bytes)
+    Ok(())
 }
 
 /// Copies the last `len` bytes of the send queue, which repair mode has selected. The kernel
 /// copies from the head, which may hold bytes that were acknowledged already (a segment is freed
 /// when all of it was), gives the length of all, and does not heed the length asked for.
-fn peek_tail(fd: BorrowedFd<'_>, len: usize) -> SysResult<Vec<u8>> {
+fn peek_tail(fd: BorrowedFd<'_>, len: usize, bytes: &mut Vec<u8>) -> SysResult<()> {
+    bytes.clear();
     if len == 0 {
-        return Ok(Vec::new());
+        return Ok(());
     }
-    let mut bytes = vec![0; len];
+    bytes.resize(len, 0);
     loop {
-        let n = recv(fd.as_raw_fd(), &mut bytes, MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT)
+        let n = recv(fd.as_raw_fd(), bytes, MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT)
             .map_err(|e| SysError::errno("recv(MSG_PEEK)", "a send queue", e as i32))?;
         if n < len {
             let what = format!("a send queue: {n} of {len} bytes");
@@ -408,7 +420,8 @@ fn peek_tail(fd: BorrowedFd<'_>, len: usize) -> SysResult<Vec<u8>> {
         }
         if n <= bytes.len() {
             bytes.truncate(n);
-            return Ok(bytes.split_off(n - len));
+            bytes.drain(..n - len);
+            return Ok(());
         }
         bytes.resize(n, 0);
     }

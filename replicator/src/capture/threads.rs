@@ -50,9 +50,32 @@ pub(super) struct ThreadCache {
     /// What a glance saw when the thread was asked last, and when it was read from outside.
     seen: Vec<u8>,
     seen_outside: Vec<u8>,
+    /// Made for the next checkpoint, before its stop.
+    ready: Option<Ready>,
+}
+
+/// What a checkpoint takes along of a thread: memory that the stop need not ask for. It counts for what it is equal to.
+#[derive(Debug)]
+struct Ready {
+    xstate: Vec<u8>,
+    comm: String,
+    outside: Outside,
+    filters: Vec<Filter>,
 }
 
 impl ThreadCache {
+    /// Copies what the next checkpoint takes along, if that is not done.
+    fn make_ready(&mut self) {
+        if self.ready.is_none() {
+            self.ready = Some(Ready {
+                xstate: vec![0; ptrace::XSTATE_MAX],
+                comm: self.comm.clone(),
+                outside: self.outside.clone().unwrap_or_default(),
+                filters: self.filters.clone(),
+            });
+        }
+    }
+
     /// What the thread has said of itself.
     fn answers(&self) -> impl PartialEq + std::fmt::Debug + use<> {
         let settings = (self.timer_slack, self.securebits, self.death_signal, self.comm.clone());
@@ -94,6 +117,8 @@ pub(super) struct Threads {
     /// What the process said last, and its group and session outside then.
     inner: Inner,
     group: Option<(i32, i32)>,
+    /// For the next checkpoint: a list with room for all threads, and what the process has said.
+    ready: Option<(Vec<Thread>, Inner)>,
     unasked: usize,
     /// Whether the first of them was asked in the last capture.
     has_asked: bool,
@@ -140,7 +165,7 @@ impl Threads {
     ) -> Result<(Vec<Thread>, Inner), CaptureError> {
         (self.unasked, self.has_asked) = (0, false);
         let group = tids.first().and_then(|pid| group_and_session(*pid));
-        let mut all = Vec::with_capacity(tids.len());
+        let (mut all, inner) = self.ready.take().unwrap_or_default();
         for (i, &tid) in tids.iter().enumerate() {
             let live = ptrace::regs(tid)?;
             let seen = self.glance.as_ref().and_then(|g| g.task(tid));
@@ -224,7 +249,14 @@ impl Threads {
             all.push(Self::thread(tid, live, interrupted, rseq, cache, seen)?);
         }
         self.caches.retain(|tid, _| tids.contains(tid));
-        Ok((all, self.inner.clone()))
+        Ok((all, super::or_copy(inner, &self.inner)))
+    }
+
+    /// Before a stop, while they run: makes the memory that its checkpoint takes along.
+    pub(super) fn make_ready(&mut self) {
+        self.caches.values_mut().for_each(ThreadCache::make_ready);
+        let Self { ready, caches, inner, .. } = self;
+        ready.get_or_insert_with(|| (Vec::with_capacity(caches.len() + 1), inner.clone()));
     }
 
     /// Whether one of them has made a semaphore change that is to be undone when it ends.
@@ -292,16 +324,17 @@ impl Threads {
     pub(super) fn add_credentials(
         &self,
         tids: &[i32],
-        of_process: &Credentials,
+        (of_process, securebits): (&Credentials, u32),
         threads: &mut [Thread],
     ) -> Result<(), CaptureError> {
         let usual = rights_of(of_process);
         for (tid, thread) in tids.iter().zip(threads).skip(1) {
             let Some(cache) = self.caches.get(tid) else { continue };
-            if cache.rights != usual || cache.securebits != of_process.securebits {
+            if cache.rights != usual || cache.securebits != securebits {
                 let creds = process::credentials(*tid)?;
                 let creds = Credentials { securebits: cache.securebits, ..creds };
-                thread.settings.creds = (creds != *of_process).then_some(creds);
+                let usual = Credentials { securebits, ..of_process.clone() };
+                thread.settings.creds = (creds != usual).then_some(creds);
             }
         }
         Ok(())
@@ -317,13 +350,22 @@ impl Threads {
         live: Regs,
         interrupted: &Interrupted,
         rseq: Option<Rseq>,
-        cache: &ThreadCache,
+        cache: &mut ThreadCache,
         seen: Option<Task<'_>>,
     ) -> SysResult<Thread> {
         let (regs, wait) = interrupted.image(tid, &live);
-        let mut xstate = Vec::new();
+        cache.make_ready();
+        let Some(Ready { mut xstate, comm, outside, filters }) = cache.ready.take() else {
+            return Err(SysError::errno("copy", format!("thread {tid}"), libc::ENODATA));
+        };
         ptrace::xstate(tid, &mut xstate)?;
-        let outside = cache.outside.clone().unwrap_or_default();
+        let outside = match &cache.outside {
+            Some(now) => super::or_copy(outside, now),
+            None => Outside::default(),
+        };
+        // They come and never go.
+        let filters =
+            if filters.len() == cache.filters.len() { filters } else { cache.filters.clone() };
         let robust_list = match seen {
             Some(seen) => seen.robust_list(),
             None => ptrace::robust_list(tid)?,
@@ -342,7 +384,7 @@ impl Threads {
             tid_address: cache.tid_address,
             rseq,
             altstack: cache.altstack,
-            comm: cache.comm.clone(),
+            comm: super::or_copy(comm, &cache.comm),
             wait,
             settings: ThreadSettings {
                 scheduling: outside.scheduling,
@@ -351,7 +393,7 @@ impl Threads {
                 timer_slack: cache.timer_slack,
                 death_signal: cache.death_signal,
                 creds: None,
-                filters: cache.filters.clone(),
+                filters,
             },
         })
     }

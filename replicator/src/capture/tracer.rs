@@ -128,14 +128,27 @@ impl Tracer {
 
     /// Host tids of a process, leader first.
     pub(super) fn threads_of(&self, pid: i32) -> Vec<i32> {
-        let others = self.threads.iter().filter(|(t, i)| i.process == pid && **t != pid);
-        let leader = self.threads.contains_key(&pid).then_some(pid);
-        leader.into_iter().chain(others.map(|(t, _)| *t)).collect()
+        let mut all = Vec::new();
+        self.list_threads(pid, &mut all);
+        all
     }
 
     /// Host pid of the process that a thread is of.
     pub(super) fn process_of(&self, tid: i32) -> Option<i32> {
         self.threads.get(&tid).map(|t| t.process)
+    }
+
+    /// Puts the same into `out`.
+    pub(super) fn list_threads(&self, pid: i32, out: &mut Vec<i32>) {
+        out.clear();
+        out.extend(self.threads.contains_key(&pid).then_some(pid));
+        let others = self.threads.iter().filter(|(t, i)| i.process == pid && **t != pid);
+        out.extend(others.map(|(t, _)| *t));
+    }
+
+    /// Whether this holds for the processes of all threads.
+    pub(super) fn is_of(&self, holds: impl Fn(i32) -> bool) -> bool {
+        self.threads.values().all(|t| holds(t.process))
     }
 
     /// Host pids of all processes.
@@ -287,7 +300,9 @@ impl Tracer {
             let other = left().find(|(tid, t)| t.process != **tid);
             match other.map(|(tid, _)| *tid) {
                 Some(tid) => self.wait_stopped(tid)?,
-                None if self.threads_of(first).len() > 1 => self.wait_leader(first)?,
+                None if self.threads.values().filter(|t| t.process == first).nth(1).is_some() => {
+                    self.wait_leader(first)?;
+                }
                 None => self.wait_stopped(first)?,
             }
         }
@@ -318,8 +333,8 @@ impl Tracer {
     }
 
     /// Host tids of the threads that are stopped.
-    pub(super) fn stopped(&self) -> Vec<i32> {
-        self.threads.iter().filter(|(_, t)| t.stopped).map(|(tid, _)| *tid).collect()
+    pub(super) fn stopped(&self) -> impl Iterator<Item = i32> + use<'_> {
+        self.threads.iter().filter(|(_, t)| t.stopped).map(|(tid, _)| *tid)
     }
 
     /// Waits for the leader of a process whose other threads have stopped. It may have ended

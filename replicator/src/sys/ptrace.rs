@@ -16,7 +16,7 @@ const PTRACE_SECCOMP_GET_METADATA: c_uint = 0x420d;
 /// An option: filters of seccomp do not count as long as it is set. Takes CAP_SYS_ADMIN.
 pub const SUSPEND_SECCOMP: i32 = 1 << 21;
 /// More than any processor's extended state (AVX-512 with AMX is 11 KiB).
-const XSTATE_MAX: usize = 16 << 10;
+pub const XSTATE_MAX: usize = 16 << 10;
 
 /// Indices into [`Regs`].
 #[allow(missing_docs, reason = "named after struct user_regs_struct")]
@@ -107,15 +107,18 @@ pub fn set_options(tid: i32, options: i32) -> SysResult<()> {
 /// Whether a stopped tracee has so many seccomp filters and one more. Without the right to know
 /// (CAP_SYS_ADMIN, and no filter of our own) it says no.
 pub fn has_filter(tid: i32, index: usize) -> SysResult<bool> {
-    let name = "PTRACE_SECCOMP_GET_FILTER";
-    match request(PTRACE_SECCOMP_GET_FILTER, name, tid, index, 0) {
-        Ok(_) => Ok(true),
-        Err(e) => match e.code() {
-            libc::EINVAL | libc::ENOENT | libc::EACCES => Ok(false),
-            // One that is no classic program.
-            libc::EMEDIUMTYPE => Ok(true),
-            _ => Err(e),
-        },
+    // Nearly all have none: that is no error, and there is nothing to be allocated for it.
+    // SAFETY: without a buffer only the length of the program is asked for.
+    let r = unsafe {
+        let (at, none) = (index as *mut c_void, std::ptr::null_mut::<c_void>());
+        libc::ptrace(PTRACE_SECCOMP_GET_FILTER, tid, at, none)
+    };
+    match nix::errno::Errno::last_raw() {
+        _ if r >= 0 => Ok(true),
+        libc::EINVAL | libc::ENOENT | libc::EACCES => Ok(false),
+        // One that is no classic program.
+        libc::EMEDIUMTYPE => Ok(true),
+        code => Err(SysError::errno("PTRACE_SECCOMP_GET_FILTER", format!("tid {tid}"), code)),
     }
 }
 
@@ -340,6 +343,7 @@ pub fn set_regs(tid: i32, regs: &Regs) -> SysResult<()> {
 
 /// Extended state of a stopped tracee, into a buffer that is used again.
 pub fn xstate(tid: i32, out: &mut Vec<u8>) -> SysResult<()> {
+    // Nothing to do for a buffer that was made with as much.
     out.resize(XSTATE_MAX, 0);
     let mut iov = iovec { iov_base: out.as_mut_ptr().cast(), iov_len: out.len() };
     let data = (&raw mut iov) as usize;

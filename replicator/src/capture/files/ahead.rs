@@ -56,6 +56,9 @@ impl Files {
         if row.may_tell() || seen.link.ends_with(" (deleted)") {
             return false;
         }
+        if seen.is_old(row.name()) {
+            return false;
+        }
         match (row.tcp, &mut seen.remembered) {
             (Some(tcp), Some(remembered)) => remembered.is_of(tcp) && remembered.make_ready(),
             (Some(_), None) => false,
@@ -74,7 +77,7 @@ impl Files {
     ) -> Result<(), CaptureError> {
         // A descriptor that is closed meanwhile is looked at in the stop, if it is there.
         let Ok(info) = self.info(pid, number, row) else { return Ok(()) };
-        let looked = self.look(pid, handle, number, &info).is_ok();
+        let looked = self.look_soon(pid, handle, number, &info).is_ok();
         self.note(number, info.inode, info.flags);
         let Some(seen) = self.seen.get_mut(&number).filter(|_| looked) else { return Ok(()) };
         let is_deleted = seen.link.ends_with(" (deleted)");

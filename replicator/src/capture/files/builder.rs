@@ -4,18 +4,19 @@ use super::{Files, Holder, Memory, Watcher, World};
 use crate::capture::fdinfo::{self, Watched};
 use crate::capture::numbered::{ByNumber, Few};
 use crate::capture::{CaptureError, farewell, locks, pipes, terminals, unix};
-use crate::image::{Description, Kind, State};
+use crate::image::{Description, Kind, Pipe, State};
 use crate::sys::pidfd;
 use std::cmp::Ordering;
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Arc;
 use std::time::Instant;
 
 /// Shared by all processes of a container while one checkpoint is taken. It holds duplicates of
 /// descriptors: to be dropped before the thaw.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(in crate::capture) struct Builder {
     /// Host pid and number of the first descriptor of each description.
     pub(in crate::capture) first: Vec<(i32, i32)>,
@@ -27,13 +28,15 @@ pub(in crate::capture) struct Builder {
     pub(super) unix: unix::Sockets,
     pub(in crate::capture) terminals: terminals::Terminals,
     /// Pids inside by pids outside.
-    pub(super) inner: HashMap<i32, i32>,
+    pub(super) inner: Arc<HashMap<i32, i32>>,
     /// Descriptors that were in flight.
     pub(super) held: Vec<OwnedFd>,
     /// Duplicates of TCP sockets with bytes under way, and their inodes. They outlive the stop.
     pub(super) sending: Vec<(u64, OwnedFd)>,
     /// What epoll instances watch, by the index of the instance, in the order of their targets.
     pub(in crate::capture) watched: Vec<(u32, Vec<Watched>)>,
+    /// Empty lists for that.
+    pub(super) lists: Vec<Vec<Watched>>,
     /// The description of each file that a glance has shown.
     pub(in crate::capture) by_file: ByNumber<u64, u32>,
     /// What glances have shown of epoll.
@@ -61,6 +64,13 @@ pub(super) struct Room {
     by_file: ByNumber<u64, u32>,
     watchers: Vec<Watcher>,
     stamps: Stamps,
+    /// How many pipes there were.
+    piped: usize,
+    pipes: Vec<Pipe>,
+    by_pipe: HashMap<pipes::Key, u32>,
+    watched: Vec<(u32, Vec<Watched>)>,
+    /// Lists of what epoll instances watch.
+    lists: Vec<Vec<Watched>>,
 }
 
 /// Timestamps of connections, by the index of their description. The connections themselves have not been looked at
@@ -68,8 +78,11 @@ pub(super) struct Room {
 pub(super) type Stamps = Vec<(u32, u32)>;
 
 impl Room {
-    /// Makes it empty, with room for so many descriptions.
+    /// Makes it empty, with room for so many descriptions, if that is not done.
     pub(super) fn make_ready(&mut self, count: usize) {
+        if self.is_ready {
+            return;
+        }
         self.descriptions.clear();
         self.descriptions.reserve(count);
         // What goes here is taken along by each checkpoint: the memory is another one each time.
@@ -86,6 +99,10 @@ impl Room {
         self.by_file.reserve(count);
         self.watchers.clear();
         self.watchers.reserve(count);
+        self.pipes.reserve(self.piped);
+        self.by_pipe.clear();
+        self.by_pipe.reserve(self.piped);
+        self.lists.extend(self.watched.drain(..).map(|(_, list)| list));
         self.is_ready = true;
     }
 
@@ -125,15 +142,15 @@ impl Builder {
     /// `inner` are the pids inside by the pids outside. The clocks of the image have just been read; its descriptions
     /// go to the memory that is ready for them.
     pub(in crate::capture) fn new(
-        inner: HashMap<i32, i32>,
+        inner: Arc<HashMap<i32, i32>>,
         memory: &mut Memory,
-        descriptions: &mut Vec<Description>,
+        state: &mut State,
     ) -> Self {
         let mut room = std::mem::take(&mut memory.room);
         if !room.is_ready {
             room.make_ready(memory.descriptions);
         }
-        *descriptions = room.descriptions;
+        (state.descriptions, state.pipes) = (room.descriptions, room.pipes);
         Self {
             inner,
             clocks_read: Some(Instant::now()),
@@ -143,7 +160,15 @@ impl Builder {
             by_inode: room.by_inode,
             by_file: room.by_file,
             watchers: room.watchers,
-            ..Self::default()
+            watched: room.watched,
+            lists: room.lists,
+            pipes: room.by_pipe,
+            unix: unix::Sockets::default(),
+            terminals: terminals::Terminals::default(),
+            held: Vec::new(),
+            sending: Vec::new(),
+            glanced: 0,
+            resting: 0,
         }
     }
 
@@ -290,8 +315,21 @@ impl Builder {
                 self.watched.iter().flat_map(|(_, all)| all).map(|w| w.inode).collect();
             self.sending.retain(|(inode, _)| !watched.contains(inode));
         }
+        let piped = state.pipes.len();
         let Self { first, files, by_file, watchers, stamps, sending, by_inode, .. } = self;
-        world.memory.room = Room { first, files, by_file, watchers, stamps, ..Room::default() };
+        let (watched, lists, by_pipe) = (self.watched, self.lists, self.pipes);
+        world.memory.room = Room {
+            first,
+            files,
+            by_file,
+            watchers,
+            stamps,
+            piped,
+            by_pipe,
+            watched,
+            lists,
+            ..Room::default()
+        };
         Ok(Sockets { sending, by_inode })
     }
 

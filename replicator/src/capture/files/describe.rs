@@ -99,7 +99,7 @@ impl Files {
                 if let Some(why) = memory.homes.refuse(link, seen.mode, info, objects, fd) {
                     return refuse(why);
                 }
-                file(link, info, what)
+                file(seen, info, what)
             }
             link => match link.split_once(":[") {
                 Some((name, _)) if !name.starts_with("anon_inode") => {
@@ -170,11 +170,12 @@ pub(super) fn deleted(
     Ok(Kind::Object { id, offset: info.pos })
 }
 
-fn file(link: &str, info: &Info, what: &str) -> Result<Kind, CaptureError> {
+fn file(seen: &mut Seen, info: &Info, what: &str) -> Result<Kind, CaptureError> {
+    let link = &seen.link;
     if link.starts_with("/dev/pts/") || link.starts_with("/dev/tty") {
         return Err(CaptureError::unsupported(what.into(), format!("the terminal {link}")));
     }
-    Ok(Kind::File { path: link.to_owned(), offset: info.pos })
+    Ok(Kind::File { path: seen.take_path(), offset: info.pos })
 }
 
 fn socket(
@@ -243,7 +244,7 @@ fn pidfd_of(info: &Info, builder: &Builder, what: &str) -> Result<Kind, CaptureE
 /// A namespace that one of the container's processes lives in.
 fn namespace(name: &str, inode: u64, builder: &Builder, what: &str) -> Result<Kind, CaptureError> {
     let names = [name.to_owned(), format!("{name}_for_children")];
-    for (outside, inside) in &builder.inner {
+    for (outside, inside) in builder.inner.iter() {
         for name in &names {
             let there = fs::metadata(format!("/proc/{outside}/ns/{name}"));
             if there.is_ok_and(|m| m.ino() == inode) {

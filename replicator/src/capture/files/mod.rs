@@ -43,7 +43,11 @@ pub(super) use builder::Builder;
 pub(super) struct Files {
     seen: ByNumber<i32, Seen>,
     /// The numbers that the last stop found, until the others are forgotten.
-    found: Option<Vec<i32>>,
+    found: Vec<i32>,
+    /// Whether there are others.
+    may_be_closed: bool,
+    /// For the next checkpoint: room for its descriptors.
+    fds: Vec<Fd>,
     glance: Option<Glance>,
     /// Of each row of the glance.
     resting: Vec<Option<Resting>>,
@@ -105,11 +109,14 @@ impl Memory {
         self.room.fill_in(state);
     }
 
-    /// Makes ready what a stop needs, while the container runs: memory, and, for `glances`, what reads many send queues at
-    /// once.
-    pub(super) fn make_ready(&mut self, glances: bool) {
+    /// Makes ready the memory that a stop needs, while the container runs.
+    pub(super) fn make_ready(&mut self) {
         // There will be about as many as there were.
         self.room.make_ready(self.descriptions);
+    }
+
+    /// For `glances`: what reads many send queues at once.
+    pub(super) fn open_queues(&mut self, glances: bool) {
         if glances {
             self.queues.get_or_insert_with(Orphans::open);
         }
@@ -170,6 +177,14 @@ impl Files {
         };
         let (checked, uncached) = (glances == Glances::Checked, uncached.clone());
         Self { glance, checked, uncached, ..Self::default() }
+    }
+
+    /// Before a stop, while the process runs: makes the memory that its checkpoint takes along.
+    pub(super) fn make_ready(&mut self) {
+        if self.fds.capacity() == 0 {
+            self.fds.reserve(self.found.len());
+        }
+        self.seen.values_mut().for_each(Seen::make_ready);
     }
 
     /// In a stop, before [`Files::glance`]: begins that, if there is much to look at.
@@ -291,8 +306,14 @@ impl Files {
                 }
                 let file =
                     |&(_, file, _, inode): &(u64, u64, EpollTarget, u64)| Watched { inode, file };
-                watched = entries.iter().map(file).collect();
-                Kind::Epoll(entries.iter().map(|(.., target, _)| *target).collect())
+                let mut targets = std::mem::take(&mut seen.targets);
+                targets.extend(entries.iter().map(|(.., target, _)| *target));
+                seen.watches = targets.len();
+                let mut list = builder.lists.pop().unwrap_or_default();
+                list.clear();
+                list.extend(builder.watchers_of(instance).iter().map(file));
+                watched = list;
+                Kind::Epoll(targets)
             }
             (None, "anon_inode:[eventfd]") => {
                 let (count, semaphore) = row.as_eventfd();
@@ -353,15 +374,17 @@ impl Files {
         };
         self.glance = glance;
         let fds: Vec<Fd> = captured?;
-        self.found = Some(fds.iter().map(|fd| fd.number).collect());
+        self.found.clear();
+        self.found.extend(fds.iter().map(|fd| fd.number));
+        self.may_be_closed = true;
         Ok(fds)
     }
 
     /// Forgets the numbers that the last stop did not find: before the next look at them, and that
     /// is after the stop.
     fn forget_closed(&mut self) {
-        if let Some(found) = self.found.take() {
-            self.seen.retain(|number, _| found.binary_search(number).is_ok());
+        if std::mem::take(&mut self.may_be_closed) {
+            self.seen.retain(|number, _| self.found.binary_search(number).is_ok());
         }
     }
 
@@ -372,7 +395,8 @@ impl Files {
         glance: &Glance,
         whole: &mut Build<'_, '_>,
     ) -> Result<Vec<Fd>, CaptureError> {
-        let mut fds = Vec::with_capacity(glance.len());
+        let mut fds = std::mem::take(&mut self.fds);
+        fds.reserve(glance.len());
         for nth in 0..glance.len() {
             if let Some(time) = glance.time().filter(|_| self.rests(nth)) {
                 fds.extend(self.capture_resting(holder, nth, time, whole)?);

@@ -5,7 +5,8 @@ use super::Files;
 use crate::capture::fdinfo::{self, Info};
 use crate::capture::glance::Row;
 use crate::capture::remembered::Remembered;
-use crate::capture::{ATTRIBUTES, CaptureError, locks, tcp};
+use crate::capture::{ATTRIBUTES, CaptureError, locks, or_copy, tcp};
+use crate::image::EpollTarget;
 use crate::image::net::RawOptions;
 use crate::sys::pidfd;
 use crate::sys::sockopt::get_i32;
@@ -13,7 +14,7 @@ use nix::sys::stat::{major, minor};
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// What a descriptor number referred to at the last look.
 #[derive(Clone, Debug)]
@@ -42,9 +43,40 @@ pub(super) struct Seen {
     pub(super) told: Option<Option<locks::Told>>,
     /// If a glance showed a TCP socket.
     pub(super) remembered: Option<Remembered>,
+    /// For the next checkpoint: a copy of the path, and room for what an epoll instance watches, which were so many.
+    path: Option<String>,
+    pub(super) targets: Vec<EpollTarget>,
+    pub(super) watches: usize,
 }
 
+/// When the path of a file is read anew before a stop, so that the stop need not do it.
+const SOON: Duration = ATTRIBUTES.checked_div(2).expect("not by zero");
+
 impl Seen {
+    /// Makes the memory that the next checkpoint takes along.
+    pub(super) fn make_ready(&mut self) {
+        if self.link.starts_with('/') && self.path.is_none() {
+            self.path = Some(self.link.clone());
+        }
+        if self.targets.capacity() == 0 {
+            self.targets.reserve(self.watches);
+        }
+        if let Some(remembered) = &mut self.remembered {
+            remembered.make_listener_ready();
+        }
+    }
+
+    /// The path, for a checkpoint.
+    pub(super) fn take_path(&mut self) -> String {
+        or_copy(self.path.take().unwrap_or_default(), &self.link)
+    }
+
+    /// Whether a stop would have to read the path anew.
+    pub(super) fn is_old(&self, name: [u64; 4]) -> bool {
+        let known = |(of, read): &(_, Instant)| *of == name && read.elapsed() < SOON;
+        self.link.starts_with('/') && !self.name.as_ref().is_some_and(known)
+    }
+
     /// Whether a glance shows the same kind of thing.
     pub(super) fn is_of(&self, row: &Row<'_>) -> bool {
         self.operations == row.operations() && self.inode == row.inode()
@@ -56,11 +88,11 @@ impl Seen {
     }
 
     /// Whether the path is the one that was read, and that is not too long ago.
-    fn is_named(&self, info: &Info) -> bool {
+    fn is_named(&self, info: &Info, within: Duration) -> bool {
         info.name.is_some()
             && self
                 .name
-                .is_some_and(|(name, read)| Some(name) == info.name && read.elapsed() < ATTRIBUTES)
+                .is_some_and(|(name, read)| Some(name) == info.name && read.elapsed() < within)
     }
 
     pub(super) fn is_tcp(&self) -> bool {
@@ -116,6 +148,17 @@ impl Files {
         Ok(Info { pos, flags, inode, mount, operations, name, empty_pipe, ..Info::default() })
     }
 
+    /// While the container runs: as [`Files::look`], but a path is read anew before it is too old for a stop.
+    pub(super) fn look_soon(
+        &mut self,
+        pid: i32,
+        handle: BorrowedFd<'_>,
+        number: i32,
+        info: &Info,
+    ) -> Result<&mut Seen, CaptureError> {
+        self.look_within(pid, handle, number, info, SOON)
+    }
+
     /// What the number refers to: remembered, or looked up when its inode is another.
     pub(super) fn look(
         &mut self,
@@ -124,11 +167,22 @@ impl Files {
         number: i32,
         info: &Info,
     ) -> Result<&mut Seen, CaptureError> {
+        self.look_within(pid, handle, number, info, ATTRIBUTES)
+    }
+
+    fn look_within(
+        &mut self,
+        pid: i32,
+        handle: BorrowedFd<'_>,
+        number: i32,
+        info: &Info,
+        within: Duration,
+    ) -> Result<&mut Seen, CaptureError> {
         let same = self.seen.get(&number).is_some_and(|s| {
             s.inode == info.inode
                 && s.mount == info.mount
                 && s.operations == info.operations
-                && (!s.link.starts_with('/') || s.is_named(info))
+                && (!s.link.starts_with('/') || s.is_named(info, within))
         });
         if !same {
             let path = format!("/proc/{pid}/fd/{number}");
@@ -174,6 +228,9 @@ impl Files {
                 mode,
                 uncached,
                 told,
+                path: None,
+                targets: Vec::new(),
+                watches: 0,
             };
             self.seen.insert(number, seen);
         }

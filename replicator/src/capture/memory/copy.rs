@@ -14,27 +14,28 @@ const AT_ONCE: usize = 512;
 impl AddressSpace {
     /// Copies the regions that the last scans have found.
     pub(super) fn copy(&mut self, pages: &mut PageSet, stopped: bool) -> Result<(), CaptureError> {
-        let regions = std::mem::take(&mut self.regions);
-        let result = self.copy_all(&regions, pages, stopped);
-        self.regions = regions;
+        let (regions, mut ranges) =
+            (std::mem::take(&mut self.regions), std::mem::take(&mut self.ranges));
+        let result = self.copy_all(&regions, &mut ranges, pages, stopped);
+        (self.regions, self.ranges) = (regions, ranges);
         result
     }
 
     fn copy_all(
         &mut self,
         regions: &[Region],
+        ranges: &mut Vec<Range>,
         pages: &mut PageSet,
         stopped: bool,
     ) -> Result<(), CaptureError> {
         for chunk in regions.chunks(AT_ONCE) {
-            let ranges: Vec<Range> = chunk
-                .iter()
-                .map(|r| Range { start: r.start, len: (r.end - r.start) as usize })
-                .collect();
+            let range = |r: &Region| Range { start: r.start, len: (r.end - r.start) as usize };
+            ranges.clear();
+            ranges.extend(chunk.iter().map(range));
             let mut at = pages.bytes.len();
-            match memory::read_appended(self.pid, &ranges, &mut pages.bytes) {
+            match memory::read_appended(self.pid, ranges, &mut pages.bytes) {
                 Ok(()) => {
-                    for r in &ranges {
+                    for r in &*ranges {
                         pages.runs.push(self.run(r, at));
                         at += r.len;
                     }

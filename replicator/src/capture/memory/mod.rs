@@ -30,6 +30,7 @@ use super::{CaptureError, Glances, maps};
 use crate::image::pages::{PAGE, PageSet};
 use crate::image::{Mapping, Source};
 use crate::sys::memory::ForcedMemory;
+use crate::sys::memory::Range;
 use crate::sys::pagemap::{self, Buffer, Pagemap, Region, Scan};
 use crate::sys::procmap::{Extent, ProcMap};
 use crate::sys::remote::{SCRATCH, SCRATCH_LEN};
@@ -66,6 +67,8 @@ pub(super) struct AddressSpace {
     fresh: Vec<(u64, u64)>,
     /// Runs to copy again: they were marked clean but could not be read while running.
     carry: Vec<Region>,
+    /// Room for those that are copied at a time.
+    ranges: Vec<Range>,
     regions: Vec<Region>,
     guards: Guards,
     changed: bool,
@@ -117,6 +120,7 @@ impl AddressSpace {
             fresh: Vec::new(),
             carry: Vec::new(),
             regions: Vec::new(),
+            ranges: Vec::new(),
             guards: Guards::default(),
             changed: true,
             ready: None,

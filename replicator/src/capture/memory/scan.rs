@@ -58,6 +58,8 @@ struct Found {
 #[derive(Debug)]
 pub(in crate::capture) struct Job {
     pieces: Vec<Piece>,
+    /// Lists that pieces of other scans had, empty.
+    lists: Vec<Vec<Region>>,
     then: Then,
     copies: Mutex<Vec<u8>>,
     /// What was collected has taken the copies along: to this place.
@@ -94,6 +96,24 @@ impl Job {
         std::mem::take(&mut lock(&self.copies))
     }
 
+    /// Makes it as good as new if nobody else has it, with the memory that it had.
+    pub(in crate::capture) fn renew(mut job: Arc<Self>) -> Option<Arc<Self>> {
+        let it = Arc::get_mut(&mut job)?;
+        for piece in it.pieces.drain(..) {
+            let mut list = piece.found.into_inner().unwrap_or_else(|e| e.into_inner()).regions;
+            list.clear();
+            if list.capacity() > 0 {
+                it.lists.push(list);
+            }
+        }
+        it.copies.get_mut().unwrap_or_else(|e| e.into_inner()).clear();
+        it.taken_to = OnceLock::new();
+        it.bytes = 0;
+        (it.next, it.done) = Default::default();
+        (it.left, it.called) = Default::default();
+        Some(job)
+    }
+
     /// One that protects nothing, so that the next scan finds the same.
     pub(in crate::capture) fn to_look() -> Self {
         Self::new(Then::Leave)
@@ -102,6 +122,7 @@ impl Job {
     fn new(then: Then) -> Self {
         Self {
             pieces: Vec::with_capacity(PIECES),
+            lists: Vec::new(),
             then,
             copies: Mutex::default(),
             taken_to: OnceLock::new(),
@@ -142,7 +163,9 @@ impl Job {
         // No page of page tables lies in two pieces, so that translations are flushed once for it.
         let borders = (start / PIECE * PIECE..end).step_by(PIECE as usize);
         for (start, end) in borders.map(|at| (at.max(start), end.min(at + PIECE))) {
-            let (pagemap, found) = (pagemap.clone(), Mutex::default());
+            let regions = self.lists.pop().unwrap_or_default();
+            let found = Mutex::new(Found { regions, ..Found::default() });
+            let pagemap = pagemap.clone();
             self.pieces.push(Piece { pagemap, process, start, end, copy, found });
         }
     }
