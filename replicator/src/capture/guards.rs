@@ -77,8 +77,8 @@ impl Guards {
             return;
         }
         all.extend(self.0.iter().map(|&(start, end)| Advice { start, end, bits: Advice::GUARD }));
-        // In place: no two begin at the same address.
-        all.sort_unstable_by_key(|a| a.start);
+        // In place: at the same address a guard comes behind what was said of its mapping.
+        all.sort_unstable_by_key(|a| (a.start, a.bits == Advice::GUARD));
     }
 }
 

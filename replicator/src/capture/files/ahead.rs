@@ -82,6 +82,10 @@ impl Files {
         let Some(seen) = self.seen.get_mut(&number).filter(|_| looked) else { return Ok(()) };
         let is_deleted = seen.link.ends_with(" (deleted)");
         let link = seen.link.clone();
+        // Its path was read anew, and nobody is told of anything.
+        if row.is_some_and(|row| !row.may_tell()) && !seen.is_socket() && !is_deleted {
+            return Ok(());
+        }
         let Ok(dup) = pidfd::get_fd(handle, number) else { return Ok(()) };
         seen.told = Some(locks::told(dup.as_fd())?);
         if !seen.is_socket() && !is_deleted {

@@ -48,6 +48,8 @@ pub(super) struct Files {
     may_be_closed: bool,
     /// For the next checkpoint: room for its descriptors.
     fds: Vec<Fd>,
+    /// What it takes along was made since the last one.
+    is_ready: bool,
     glance: Option<Glance>,
     /// Of each row of the glance.
     resting: Vec<Option<Resting>>,
@@ -181,9 +183,10 @@ impl Files {
 
     /// Before a stop, while the process runs: makes the memory that its checkpoint takes along.
     pub(super) fn make_ready(&mut self) {
-        if self.fds.capacity() == 0 {
-            self.fds.reserve(self.found.len());
+        if std::mem::replace(&mut self.is_ready, true) {
+            return;
         }
+        self.fds.reserve(self.found.len());
         self.seen.values_mut().for_each(Seen::make_ready);
     }
 
@@ -363,6 +366,7 @@ impl Files {
     ) -> Result<Vec<Fd>, CaptureError> {
         let holder = Holder { pid, handle, place: pid };
         self.forget_closed();
+        self.is_ready = false;
         let glance = self.glance.take();
         let mut whole = (builder, state, world, refusals);
         let captured = match &glance {
