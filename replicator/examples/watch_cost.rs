@@ -17,7 +17,7 @@ use replicator::Epoch;
 use replicator::capture::{Capturer, NoBoundary};
 use replicator::image::pages::PageSet;
 use replicator::image::{Source, State};
-use replicator::sys::pagemap::{Buffer, Pagemap, WRITTEN};
+use replicator::sys::pagemap::{Buffer, Pagemap, Region, WRITTEN};
 use replicator::sys::unix_diag::UnixDiag;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -174,6 +174,17 @@ fn main() {
         for _ in 0..rounds {
             for (length, all) in LENGTHS.iter().zip(&mut all) {
                 std::thread::sleep(SETTLE);
+                let mut look = |found: &mut Vec<Region>| {
+                    found.clear();
+                    for (start, end) in &ranges {
+                        pagemap
+                            .take_written(*start, *end, WRITTEN, &mut buffer, found)
+                            .expect("looked");
+                    }
+                };
+                if *length > 0 {
+                    look(&mut found);
+                }
                 let now = || (Instant::now(), answered.load(Ordering::Relaxed), used(clock));
                 let begin = now();
                 let (mut written, mut looks) = (0, Duration::ZERO);
@@ -182,13 +193,8 @@ fn main() {
                     next += Duration::from_millis(if *length == 0 { 100 } else { *length });
                     std::thread::sleep(next.saturating_duration_since(Instant::now()));
                     if *length > 0 {
-                        found.clear();
                         let before = used(ClockId::CLOCK_THREAD_CPUTIME_ID);
-                        for (start, end) in &ranges {
-                            pagemap
-                                .take_written(*start, *end, WRITTEN, &mut buffer, &mut found)
-                                .expect("looked");
-                        }
+                        look(&mut found);
                         looks += used(ClockId::CLOCK_THREAD_CPUTIME_ID) - before;
                         written += found.iter().map(|r| (r.end - r.start) / 4096).sum::<u64>();
                     }
