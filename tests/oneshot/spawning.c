@@ -1,6 +1,9 @@
 /* Processes and threads that come and go all the time. */
 #include "oneshot.h"
 #include <spawn.h>
+#ifndef REST
+#define REST 1000 /* microseconds between two of them */
+#endif
 static volatile int over;
 static _Atomic long threads_done;
 static void *brief(void *arg) { return (void *)((long)arg * 3); }
@@ -12,7 +15,7 @@ static void *starter(void *arg) {
         CHECK(pthread_create(&thread, 0, brief, (void *)i) == 0);
         CHECK(pthread_join(thread, &result) == 0 && (long)result == i * 3);
         threads_done++;
-        usleep(1000);
+        if (REST) usleep(REST);
     }
     return 0;
 }
@@ -36,7 +39,7 @@ int main(int argc, char **argv) {
             CHECK(status == 0);
         }
         if (i == 20) ready();
-        usleep(2000);
+        if (REST) usleep(2 * REST);
     }
     over = 1;
     CHECK(pthread_join(thread, 0) == 0 && threads_done > 10);

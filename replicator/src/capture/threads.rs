@@ -64,15 +64,13 @@ struct Ready {
 }
 
 impl ThreadCache {
-    /// Copies what the next checkpoint takes along, if that is not done.
-    fn make_ready(&mut self) {
-        if self.ready.is_none() {
-            self.ready = Some(Ready {
-                xstate: vec![0; ptrace::XSTATE_MAX],
-                comm: self.comm.clone(),
-                outside: self.outside.clone().unwrap_or_default(),
-                filters: self.filters.clone(),
-            });
+    /// Copies of what a checkpoint takes along.
+    fn copies(&self) -> Ready {
+        Ready {
+            xstate: vec![0; ptrace::XSTATE_MAX],
+            comm: self.comm.clone(),
+            outside: self.outside.clone().unwrap_or_default(),
+            filters: self.filters.clone(),
         }
     }
 
@@ -254,7 +252,9 @@ impl Threads {
 
     /// Before a stop, while they run: makes the memory that its checkpoint takes along.
     pub(super) fn make_ready(&mut self) {
-        self.caches.values_mut().for_each(ThreadCache::make_ready);
+        for cache in self.caches.values_mut().filter(|cache| cache.ready.is_none()) {
+            cache.ready = Some(cache.copies());
+        }
         let Self { ready, caches, inner, .. } = self;
         ready.get_or_insert_with(|| (Vec::with_capacity(caches.len() + 1), inner.clone()));
     }
@@ -354,10 +354,8 @@ impl Threads {
         seen: Option<Task<'_>>,
     ) -> SysResult<Thread> {
         let (regs, wait) = interrupted.image(tid, &live);
-        cache.make_ready();
-        let Some(Ready { mut xstate, comm, outside, filters }) = cache.ready.take() else {
-            return Err(SysError::errno("copy", format!("thread {tid}"), libc::ENODATA));
-        };
+        let ready = cache.ready.take().unwrap_or_else(|| cache.copies());
+        let Ready { mut xstate, comm, outside, filters } = ready;
         ptrace::xstate(tid, &mut xstate)?;
         let outside = match &cache.outside {
             Some(now) => super::or_copy(outside, now),

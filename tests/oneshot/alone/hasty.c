@@ -1,36 +1,3 @@
-/* Nearly always in the middle of a fork, or of starting a thread: whoever comes then must not miss
- * what is being made. */
-#include "../oneshot.h"
-static volatile int over;
-static _Atomic long threads_done;
-static void *brief(void *arg) { return (void *)((long)arg * 3); }
-static void *starter(void *arg) {
-    (void)arg;
-    for (long i = 0; !over; i++) {
-        pthread_t thread;
-        void *result;
-        CHECK(pthread_create(&thread, 0, brief, (void *)i) == 0);
-        CHECK(pthread_join(thread, &result) == 0 && (long)result == i * 3);
-        threads_done++;
-    }
-    return 0;
-}
-int main(int argc, char **argv) {
-    begin(argc, argv);
-    pthread_t thread;
-    CHECK(pthread_create(&thread, 0, starter, 0) == 0);
-    sigset_t none;
-    sigemptyset(&none);
-    CHECK(pthread_sigmask(SIG_SETMASK, &none, 0) == 0);
-    for (long i = 0; !told; i++) {
-        int status;
-        pid_t pid = fork();
-        if (!pid) _exit(i % 100);
-        while (waitpid(pid, &status, 0) != pid) CHECK(errno == EINTR);
-        CHECK(WIFEXITED(status) && WEXITSTATUS(status) == i % 100);
-        if (i == 20) ready();
-    }
-    over = 1;
-    CHECK(pthread_join(thread, 0) == 0 && threads_done > 10);
-    verdict("PASS");
-}
+/* Nearly always in the middle of making a process or a thread: whoever comes then must not miss what is being made. */
+#define REST 0
+#include "../spawning.c"

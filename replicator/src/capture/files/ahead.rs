@@ -1,6 +1,7 @@
 //! What rarely changes of descriptors, read while the container runs so that the stop does not pay
 //! for it.
 
+use super::seen::SOON;
 use super::{Files, about, describe, numbers};
 use crate::capture::glance::Row;
 use crate::capture::objects::Objects;
@@ -77,7 +78,7 @@ impl Files {
     ) -> Result<(), CaptureError> {
         // A descriptor that is closed meanwhile is looked at in the stop, if it is there.
         let Ok(info) = self.info(pid, number, row) else { return Ok(()) };
-        let looked = self.look_soon(pid, handle, number, &info).is_ok();
+        let looked = self.look(pid, handle, number, &info, SOON).is_ok();
         self.note(number, info.inode, info.flags);
         let Some(seen) = self.seen.get_mut(&number).filter(|_| looked) else { return Ok(()) };
         let is_deleted = seen.link.ends_with(" (deleted)");

@@ -5,7 +5,9 @@ use super::seen::Seen;
 use super::{Builder, Files, Holder, Whole};
 use crate::capture::fdinfo::{self, Info};
 use crate::capture::objects::{Class, Objects};
-use crate::capture::{CaptureError, inet, inotify, options, pipes, tcp, terminals, unix};
+use crate::capture::{
+    ATTRIBUTES, CaptureError, inet, inotify, options, pipes, tcp, terminals, unix,
+};
 use crate::image::Kind;
 use crate::image::net::RawOptions;
 use crate::sys::descriptors::count_expirations;
@@ -25,7 +27,7 @@ impl Files {
         what: &str,
     ) -> Result<Kind, CaptureError> {
         let Holder { pid, handle, place } = holder;
-        let seen = self.look(pid, handle, number, info)?;
+        let seen = self.look(pid, handle, number, info, ATTRIBUTES)?;
         if seen.is_socket() {
             let dup = pidfd::get_fd(handle, number)?;
             return socket(dup, seen, info, place, whole, what);

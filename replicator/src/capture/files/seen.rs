@@ -50,7 +50,7 @@ pub(super) struct Seen {
 }
 
 /// When the path of a file is read anew before a stop, so that the stop need not do it.
-const SOON: Duration = ATTRIBUTES.checked_div(2).expect("not by zero");
+pub(super) const SOON: Duration = ATTRIBUTES.checked_div(2).expect("not by zero");
 
 impl Seen {
     /// Makes the memory that the next checkpoint takes along.
@@ -148,29 +148,9 @@ impl Files {
         Ok(Info { pos, flags, inode, mount, operations, name, empty_pipe, ..Info::default() })
     }
 
-    /// While the container runs: as [`Files::look`], but a path is read anew before it is too old for a stop.
-    pub(super) fn look_soon(
-        &mut self,
-        pid: i32,
-        handle: BorrowedFd<'_>,
-        number: i32,
-        info: &Info,
-    ) -> Result<&mut Seen, CaptureError> {
-        self.look_within(pid, handle, number, info, SOON)
-    }
-
-    /// What the number refers to: remembered, or looked up when its inode is another.
+    /// What the number refers to: remembered, or looked up when its inode is another or its path was not read within
+    /// this time.
     pub(super) fn look(
-        &mut self,
-        pid: i32,
-        handle: BorrowedFd<'_>,
-        number: i32,
-        info: &Info,
-    ) -> Result<&mut Seen, CaptureError> {
-        self.look_within(pid, handle, number, info, ATTRIBUTES)
-    }
-
-    fn look_within(
         &mut self,
         pid: i32,
         handle: BorrowedFd<'_>,
