@@ -5,8 +5,10 @@ use replicator::capture::{Boundary, CaptureError, Capturer, NoBoundary};
 use replicator::image::advice::Advice;
 use replicator::image::pages::PageSet;
 use replicator::image::{Source, State};
+use replicator::sys::sched;
 use replicator::sys::unix_diag::UnixDiag;
 use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -339,4 +341,122 @@ fn the_end_of_the_container_is_told() {
     let (mut state, mut pages) = (State::default(), PageSet::default());
     let error = capturer.stop(Epoch(1), &mut NoBoundary, &mut state, &mut pages);
     assert!(matches!(error, Err(CaptureError::Ended)));
+}
+
+/// What a shell does that always wants a processor.
+const BUSY: &str = "while :; do :; done";
+
+/// A program without input or output.
+fn run(program: &str, args: &[&str]) -> Killed {
+    let mut command = Command::new(program);
+    let child = command.args(args).stdin(Stdio::null()).stdout(Stdio::null());
+    Killed(child.spawn().expect("a program starts"))
+}
+
+/// How long a program takes to stand still, sorted; and it is as it was afterwards. None: the
+/// test may not be real-time.
+fn freezes_of(program: &Killed) -> Option<Vec<Duration>> {
+    let pid = program.pid();
+    let stops = move || {
+        if let Err(error) = sched::set_fifo(20) {
+            println!("skipped: {error}");
+            return None;
+        }
+        let mut capturer = adopt(pid);
+        let (mut state, mut pages) = (State::default(), PageSet::default());
+        let mut freezes = Vec::new();
+        let begin = Instant::now();
+        while freezes.len() < 40 && begin.elapsed() < Duration::from_secs(60) {
+            let stopped = capturer.pump().and_then(|()| capturer.prepare());
+            let stopped = stopped
+                .and_then(|()| capturer.precopy())
+                .and_then(|_| capturer.stop(Epoch(7), &mut NoBoundary, &mut state, &mut pages));
+            match stopped {
+                Ok(times) => freezes.push(times.freeze),
+                Err(CaptureError::Transient(_)) => continue,
+                Err(error) => panic!("{error}"),
+            }
+            for thread in state.processes.iter().flat_map(|p| &p.threads) {
+                assert_eq!(thread.settings.scheduling.policy, 0, "tid {}", thread.tid);
+            }
+            // It does something until the next one.
+            std::thread::sleep(Duration::from_millis(30));
+        }
+        capturer.detach().expect("let go");
+        freezes.sort_unstable();
+        println!("{} stops, freezes of {:?} to {:?}", freezes.len(), freezes[0], freezes.last());
+        Some(freezes)
+    };
+    let freezes = std::thread::spawn(stops).join().expect("no panic")?;
+    let used = || std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("stat");
+    let before = used();
+    let begin = Instant::now();
+    while used() == before {
+        assert!(begin.elapsed() < Duration::from_secs(60), "it does not go on");
+        std::thread::sleep(Duration::from_millis(30));
+    }
+    assert_eq!(sched::attributes(pid).expect("it lives").policy, 0);
+    Some(freezes)
+}
+
+/// Others want the container's processor, and are far more important. Its threads, and what they make all the
+/// time, go first on their way to a stop, and only there.
+#[test]
+fn a_stop_does_not_wait_for_a_thread_that_waits_for_a_processor() {
+    let program = run("sh", &["-c", "while :; do (:); done"]);
+    let important = || run("nice", &["-n", "-20", "sh", "-c", BUSY]);
+    let important: [Killed; 10] = std::array::from_fn(|_| important());
+    let last = *sched::affinity(0).expect("its own").last().expect("at least one");
+    for one in important.iter().chain([&program]) {
+        sched::set_affinity(one.pid(), &[last]).expect("it may be there");
+    }
+    let Some(freezes) = freezes_of(&program) else { return };
+    let median = freezes[freezes.len() / 2];
+    // Otherwise it takes a turn of each of the others, of some milliseconds, and more than one.
+    assert!(median < Duration::from_millis(10), "{median:?}");
+}
+
+/// A group of processes that goes with the test.
+struct Group(PathBuf);
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        let begin = Instant::now();
+        while std::fs::remove_dir(&self.0).is_err() && begin.elapsed() < Duration::from_secs(10) {
+            std::thread::sleep(Duration::from_millis(30));
+        }
+    }
+}
+
+/// A group that may use a twentieth of a processor, and of that as much as real-time.
+fn poor_group() -> Option<Group> {
+    let old = Path::new("/sys/fs/cgroup/cpu");
+    let (root, share) = match old.join("cpu.cfs_quota_us").exists() {
+        true => (old, ("cpu.cfs_quota_us", "5000")),
+        false => (Path::new("/sys/fs/cgroup"), ("cpu.max", "5000 100000")),
+    };
+    let group = Group(root.join(format!("nilicon-stops-{}", std::process::id())));
+    std::fs::create_dir(&group.0).ok()?;
+    let write = |(name, value): (&str, &str)| std::fs::write(group.0.join(name), value);
+    let real_time = ("cpu.rt_runtime_us", "5000");
+    if group.0.join(real_time.0).exists() {
+        write(real_time).ok()?;
+    }
+    write(share).ok()?;
+    Some(group)
+}
+
+/// As above, where nobody else wants the processor.
+#[test]
+fn a_stop_does_not_wait_for_a_thread_whose_share_is_used_up() {
+    let Some(group) = poor_group() else {
+        println!("skipped: no groups with a share of the processor");
+        return;
+    };
+    let program = run("sh", &["-c", BUSY]);
+    std::fs::write(group.0.join("cgroup.procs"), program.pid().to_string()).expect("moved");
+    let Some(freezes) = freezes_of(&program) else { return };
+    let median = freezes[freezes.len() / 2];
+    // Otherwise it takes the rest of a period of 100 ms.
+    assert!(median < Duration::from_millis(10), "{median:?}");
 }

@@ -4,9 +4,12 @@
 //! the thread that seized them. New threads and processes are seized by the kernel as they
 //! appear (PTRACE_O_TRACECLONE and its kin); signals pass through on their way.
 
+mod haste;
+
 use super::CaptureError;
-use crate::sys::ptrace::{self, Status};
+use crate::sys::ptrace::{self, Heard, Status};
 use crate::sys::{SysError, SysResult};
+use haste::Haste;
 use std::collections::BTreeMap;
 use std::fs;
 use std::time::{Duration, Instant};
@@ -32,6 +35,8 @@ const FAULTS: [i32; 6] =
 
 /// Between two looks at a thread that may never report.
 const PAUSE: std::time::Duration = std::time::Duration::from_micros(20);
+/// So many of them are a while.
+const PAUSES: usize = 25;
 
 #[derive(Debug)]
 struct Traced {
@@ -61,12 +66,18 @@ pub(super) struct Tracer {
     threads: BTreeMap<i32, Traced>,
     changes: Vec<Change>,
     options: i32,
+    haste: Haste,
 }
 
 impl Tracer {
     /// A tracer of no thread.
     pub(super) fn new() -> Self {
-        Self { threads: BTreeMap::new(), changes: Vec::new(), options: OPTIONS }
+        Self {
+            threads: BTreeMap::new(),
+            changes: Vec::new(),
+            options: OPTIONS,
+            haste: Haste::default(),
+        }
     }
 
     /// A tracer whose threads outlive it.
@@ -253,6 +264,7 @@ impl Tracer {
             // not miss it.
             let new = ptrace::event_message(tid)? as i32;
             ignore_gone(self.learn(new))?;
+            self.haste.made(tid, new);
         }
         match event {
             libc::PTRACE_EVENT_VFORK => {
@@ -265,6 +277,7 @@ impl Tracer {
                 let former = ptrace::event_message(tid)? as i32;
                 if former != tid {
                     self.threads.remove(&former);
+                    self.haste.renamed(former, tid);
                 }
                 self.threads.retain(|t, i| i.process != tid || *t == tid);
                 self.changes.push(Change::Executed(tid));
@@ -291,6 +304,23 @@ impl Tracer {
                 ignore_gone(ptrace::interrupt(tid))?;
             }
         }
+        if !self.is_gentle() {
+            self.haste.begin();
+        }
+        let stopped = self.wait_for_all();
+        self.haste.end();
+        stopped?;
+        if self.threads.is_empty() {
+            return Err(CaptureError::Ended);
+        }
+        if self.threads.values().any(|t| t.in_vfork) {
+            return Err(CaptureError::Transient("a thread has just called vfork"));
+        }
+        self.suspend_filters()?;
+        Ok(())
+    }
+
+    fn wait_for_all(&mut self) -> Result<(), CaptureError> {
         // A thread made meanwhile appears in the table while its maker is waited for. Leaders come
         // last: the kernel tells the end of one only when its other threads have been waited for.
         loop {
@@ -306,14 +336,15 @@ impl Tracer {
                 None => self.wait_stopped(first)?,
             }
         }
-        if self.threads.is_empty() {
-            return Err(CaptureError::Ended);
-        }
-        if self.threads.values().any(|t| t.in_vfork) {
-            return Err(CaptureError::Transient("a thread has just called vfork"));
-        }
-        self.suspend_filters()?;
         Ok(())
+    }
+
+    /// It was waited for a while: whoever has not stopped may have no processor.
+    fn hurry(&mut self) {
+        let Self { threads, haste, .. } = self;
+        let stopped = threads.values().filter(|t| t.stopped).count();
+        let left = threads.iter().filter(|(_, t)| !t.stopped && !t.in_vfork);
+        haste.look(stopped, left.map(|(tid, _)| *tid));
     }
 
     /// What we call in a thread is not what its filters are about: they do not count in a stop.
@@ -342,24 +373,43 @@ impl Tracer {
     /// whose end must be noted first: the first process of a pid namespace waits for that in the kernel.
     fn wait_leader(&mut self, tid: i32) -> Result<(), CaptureError> {
         let begin = Instant::now();
-        for tries in 1.. {
-            if let Some((of, status)) = ptrace::next_event()? {
-                if of != tid && matches!(status, Status::Stopped { .. }) {
-                    ignore_gone(self.learn(of))?;
+        loop {
+            match self.event_or_a_while()? {
+                Heard::Event(of, status) => {
+                    if of != tid && matches!(status, Status::Stopped { .. }) {
+                        ignore_gone(self.learn(of))?;
+                    }
+                    // Whoever it was, the caller looks who is left.
+                    if self.handle_in_freeze(of, status)? {
+                        return Ok(());
+                    }
                 }
-                // Whoever it was, the caller looks who is left.
-                if self.handle_in_freeze(of, status)? {
-                    return Ok(());
+                Heard::Nothing | Heard::NoTracee => {
+                    self.hurry();
+                    if self.has_ended_alone(tid)? {
+                        return Err(leader_has_ended(tid));
+                    }
+                    self.give_up_on_vfork(begin)?;
                 }
-                continue;
             }
-            if tries % 25 == 0 && self.has_ended_alone(tid)? {
-                return Err(leader_has_ended(tid));
+        }
+    }
+
+    /// The next event of any thread, if there is one within a while.
+    fn event_or_a_while(&self) -> SysResult<Heard> {
+        if self.haste.rings() {
+            let heard = ptrace::wait_any()?;
+            if heard != Heard::NoTracee {
+                return Ok(heard);
             }
-            self.give_up_on_vfork(begin)?;
+        }
+        for _ in 0..PAUSES {
+            if let Some((tid, status)) = ptrace::next_event()? {
+                return Ok(Heard::Event(tid, status));
+            }
             std::thread::sleep(PAUSE);
         }
-        Ok(())
+        Ok(Heard::Nothing)
     }
 
     /// Whether a leader has ended and the other threads of its process live on: stopped, as they were. A
@@ -396,7 +446,14 @@ impl Tracer {
             let (of, status) = match ptrace::wait_now(tid)? {
                 Some(status) => (tid, status),
                 // One that dies may wait for the end of another one to be noted.
-                None => ptrace::wait_any()?.unwrap_or((tid, Status::Exited(0))),
+                None => match ptrace::wait_any()? {
+                    Heard::Event(of, status) => (of, status),
+                    Heard::NoTracee => (tid, Status::Exited(0)),
+                    Heard::Nothing => {
+                        self.hurry();
+                        continue;
+                    }
+                },
             };
             if of != tid && matches!(status, Status::Stopped { .. }) {
                 ignore_gone(self.learn(of))?;

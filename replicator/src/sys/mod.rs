@@ -2,6 +2,7 @@
 //! each block says why it is sound, and each function wraps one system call or request.
 #![allow(unsafe_code)]
 
+pub mod alarm;
 pub mod birth;
 pub mod bpf;
 pub mod descriptors;

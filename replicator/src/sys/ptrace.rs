@@ -232,17 +232,11 @@ pub fn wait_now(tid: i32) -> SysResult<Option<Status>> {
     })
 }
 
-/// The next event of any tracee of the calling thread; none if there is no tracee. For whoever waits
+/// Waits until any tracee of the calling thread has an event to tell, or a signal comes. For whoever waits
 /// for one of several: a thread that dies may wait in the kernel until its tracer has taken note of
 /// the end of another one.
-pub fn wait_any() -> SysResult<Option<(i32, Status)>> {
-    loop {
-        match hear(-1, libc::__WNOTHREAD)? {
-            Heard::Event(tid, status) => return Ok(Some((tid, status))),
-            Heard::NoTracee => return Ok(None),
-            Heard::Nothing => {}
-        }
-    }
+pub fn wait_any() -> SysResult<Heard> {
+    hear(-1, libc::__WNOTHREAD)
 }
 
 /// As [`wait`], where all other tracees of the calling thread stand still. If one of them has an
@@ -290,7 +284,8 @@ pub fn next_event() -> SysResult<Option<(i32, Status)>> {
 }
 
 /// What waitpid(2) tells.
-enum Heard {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Heard {
     /// Of this tracee.
     Event(i32, Status),
     /// Nothing yet, or a signal came first.

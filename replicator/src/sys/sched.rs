@@ -34,7 +34,7 @@ fn fifo(tid: i32, policy: i32, priority: i32) -> SysResult<()> {
 /// one any more.
 pub fn set_ordinary() -> SysResult<()> {
     // sched_setscheduler(2) would leave it the slice that it was given; no time is what asks for the usual one.
-    set_fair(nice()?, 0)
+    set_fair(nice_of(0)?, 0)
 }
 
 /// Makes the calling thread an ordinary one that works for long: others with its priority go before it as soon as they
@@ -76,18 +76,23 @@ pub fn affinity(tid: i32) -> SysResult<Vec<usize>> {
     Ok((0..libc::CPU_SETSIZE as usize).filter(|c| unsafe { libc::CPU_ISSET(*c, &set) }).collect())
 }
 
-/// The nice value of the calling thread, whatever its class.
-fn nice() -> SysResult<i32> {
+/// The nice value of a thread (0: the calling one), whatever its class.
+pub fn nice_of(tid: i32) -> SysResult<i32> {
     // SAFETY: no pointers. The kernel gives 20 less the value, so that none is negative.
-    let r = unsafe { libc::syscall(libc::SYS_getpriority, libc::PRIO_PROCESS, 0) };
-    check(r, "getpriority", || "this thread".into()).map(|r| 20 - r as i32)
+    let r = unsafe { libc::syscall(libc::SYS_getpriority, libc::PRIO_PROCESS, tid) };
+    check(r, "getpriority", || format!("tid {tid}, 0 is this one")).map(|r| 20 - r as i32)
 }
 
 /// Sets the nice value of the calling thread, -20 to 19.
 pub fn set_nice(nice: i32) -> SysResult<()> {
+    set_nice_of(0, nice)
+}
+
+/// As [`set_nice`], for another thread (0: the calling one).
+pub fn set_nice_of(tid: i32, nice: i32) -> SysResult<()> {
     // SAFETY: no pointers. On Linux the value is the thread's, not the process's.
-    let r = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice) };
-    check(r.into(), "setpriority", || format!("this thread to {nice}")).map(drop)
+    let r = unsafe { libc::setpriority(libc::PRIO_PROCESS, tid as libc::id_t, nice) };
+    check(r.into(), "setpriority", || format!("tid {tid} to {nice}, 0 is this one")).map(drop)
 }
 
 /// Processor time that the calling thread has used so far, clock_gettime(2).
