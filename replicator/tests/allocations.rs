@@ -3,11 +3,11 @@
 
 mod common;
 
-use common::{Original, Scratch};
+use common::{CONTAINER, Lan, Original, Scratch};
 use replicator::Epoch;
 use replicator::capture::{Boundary, CaptureError, Capturer};
-use replicator::image::State;
 use replicator::image::pages::PageSet;
+use replicator::image::{Kind, State};
 use replicator::sys::unix_diag::UnixDiag;
 use stats_alloc::{INSTRUMENTED_SYSTEM, Stats, StatsAlloc};
 use std::alloc::System;
@@ -139,6 +139,51 @@ fn a_stop_allocates_for_what_has_changed_and_not_for_what_there_is() {
     assert_eq!(later, (0, 0), "a container");
 
     of_many_connections();
+    of_queues_that_grow();
+}
+
+/// Writes to each of so many connections all the time.
+fn talker(count: usize, port: u16) -> String {
+    format!(
+        "import socket, time\n\
+         server = socket.create_server(('0.0.0.0', {port}))\n\
+         print('ready', flush=True)\n\
+         all = [server.accept()[0] for _ in range({count})]\n\
+         for one in all: one.setblocking(False)\n\
+         print('all', flush=True)\n\
+         while True:\n    \
+             for one in all:\n        \
+                 one.send(b'0123456789')\n    \
+             time.sleep(0.0005)\n"
+    )
+}
+
+/// Nobody acknowledges anything, and each stop finds more than the look before it.
+fn of_queues_that_grow() {
+    const COUNT: usize = 20;
+    let dir = Scratch::new("queues");
+    let lan = Lan::new("queues");
+    let command = ["/usr/bin/python3", "-c", &talker(COUNT, 7000)];
+    let mut original = Original::start_with(&dir, &command, |pid| lan.connect(pid, "cable"));
+    lan.plug("cable");
+    let console = original.console();
+    let said = |word| std::fs::read_to_string(&console).is_ok_and(|said| said.contains(word));
+    original.pump_until("it listens", || said("ready"));
+    let dial = |_| TcpStream::connect((CONTAINER, 7000)).expect("connected");
+    let dial = || (0..COUNT).map(dial).collect::<Vec<_>>();
+    let _clients = lan.namespace.enter(dial).expect("entered");
+    original.pump_until("it has them all", || said("all"));
+    lan.unplug("cable");
+    let [first, later] = measure(&mut original.capturer, || {});
+    println!("{COUNT} queues that grow: {first:?}, {later:?}");
+    original.checkpoint();
+    let queues = original.state.descriptions.iter().filter_map(|d| match &d.kind {
+        Kind::Tcp(connection) => Some(connection.send_queue.len()),
+        _ => None,
+    });
+    let queues: Vec<usize> = queues.collect();
+    assert!(queues.len() == COUNT && queues.iter().all(|len| *len > 500), "{queues:?}");
+    assert_eq!(later, (0, 0), "queues that grow");
 }
 
 /// What is in a queue is other bytes each time, and travels; now and then there are more than before.

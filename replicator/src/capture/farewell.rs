@@ -16,7 +16,6 @@ use crate::sys::SysResult;
 use crate::sys::sockopt::{get, in_queue};
 use crate::sys::unix_diag::UnixDiag;
 use nix::sys::socket::{Shutdown, shutdown};
-use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -26,8 +25,8 @@ const FIN_WAIT: Duration = Duration::from_secs(60);
 /// Duplicates that are kept.
 #[derive(Debug, Default)]
 pub(super) struct Farewells {
-    /// By the socket's inode: what had bytes under way at the last stop.
-    sending: HashMap<u64, OwnedFd>,
+    /// What had bytes under way at the last stop, in the order of the sockets' inodes, each once.
+    sending: Vec<(u64, OwnedFd)>,
     /// What the program has closed.
     closed: Vec<(OwnedFd, Instant)>,
     /// When this was looked through last.
@@ -41,17 +40,19 @@ pub(super) fn is_sending(kind: &Kind) -> bool {
 
 impl Farewells {
     /// In a stop, when all descriptors are captured: `sending` are those with bytes under way,
-    /// `is_open` tells whether an inode was among them all.
+    /// `is_open` tells whether an inode was among them all. Leaves `sending` empty, with room for the next.
     pub(super) fn settle(
         &mut self,
-        sending: Vec<(u64, OwnedFd)>,
+        sending: &mut Vec<(u64, OwnedFd)>,
         is_open: impl Fn(u64) -> bool,
         state: &mut State,
         diag: &UnixDiag,
     ) -> Result<(), CaptureError> {
         self.at = Some(Instant::now());
-        let before = std::mem::replace(&mut self.sending, sending.into_iter().collect());
-        for (_, fd) in before.into_iter().filter(|(inode, _)| !is_open(*inode)) {
+        sending.sort_unstable_by_key(|(inode, _)| *inode);
+        sending.dedup_by_key(|(inode, _)| *inode);
+        std::mem::swap(&mut self.sending, sending);
+        for (_, fd) in sending.drain(..).filter(|(inode, _)| !is_open(*inode)) {
             if !resets(fd.as_fd())? {
                 // Fails when the peer has reset it: then there is nothing to close.
                 let _ = shutdown(fd.as_raw_fd(), Shutdown::Write);

@@ -21,7 +21,7 @@ const LISTEN: u8 = 10;
 const SO_COOKIE: i32 = 57;
 /// Longer queues are read at each stop.
 const KEPT: usize = 64 << 10;
-/// Room for so much is made at once in the queues of a connection.
+/// Room for so much more than there is in a queue is made, at least.
 const ANSWER: usize = 64;
 /// More than any queue can hold: the numbers are not what they should be.
 const ABSURD: u32 = 1 << 30;
@@ -79,6 +79,13 @@ impl Queue {
         } else {
             self.keep(end, bytes);
         }
+    }
+
+    /// Makes room for a little more than there is; gives how much there is room for.
+    fn make_room(&mut self) -> usize {
+        let more = (self.bytes.len() / 4).max(ANSWER);
+        self.bytes.reserve(more);
+        self.bytes.len() + more
     }
 
     fn keep(&mut self, end: u32, bytes: &[u8]) {
@@ -176,9 +183,9 @@ impl Remembered {
     pub(super) fn make_ready(&mut self) -> bool {
         if let What::Connection(it) = &self.what {
             let connection = self.ready.get_or_insert_with(|| it.clone());
-            // With room for what was in its queues of late, or a short answer.
-            connection.send_queue.reserve(self.sent.bytes.len().max(ANSWER));
-            connection.receive_queue.reserve(self.received.bytes.len().max(ANSWER));
+            // With room for what was in its queues of late, and a little more.
+            connection.send_queue.reserve(self.sent.make_room());
+            connection.receive_queue.reserve(self.received.make_room());
         }
         true
     }

@@ -385,9 +385,10 @@ impl Capturer {
         (times.glanced, times.resting) = (builder.glanced, builder.resting);
         let finished = builder.finish(self.root, &mut state, world);
         if let Some(mut sockets) = self.refusals.admit(finished)? {
-            let sending = std::mem::take(&mut sockets.sending);
+            let mut sending = std::mem::take(&mut sockets.sending);
             let settled =
-                self.farewells.settle(sending, |i| sockets.has(i), &mut state, &self.diag);
+                self.farewells.settle(&mut sending, |i| sockets.has(i), &mut state, &self.diag);
+            sockets.sending = sending;
             self.refusals.admit(settled)?;
             sockets.give_back(&mut self.files);
         }

@@ -62,6 +62,7 @@ pub(super) struct Room {
     files: Vec<u64>,
     by_inode: ByNumber<u64, Few>,
     by_file: ByNumber<u64, u32>,
+    sending: Vec<(u64, OwnedFd)>,
     watchers: Vec<Watcher>,
     stamps: Stamps,
     /// How many pipes there were.
@@ -134,7 +135,7 @@ impl Sockets {
 
     /// Leaves its memory to the next stop.
     pub(in crate::capture) fn give_back(self, memory: &mut Memory) {
-        memory.room.by_inode = self.by_inode;
+        (memory.room.by_inode, memory.room.sending) = (self.by_inode, self.sending);
     }
 }
 
@@ -166,7 +167,7 @@ impl Builder {
             unix: unix::Sockets::default(),
             terminals: terminals::Terminals::default(),
             held: Vec::new(),
-            sending: Vec::new(),
+            sending: room.sending,
             glanced: 0,
             resting: 0,
         }
@@ -310,7 +311,7 @@ impl Builder {
         self.name_watched(state)?;
         // A duplicate would keep the file in the interest list after the program has closed it,
         // and events would come for what the program knows no longer.
-        if !self.sending.is_empty() {
+        if !self.sending.is_empty() && self.watched.iter().any(|(_, all)| !all.is_empty()) {
             let watched: HashSet<u64> =
                 self.watched.iter().flat_map(|(_, all)| all).map(|w| w.inode).collect();
             self.sending.retain(|(inode, _)| !watched.contains(inode));

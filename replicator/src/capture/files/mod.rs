@@ -20,8 +20,9 @@ use super::fdinfo::{self, Info, Watched};
 use super::glance::{Glance, Pieces, Row};
 use super::numbered::ByNumber;
 use super::objects::Objects;
-use super::orphans::{Bytes, Orphans, Still};
+use super::orphans::{Orphans, Still};
 use super::refusals::Refusals;
+use super::remembered::Remembered;
 use super::unix::Empties;
 use super::{CaptureError, Glances, farewell, homes, inotify, locks, tcp};
 use crate::image::{EpollTarget, Fd, Kind, State};
@@ -217,12 +218,11 @@ impl Files {
         if asked.queues.is_empty() {
             return;
         }
-        match reader.still(&asked.queues) {
-            Ok(found) => {
-                let found = found.into_iter().zip(&asked.queues);
-                self.learn(asked, found.map(|(bytes, queue)| Some((queue.from, bytes?))));
-            }
-            Err(error) => tracing::debug!(%error, "send queues are read one by one"),
+        let read = reader.still(&asked.queues, |nth, bytes| {
+            let _ = self.learn(asked.of[nth], asked.queues[nth].from, bytes);
+        });
+        if let Err(error) = read {
+            tracing::debug!(%error, "send queues are read one by one");
         }
     }
 
@@ -234,9 +234,14 @@ impl Files {
         if asked.queues.len() < MANY_QUEUES {
             return;
         }
-        match reader.moving(&asked.queues) {
-            Ok(found) => self.learn(asked, found.into_iter()),
-            Err(error) => tracing::debug!(%error, "send queues are left for the stop"),
+        let read = reader.moving(&asked.queues, |nth, start, bytes| {
+            if let Some(remembered) = self.learn(asked.of[nth], start, bytes) {
+                // The stop takes along as much, and a little more.
+                remembered.make_ready();
+            }
+        });
+        if let Err(error) = read {
+            tracing::debug!(%error, "send queues are left for the stop");
         }
     }
 
@@ -261,13 +266,16 @@ impl Files {
         }
     }
 
-    fn learn(&mut self, asked: &Asked, found: impl Iterator<Item = Option<Bytes>>) {
-        for ((number, una), bytes) in asked.of.iter().zip(found) {
-            let seen = self.seen.get_mut(number).and_then(|s| s.remembered.as_mut());
-            if let (Some(remembered), Some((start, bytes))) = (seen, bytes) {
-                remembered.learn(*una, start, &bytes);
-            }
-        }
+    /// Bytes of a send queue that was [asked for](Asked::of), which begin at `start`.
+    fn learn(
+        &mut self,
+        (number, una): (i32, u32),
+        start: u32,
+        bytes: &[u8],
+    ) -> Option<&mut Remembered> {
+        let remembered = self.seen.get_mut(&number)?.remembered.as_mut()?;
+        remembered.learn(una, start, bytes);
+        Some(remembered)
     }
 
     /// Whether no connection within the container has moved on since [`Files::glance`].

@@ -39,10 +39,14 @@ const LOOPBACK: u32 = 1;
 pub(super) type Range = (u64, usize);
 
 /// Where a copy is from: an address, or one that is in an earlier copy of the same run.
+#[derive(Debug)]
 enum Source {
     At(u64),
     In(usize),
 }
+
+/// Where a copy is from, and its length.
+type Request = (Source, usize);
 
 /// The programs, loaded.
 #[derive(Debug)]
@@ -50,6 +54,8 @@ pub(super) struct Memory {
     shared: bpf::Shared,
     copy: OwnedFd,
     find: OwnedFd,
+    /// Of the last run; room for those of the next.
+    requests: Vec<Request>,
 }
 
 impl Memory {
@@ -58,7 +64,7 @@ impl Memory {
         let map = shared.map().as_raw_fd();
         let copy = bpf::load(&assemble_copy(map))?;
         let find = bpf::load(&assemble_find(map))?;
-        Ok(Self { shared, copy, find })
+        Ok(Self { shared, copy, find, requests: Vec::with_capacity(MOST) })
     }
 
     fn word(&mut self, at: usize) -> u64 {
@@ -70,24 +76,43 @@ impl Memory {
     /// # Errors
     /// EFAULT: one of them is not there.
     pub(super) fn read(&mut self, ranges: &[Range]) -> SysResult<Vec<u8>> {
-        let mut out = Vec::with_capacity(ranges.iter().map(|r| r.1).sum());
+        let mut out = Vec::new();
+        self.read_into(ranges, &mut out)?;
+        Ok(out)
+    }
+
+    /// As [`Memory::read`], to memory that is used again; what was in it is gone.
+    pub(super) fn read_into(&mut self, ranges: &[Range], out: &mut Vec<u8>) -> SysResult<()> {
+        out.clear();
+        out.reserve(ranges.iter().map(|r| r.1).sum());
+        let mut requests = std::mem::take(&mut self.requests);
+        let read = self.read_with(ranges, &mut requests, out);
+        self.requests = requests;
+        read
+    }
+
+    fn read_with(
+        &mut self,
+        ranges: &[Range],
+        requests: &mut Vec<Request>,
+        out: &mut Vec<u8>,
+    ) -> SysResult<()> {
         let pieces = ranges.iter().flat_map(|&(at, len)| {
             let piece = move |from: usize| (at.wrapping_add(from as u64), (len - from).min(PIECE));
             (0..len).step_by(PIECE).map(piece)
         });
-        let mut requests = Vec::with_capacity(MOST);
+        requests.clear();
         let mut used = 0;
         for (at, len) in pieces {
             if requests.len() == MOST || used + len > ROOM {
-                self.copy(&requests, &mut out)?;
+                self.copy(requests, out)?;
                 requests.clear();
                 used = 0;
             }
             requests.push((Source::At(at), len));
             used += len;
         }
-        self.copy(&requests, &mut out)?;
-        Ok(out)
+        self.copy(requests, out)
     }
 
     /// Copies so many bytes of each of `count` structures, of which each has the address of the next
@@ -117,7 +142,7 @@ impl Memory {
     }
 
     /// One run.
-    fn copy(&mut self, requests: &[(Source, usize)], out: &mut Vec<u8>) -> SysResult<()> {
+    fn copy(&mut self, requests: &[Request], out: &mut Vec<u8>) -> SysResult<()> {
         let bytes = self.shared.bytes();
         let slots = bytes[..REQUESTS].chunks_exact_mut(REQUEST);
         let mut used = 0;

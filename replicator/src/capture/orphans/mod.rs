@@ -20,7 +20,8 @@ use crate::image::net::{SocketOptions, TcpConnection, TcpState};
 use crate::sys::{SysError, SysResult};
 use memory::Memory;
 use pages::Pages;
-pub(super) use queue::still::{Bytes, Still};
+pub(super) use queue::still::Still;
+use queue::still::{Access, Reader};
 use queue::{Places, changing};
 use std::io;
 use std::net::SocketAddr;
@@ -66,6 +67,7 @@ impl Kernel {
 pub struct Orphans {
     memory: Memory,
     kernel: &'static Kernel,
+    reader: Reader,
 }
 
 impl Orphans {
@@ -82,7 +84,7 @@ impl Orphans {
         };
         let kernel = KERNEL.get_or_init(look).as_ref();
         match memory {
-            Ok(memory) => Some(Self { memory, kernel: kernel? }),
+            Ok(memory) => Some(Self { memory, kernel: kernel?, reader: Reader::default() }),
             Err(error) => {
                 tell(error);
                 None
@@ -117,23 +119,31 @@ impl Orphans {
         Err(error.unwrap_or_else(changing))
     }
 
-    /// Reads send queues of sockets that nobody changes, in the order in which they are asked for: those of a
-    /// container that stands still and gets no input. None: another way must be found for it.
+    /// Reads send queues of sockets that nobody changes: those of a container that stands still and gets no input. Tells
+    /// the bytes of each, by its place among those that are asked for, if they could be read.
     ///
     /// # Errors
     /// The kernel refuses.
-    pub(super) fn still(&mut self, queues: &[Still]) -> SysResult<Vec<Option<Vec<u8>>>> {
-        let Kernel { places, pages, .. } = self.kernel;
-        queue::still::read(&mut self.memory, places, pages, queues)
+    pub(super) fn still(
+        &mut self,
+        queues: &[Still],
+        tell: impl FnMut(usize, &[u8]),
+    ) -> SysResult<()> {
+        let Self { memory, kernel: Kernel { places, pages, .. }, reader } = self;
+        reader.read(Access { memory, places, pages }, queues, tell)
     }
 
-    /// The same while the container runs: as much of each queue as can be counted on.
+    /// The same while the container runs: as much of each queue as can be counted on, and the sequence number of its first byte.
     ///
     /// # Errors
     /// The kernel refuses, or a socket is gone.
-    pub(super) fn moving(&mut self, queues: &[Still]) -> SysResult<Vec<Option<Bytes>>> {
-        let Kernel { places, pages, .. } = self.kernel;
-        queue::still::read_moving(&mut self.memory, places, pages, queues)
+    pub(super) fn moving(
+        &mut self,
+        queues: &[Still],
+        tell: impl FnMut(usize, u32, &[u8]),
+    ) -> SysResult<()> {
+        let Self { memory, kernel: Kernel { places, pages, .. }, reader } = self;
+        reader.read_moving(Access { memory, places, pages }, queues, tell)
     }
 
     fn read(&mut self, at: u64, asked: [SocketAddr; 2]) -> SysResult<Option<TcpConnection>> {

@@ -12,6 +12,7 @@ use super::memory::{Memory, Range};
 use super::pages::Pages;
 use crate::bpf::btf::{Btf, Member};
 use crate::sys::{SysError, SysResult};
+use smallvec::SmallVec;
 use std::collections::HashSet;
 use std::io;
 
@@ -132,6 +133,9 @@ impl Places {
     }
 }
 
+/// Fragments of most entries: an answer is bytes of a page, and perhaps of the next.
+const USUAL: usize = 2;
+
 /// An entry, as far as it must not change.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Entry {
@@ -145,7 +149,7 @@ pub(super) struct Entry {
     len: usize,
     /// Where its struct skb_shared_info is.
     shared: u64,
-    pub(super) fragments: Vec<Fragment>,
+    pub(super) fragments: SmallVec<[Fragment; USUAL]>,
 }
 
 /// Bytes in pages that follow each other.
@@ -180,17 +184,22 @@ impl Entry {
             own: (get(&places.data), len.checked_sub(in_pages)?),
             len,
             shared: get(&places.head).wrapping_add(get(&places.end)),
-            fragments: Vec::new(),
+            fragments: SmallVec::new(),
         })
     }
 
     /// The entry with what its struct skb_shared_info says, if both fit each other: it is in the
     /// middle of a change otherwise.
     fn with(mut self, places: &SharedPlaces, bytes: &[u8]) -> Option<Self> {
+        self.learn(places, bytes).then_some(self)
+    }
+
+    /// Adds what its struct skb_shared_info says. Whether it fits.
+    fn learn(&mut self, places: &SharedPlaces, bytes: &[u8]) -> bool {
         let slots = bytes[places.fragments.offset..].chunks_exact(places.fragment);
         let count = places.count.value(bytes) as usize;
         if count > slots.len() || places.more.value(bytes) != 0 {
-            return None;
+            return false;
         }
         let fragment = |slot: &[u8]| Fragment {
             page: places.page.value(slot),
@@ -200,9 +209,8 @@ impl Entry {
         self.fragments.extend(slots.take(count).map(fragment));
         let counted = (self.flags & FIN) + (self.flags & SYN) / SYN;
         let in_pages: usize = self.fragments.iter().map(|f| f.len).sum();
-        let fits = self.own.1 + in_pages == self.len
-            && self.end.wrapping_sub(self.seq) as usize == self.len + counted as usize;
-        fits.then_some(self)
+        self.own.1 + in_pages == self.len
+            && self.end.wrapping_sub(self.seq) as usize == self.len + counted as usize
     }
 
     /// Where its bytes are.
@@ -220,6 +228,12 @@ impl Entry {
     /// How far behind a sequence number it begins.
     pub(super) fn place_in(&self, una: u32) -> i32 {
         self.seq.wrapping_sub(una) as i32
+    }
+
+    /// Those of its bytes that are behind a sequence number.
+    fn behind<'a>(&self, una: u32, its: &'a [u8]) -> &'a [u8] {
+        let before = una.wrapping_sub(self.begin()) as i32;
+        its.get(before.max(0) as usize..).unwrap_or_default()
     }
 
     /// Sequence number of its first byte.
@@ -340,26 +354,33 @@ pub(super) fn read(
             pieces.push((entry, its));
         }
     }
-    let (bytes, fin) = join(pieces, una, end).ok_or_else(changing)?;
+    pieces.sort_unstable_by_key(|(entry, _)| entry.place_in(una));
+    let mut bytes = Vec::new();
+    let pieces = pieces.iter().map(|(entry, its)| (entry, *its));
+    let fin = join(pieces, una, end, &mut bytes).ok_or_else(changing)?;
     Ok(Unsent { socket: socket.to_vec(), bytes, fin })
 }
 
-/// Puts entries together that hold all from one sequence number to another, and tells whether the
-/// last has a FIN.
-fn join(mut pieces: Vec<(Entry, &[u8])>, una: u32, end: u32) -> Option<(Vec<u8>, bool)> {
-    pieces.sort_by_key(|(e, _)| e.place_in(una));
-    let mut bytes = Vec::with_capacity(end.wrapping_sub(una).min(MOST_BYTES as u32) as usize);
+/// Puts entries together that hold all from one sequence number to another, in their order, and tells whether the
+/// last has a FIN. None: something is missing, or too much.
+fn join<'a>(
+    pieces: impl Iterator<Item = (&'a Entry, &'a [u8])>,
+    una: u32,
+    end: u32,
+    bytes: &mut Vec<u8>,
+) -> Option<bool> {
+    bytes.clear();
+    bytes.reserve(end.wrapping_sub(una).min(MOST_BYTES as u32) as usize);
     let (mut at, mut fin) = (una, false);
-    for (i, (entry, its)) in pieces.iter().enumerate() {
+    for (i, (entry, its)) in pieces.enumerate() {
         let follows = if i == 0 { !behind(entry.seq, una) } else { entry.seq == at };
         if !follows || fin {
             return None;
         }
-        let before = una.wrapping_sub(entry.begin()) as i32;
-        bytes.extend_from_slice(its.get(before.max(0) as usize..).unwrap_or_default());
+        bytes.extend_from_slice(entry.behind(una, its));
         (at, fin) = (entry.end, entry.flags & FIN != 0);
     }
-    (at == end).then_some((bytes, fin))
+    (at == end).then_some(fin)
 }
 
 #[cfg(test)]
@@ -369,7 +390,14 @@ mod tests {
     fn piece(seq: u32, len: usize, flags: u64) -> Entry {
         let counted = (flags & FIN) as u32;
         let end = seq.wrapping_add(len as u32 + counted);
-        Entry { at: 8, seq, end, flags, own: (0, len), len, shared: 0, fragments: Vec::new() }
+        Entry { at: 8, seq, end, flags, own: (0, len), len, shared: 0, fragments: SmallVec::new() }
+    }
+
+    fn join(mut pieces: Vec<(Entry, &[u8])>, una: u32, end: u32) -> Option<(Vec<u8>, bool)> {
+        pieces.sort_by_key(|(entry, _)| entry.place_in(una));
+        let mut bytes = b"of the queue before".to_vec();
+        let pieces = pieces.iter().map(|(entry, its)| (entry, *its));
+        super::join(pieces, una, end, &mut bytes).map(|fin| (bytes, fin))
     }
 
     #[test]
