@@ -377,10 +377,10 @@ impl Default for Epochs {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct Detector {
-    /// How often each side says that it is alive; ten times more seldom while nobody waits for the
-    /// container, but at least five times within `most`.
+    /// How often each side says that it is alive; up to thirteen times more seldom while nobody waits for the
+    /// container, but at least four times within `most`.
     pub heartbeat: Period,
-    /// How long the primary may be silent before it counts as lost; five of the longer pauses while
+    /// How long the primary may be silent before it counts as lost; four of the longer pauses while
     /// nobody waits for the container. The backup is given four times as long, and half a second at
     /// least.
     pub timeout: Period,

@@ -17,7 +17,7 @@
 //! not take that back before a mark has moved.
 //!
 //! Where nothing happens, wakes are the cost. So a pulse also says how those after it come
-//! ([`Pace`]): from one that rests they come every [`Config::rest`] only, and five of these pauses
+//! ([`Pace`]): from one that rests they come every [`Config::rest`] only, and four of these pauses
 //! are its time-out, until a pulse says otherwise. It says so for as long before it does so
 //! ([`Config::notice`]): who heard none of that would suspect it anyhow. Who rests himself asks to be called
 //! as seldom.
@@ -40,20 +40,20 @@ const LATE_AT_FIRST: u32 = 5;
 const LONG: u32 = 10;
 
 /// Pauses of a peer that rests without a sign of life that make it suspect.
-const PAUSES: u32 = 5;
+const PAUSES: u32 = 4;
 
 /// Such pauses after which it is asked to speak up.
 const DOUBT: u32 = 2;
 
 /// How many times more seldom the pulses of a peer that rests are, at most.
-const SELDOM: u32 = 10;
+const SELDOM: u32 = 13;
 
 /// Times of a detector.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Config {
     /// Pause between the peer's signs of life.
     pub interval: Duration,
-    /// The same of a peer that rests; a fifth of `most`, or less.
+    /// The same of a peer that rests; a quarter of `most`, or less.
     pub rest: Duration,
     /// Silence that makes a peer suspect; at least three intervals are sensible.
     pub timeout: Duration,
@@ -66,7 +66,7 @@ pub struct Config {
 }
 
 impl Default for Config {
-    /// A sign of life every 10 ms, or 18 while it rests, suspicion after 90 ms, whatever happens.
+    /// A sign of life every 10 ms, or 22.5 while it rests, suspicion after 90 ms, whatever happens.
     fn default() -> Self {
         let timeout = Duration::from_millis(90);
         Self {
@@ -481,12 +481,12 @@ mod tests {
 
     /// Both rest from `from` on, until the last pulse, at `until`.
     fn rest(d: &mut Detector, from: u64, until: u64) {
-        for at in (from..=until).step_by(20) {
+        for at in (from..=until).step_by(25) {
             d.pulse(ms(at), resting(at));
             d.rest(true);
             assert_eq!(d.tick(ms(at)), None);
             assert_eq!((d.threshold(), d.doubts()), (ms(100), false), "{at} ms");
-            assert_eq!(d.next_deadline(), Some(ms(at + 20)), "asked for as seldom");
+            assert_eq!(d.next_deadline(), Some(ms(at + 25)), "asked for as seldom");
         }
     }
 
@@ -507,7 +507,7 @@ mod tests {
     fn a_time_out_that_is_fixed_is_that_of_rest_as_well() {
         let timeout = ms(25);
         let rest = Config::rest_of(ms(2), timeout);
-        assert_eq!(rest, ms(5), "so its pauses are shorter");
+        assert_eq!(rest, timeout / 4, "so its pauses are shorter");
         let mut d = Detector::new(Config { rest, most: timeout, ..pulses() }, ms(0));
         for at in [2, 7] {
             d.pulse(ms(at), resting(at));
@@ -525,7 +525,7 @@ mod tests {
         assert!(d.doubts());
         assert_eq!(d.next_deadline(), Some(ms(602)), "and we do not go on to");
         let (at, s) = run(&mut d, ms(2000)).unwrap();
-        assert_eq!((at, s.silence), (ms(660), ms(560)), "40 ms for the pause, 60 after");
+        assert_eq!((at, s.silence), (ms(650), ms(550)), "50 ms for the pause, 50 after");
         // One that is always slow notices a death, too.
         let mut d = Detector::new(pulses(), ms(0));
         rest(&mut d, 0, 100);

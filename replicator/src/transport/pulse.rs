@@ -7,7 +7,7 @@
 //! core that watches the peer is given its time. Nobody judges in between, so that it need not wake for
 //! each pulse that comes: wakes are most of what an idle agent costs.
 //!
-//! A side that rests ([`Pace`]) beats ten times more seldom. The end that was called, which is the
+//! A side that rests ([`Pace`]) beats thirteen times more seldom, at most. The end that was called, which is the
 //! backup's, is then woken by the other's pulse and answers it, so that it hears at once when that
 //! rests no longer; its own clock only counts where no pulse comes. Who stirs wakes this thread.
 //!

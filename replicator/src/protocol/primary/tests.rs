@@ -303,9 +303,9 @@ fn it_rests_while_nobody_waits_and_the_backup_is_heard() {
     p.handle(ms(62), pulse(Pace::Rests));
     assert_eq!(p.pace(), Pace::Rests);
     p.handle(ms(90), Input::Heard(LINK));
-    p.handle(ms(120), Input::Tick);
+    p.handle(ms(130), Input::Tick);
     assert_eq!(p.pace(), Pace::Usual, "it has not heard the backup's pulses");
-    p.handle(ms(121), pulse(Pace::Rests));
-    p.handle(ms(122), Input::HandOver { last: Epoch(3) });
+    p.handle(ms(131), pulse(Pace::Rests));
+    p.handle(ms(132), Input::HandOver { last: Epoch(3) });
     assert_eq!(p.pace(), Pace::Usual, "a switchover is under way");
 }
