@@ -343,6 +343,15 @@ fn the_end_of_the_container_is_told() {
     assert!(matches!(error, Err(CaptureError::Ended)));
 }
 
+/// Waits until nice(1) has done what it is for.
+fn wait_for_nice(program: &Killed, nice: i32) {
+    let begin = Instant::now();
+    while sched::nice_of(program.pid()).expect("it runs") != nice {
+        assert!(begin.elapsed() < Duration::from_secs(20), "it does not get there");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
 /// What a shell does that always wants a processor.
 const BUSY: &str = "while :; do :; done";
 
@@ -357,6 +366,7 @@ fn run(program: &str, args: &[&str]) -> Killed {
 /// test may not be real-time.
 fn freezes_of(program: &Killed) -> Option<Vec<Duration>> {
     let pid = program.pid();
+    let nice = sched::nice_of(pid).expect("it runs");
     let stops = move || {
         if let Err(error) = sched::set_fifo(20) {
             println!("skipped: {error}");
@@ -377,7 +387,8 @@ fn freezes_of(program: &Killed) -> Option<Vec<Duration>> {
                 Err(error) => panic!("{error}"),
             }
             for thread in state.processes.iter().flat_map(|p| &p.threads) {
-                assert_eq!(thread.settings.scheduling.policy, 0, "tid {}", thread.tid);
+                let is = thread.settings.scheduling;
+                assert_eq!((is.policy, is.nice), (0, nice), "tid {}", thread.tid);
             }
             // It does something until the next one.
             std::thread::sleep(Duration::from_millis(30));
@@ -395,7 +406,8 @@ fn freezes_of(program: &Killed) -> Option<Vec<Duration>> {
         assert!(begin.elapsed() < Duration::from_secs(60), "it does not go on");
         std::thread::sleep(Duration::from_millis(30));
     }
-    assert_eq!(sched::attributes(pid).expect("it lives").policy, 0);
+    let now = sched::attributes(pid).expect("it lives");
+    assert_eq!((now.policy, now.nice), (0, nice));
     Some(freezes)
 }
 
@@ -403,7 +415,8 @@ fn freezes_of(program: &Killed) -> Option<Vec<Duration>> {
 /// time, go first on their way to a stop, and only there.
 #[test]
 fn a_stop_does_not_wait_for_a_thread_that_waits_for_a_processor() {
-    let program = run("sh", &["-c", "while :; do (:); done"]);
+    let program = run("nice", &["-n", "5", "sh", "-c", "while :; do (:); done"]);
+    wait_for_nice(&program, 5);
     let important = || run("nice", &["-n", "-20", "sh", "-c", BUSY]);
     let important: [Killed; 10] = std::array::from_fn(|_| important());
     let last = *sched::affinity(0).expect("its own").last().expect("at least one");

@@ -5,7 +5,8 @@ use std::io;
 use std::sync::OnceLock;
 use std::time::Duration;
 
-/// What the calling thread waits in (waitpid(2), ppoll(2)) ends with EINTR when it rings, and again after each period. So whoever begins to wait a moment too late for it is woken by the next one.
+/// What the calling thread waits in (waitpid(2), ppoll(2)) ends with EINTR when it rings, and again after each
+/// period. So whoever begins to wait a moment too late for it is woken by the next one.
 ///
 /// It uses the last real-time signal, SIGRTMAX, for which the process gets a handler that does nothing.
 #[derive(Debug)]

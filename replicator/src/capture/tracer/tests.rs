@@ -80,3 +80,46 @@ fn a_kill_between_the_stop_of_a_thread_and_of_its_leader_ends_the_freeze() {
     let outcome = outcome.recv_timeout(Duration::from_secs(30)).expect("it waits for ever");
     assert_eq!(outcome, Err(CaptureError::Ended.to_string()));
 }
+
+/// It makes children all the time, and is raised as in a freeze. One of them is as if it had not been.
+#[test]
+fn who_is_made_by_a_raised_thread_is_what_it_would_have_been() {
+    use crate::sys::sched;
+    let child = Command::new("sh").args(["-c", "while :; do (:); done"]).spawn().expect("sh");
+    let pid = child.id() as i32;
+    struct End(Child);
+    impl Drop for End {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+    let _end = End(child);
+    sched::set_nice_of(pid, 5).expect("less is always allowed");
+    let traced = move || {
+        if let Err(error) = sched::set_fifo(1) {
+            return println!("skipped: {error}");
+        }
+        let mut tracer = Tracer::new();
+        tracer.seize(pid).expect("seized");
+        let begin = Instant::now();
+        // A child may have ended before it stands still.
+        while tracer.stopped().count() < 2 {
+            assert!(begin.elapsed() < Duration::from_secs(30), "it makes nobody");
+            tracer.thaw().expect("it goes on");
+            tracer.haste.begin();
+            tracer.haste.look(0, [pid].into_iter());
+            assert_ne!(sched::attributes(pid).expect("it lives").policy, 0);
+            while tracer.len() < 2 && begin.elapsed() < Duration::from_secs(30) {
+                tracer.pump().expect("it lives");
+            }
+            tracer.freeze().expect("all stand still");
+            for tid in tracer.all() {
+                let is = sched::attributes(tid).expect("it stands still");
+                assert_eq!((is.policy, is.nice), (0, 5), "{tid} of {pid}");
+            }
+        }
+        tracer.detach().expect("let go");
+    };
+    std::thread::spawn(traced).join().expect("no panic");
+}
