@@ -7,6 +7,7 @@
 
 pub mod ack;
 mod bpf;
+pub mod bypass;
 pub mod capture;
 pub mod container;
 pub mod image;

@@ -1,6 +1,7 @@
 //! The two ends of a container's network on a host: the device inside its namespace, and the
 //! bridge port that leads to its clients.
 
+use crate::chain::chain;
 use crate::frames::Mac;
 use crate::frames::announce::Announcer;
 use crate::frames::gate::Gate;
@@ -9,6 +10,7 @@ use anyhow::{Context, Result};
 use netns_tools::links::Network;
 use netns_tools::namespace::Namespace;
 use netns_tools::topology::{Cidr, Container, Topology};
+use replicator::bypass::{Bypass, Side};
 use replicator::sys::tap::{LinkSetup, Tap, TapOptions};
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -16,6 +18,8 @@ use std::time::{Duration, Instant};
 
 /// The container's own name of its device.
 pub(super) const INNER: &str = "eth0";
+/// What the container sees of the cable around the gate.
+const CABLE: &str = "nilicon";
 /// Frames that a TAP queues towards us before it drops. During a stop both queues fill.
 const QUEUE: u32 = 16_384;
 /// The kernel's limit of an interface name, without the terminating zero.
@@ -128,6 +132,56 @@ impl Place {
         self.set_addresses(&inside)
     }
 
+    /// Opens a way around the gate for the container with this process, from a thread of its own: nobody waits
+    /// for it, and without it frames go through the gate.
+    pub(super) fn bypass(&self, gate: Arc<Gate>, pid: i32) {
+        let place = self.clone();
+        let opens = std::thread::Builder::new().name("bypass".into()).spawn(move || {
+            match place.make_bypass(&gate, pid) {
+                Ok((bypass, cable)) => {
+                    let open = gate.open_bypass(bypass, cable);
+                    tracing::debug!(container = place.name, open, "the bypass");
+                }
+                Err(error) => tracing::info!(
+                    container = place.name,
+                    error = chain(&error),
+                    "no bypass: its frames go through the gate"
+                ),
+            }
+        });
+        if let Err(error) = opens {
+            tracing::info!(%error, "no bypass");
+        }
+    }
+
+    /// Lays the cable, and ties the programs to its ends and to the gate's devices.
+    fn make_bypass(&self, gate: &Gate, pid: i32) -> Result<(Bypass, Cable)> {
+        let namespace = Namespace::of_process(pid).context("enter the container's network")?;
+        let here = Namespace::of_process(std::process::id() as i32)?;
+        let (inside, network) = (Network::open(&namespace)?, Network::open(&here)?);
+        let cable = Cable(short("nlc-", &self.name));
+        network.add_veth(&cable.0, &namespace, CABLE)?;
+        for (namespace, network, end) in
+            [(&namespace, &inside, CABLE), (&here, &network, cable.0.as_str())]
+        {
+            // It would announce itself.
+            let key = format!("net.ipv6.conf.{end}.disable_ipv6");
+            if let Err(error) = namespace.set_sysctl(&key, "1") {
+                tracing::debug!(%error, "sysctl not set");
+            }
+            network.set_up(end)?;
+        }
+        let side = |network: &Network, device: &str, cable: &str| -> Result<Side> {
+            Ok(Side { device: network.get(device)?.index, cable: network.get(cable)?.index })
+        };
+        let inner = side(&inside, gate.inner_name(), CABLE)?;
+        let outer = side(&network, gate.outer_name(), &cable.0)?;
+        let mut bypass = Bypass::new()?;
+        bypass.tie_outer(outer)?;
+        namespace.enter(|| bypass.tie_inner(inner))??;
+        Ok((bypass, cable))
+    }
+
     fn set_sysctls(&self, namespace: &Namespace) {
         for (key, value) in self.sysctls() {
             // A kernel without IPv6 has no such file, and nothing to switch off.
@@ -202,6 +256,22 @@ impl Place {
             bridge
         };
         Ok((network, bridge))
+    }
+}
+
+/// A cable around a gate, by its name here. Dropped, it is removed, both ends.
+#[derive(Debug)]
+struct Cable(String);
+
+impl Drop for Cable {
+    fn drop(&mut self) {
+        let removed = || -> Result<()> {
+            let here = Namespace::of_process(std::process::id() as i32)?;
+            Ok(Network::open(&here)?.delete(&self.0)?)
+        };
+        if let Err(error) = removed() {
+            tracing::debug!(cable = self.0, error = chain(&error), "the cable is not removed");
+        }
     }
 }
 

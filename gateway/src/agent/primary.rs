@@ -381,6 +381,12 @@ impl Shell {
         }
     }
 
+    /// Whether this side acts alone, its output leaves, and no backup is about to change that.
+    pub(super) fn is_let_alone(&self) -> bool {
+        let alone = matches!(lock(&self.core).state(), State::Alone { .. });
+        alone && !self.control && !self.output_protected.load(Ordering::Acquire)
+    }
+
     /// Gives the core a checkpoint whose last frame is about to leave. Whether it may.
     pub(super) fn sent(&self, taken: &Taken, digest: u64) -> bool {
         let (link, epoch, provisional) = (taken.link, taken.epoch, taken.provisional);

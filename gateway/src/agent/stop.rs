@@ -57,6 +57,8 @@ const NO_STOP: Duration = Duration::from_secs(1);
 const QUIET: Duration = Duration::from_secs(1);
 /// Longest sleep when nothing is due.
 const IDLE: Duration = Duration::from_millis(200);
+/// After so long without a backup none is about to come back.
+const LET_ALONE: Duration = Duration::from_secs(1);
 /// Pages in one round of pre-copy that make another round worth its while.
 const ANOTHER_ROUND: usize = 500;
 /// Bytes of a buffer for files that are kept for the next checkpoint: a full copy is many times that.
@@ -177,6 +179,10 @@ pub(super) struct StopLoop {
     pub(super) capturer: Capturer,
     pub(super) gate: Arc<Gate>,
     pub(super) shell: Arc<Shell>,
+    /// Of the container's first process.
+    pub(super) pid: i32,
+    /// Since when it is let alone, and whether a bypass was opened since.
+    pub(super) alone: Option<(Duration, bool)>,
     pub(super) signals: SignalFd,
     /// Its clock starts with `origin`.
     pub(super) pacer: Pacer,
@@ -258,6 +264,7 @@ impl StopLoop {
         self.shell.attend(true);
         self.take_back_buffers();
         self.shell.settle_output(&self.gate);
+        self.settle_bypass();
         if self.still.is_some() {
             return self.stand();
         }
@@ -319,6 +326,20 @@ impl StopLoop {
             }
         }
         self.capturer.pump()
+    }
+
+    /// Lets connections go by the gate once it is clear that no backup comes back at once.
+    fn settle_bypass(&mut self) {
+        if !self.shell.is_let_alone() {
+            self.alone = None;
+            return;
+        }
+        let now = self.origin.elapsed();
+        let (since, bypassed) = self.alone.get_or_insert((now, false));
+        if !*bypassed && now - *since >= LET_ALONE {
+            *bypassed = true;
+            self.network.bypass(self.gate.clone(), self.pid);
+        }
     }
 
     /// Somebody waits for something.
@@ -401,6 +422,8 @@ impl StopLoop {
 
     fn checkpoint(&mut self) -> Result<(), CaptureError> {
         let Some(mut taken) = self.buffers.pop() else { return Ok(()) };
+        // It is in the way of the first stop for a backup, and of no other.
+        self.gate.close_bypass();
         let begun = self.origin.elapsed();
         let Next { link, full, provisional, generation } = self.shell.next();
         let last = !provisional && self.shell.hands_over();

@@ -181,6 +181,9 @@ impl Place {
         if plugged && from.is_none() {
             self.network.announce(gate.clone())?;
         }
+        if self.protect.is_none() {
+            self.network.bypass(gate.clone(), pid);
+        }
         {
             let mut status = lock(&self.status);
             status.phase = if plugged { Phase::Unprotected } else { Phase::Waiting };
@@ -210,6 +213,8 @@ impl Place {
             capturer,
             gate: gate.clone(),
             shell: shell.clone(),
+            pid,
+            alone: None,
             signals,
             pacer: Pacer::new(rates, Duration::ZERO),
             origin: Instant::now(),
@@ -236,7 +241,9 @@ impl Place {
             let reasons = reasons(&mut stops.capturer, &why);
             ending = match self.on_unprotectable() {
                 OnUnprotectable::Unprotected => {
-                    self.end_protection(&shell, &gate, &reasons);
+                    if self.end_protection(&shell, &gate, &reasons) {
+                        self.network.bypass(gate.clone(), pid);
+                    }
                     stops.only_look_after()
                 }
                 // A freeze waits in the stops; what comes here will not pass.

@@ -88,6 +88,11 @@ impl Partings {
         self.flows.is_empty()
     }
 
+    /// Whether one of the two ends of a connection, the container's and the peer's, has closed it.
+    pub fn knows(&self, local: SocketAddr, remote: SocketAddr) -> bool {
+        self.flows.contains_key(&(local, remote)) || self.ended.contains_key(&(local, remote))
+    }
+
     /// Whether the open epoch has a FIN, so that [`Partings::collect`] has something to do.
     pub fn is_fresh(&self) -> bool {
         !self.fresh.is_empty()

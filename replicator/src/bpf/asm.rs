@@ -12,6 +12,7 @@ pub(crate) mod helper {
     pub(crate) const MAP_DELETE: i32 = 3;
     pub(crate) const KTIME: i32 = 5;
     pub(crate) const CURRENT_IDS: i32 = 14;
+    pub(crate) const REDIRECT: i32 = 23;
     pub(crate) const LOAD_BYTES: i32 = 26;
     pub(crate) const RELEASE: i32 = 86;
     pub(crate) const LOOKUP_TCP: i32 = 99;
@@ -181,6 +182,11 @@ impl Assembler {
     /// Ends the program with this result.
     pub(crate) fn leave(&mut self, verdict: i32) {
         self.set(0, verdict);
+        self.end();
+    }
+
+    /// Ends the program with what register 0 says.
+    pub(crate) fn end(&mut self) {
         self.push(0x95, 0, 0, 0, 0);
     }
 

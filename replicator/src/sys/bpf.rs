@@ -1,5 +1,5 @@
-//! BPF programs, maps and iterators: bpf(2). Just what a small program at the ingress of a device
-//! needs, programs that write what they see of a process into a file, programs that are run on
+//! BPF programs, maps and iterators: bpf(2). Just what small programs at the ingress and egress of devices
+//! need, programs that write what they see of a process into a file, programs that are run on
 //! demand and leave what they see in memory that is shared with them, and programs that the kernel runs
 //! at its tracepoints, whose memory can be looked at while they write to it.
 
@@ -18,6 +18,7 @@ const LINK_CREATE: i32 = 28;
 const ITER_CREATE: i32 = 33;
 const MAP_TYPE_HASH: u32 = 1;
 const MAP_TYPE_ARRAY: u32 = 2;
+const MAP_TYPE_LRU_HASH: u32 = 9;
 /// BPF_F_MMAPABLE.
 const MMAPABLE: u32 = 1 << 10;
 const PROG_TYPE_SCHED_CLS: u32 = 3;
@@ -30,6 +31,8 @@ const TRACE_ITER: u32 = 28;
 const ATTACH_BTF_ID: usize = 108;
 /// BPF_TCX_INGRESS.
 const TCX_INGRESS: u32 = 46;
+/// BPF_TCX_EGRESS.
+const TCX_EGRESS: u32 = 47;
 /// As much of union bpf_attr as is used here.
 const ATTR: usize = 144;
 /// Bytes of the verifier's log that an error shows.
@@ -80,7 +83,16 @@ impl Attr {
 
 /// A hash table with keys and values of these sizes.
 pub fn hash_map(key: usize, value: usize, entries: u32) -> SysResult<OwnedFd> {
-    let attr = Attr::new().word(MAP_TYPE_HASH).word(key as u32).word(value as u32).word(entries);
+    table(MAP_TYPE_HASH, key, value, entries)
+}
+
+/// Such a table that makes room for a new entry by dropping one that has not been asked for lately.
+pub fn forgetful_map(key: usize, value: usize, entries: u32) -> SysResult<OwnedFd> {
+    table(MAP_TYPE_LRU_HASH, key, value, entries)
+}
+
+fn table(kind: u32, key: usize, value: usize, entries: u32) -> SysResult<OwnedFd> {
+    let attr = Attr::new().word(kind).word(key as u32).word(value as u32).word(entries);
     attr.open(MAP_CREATE, "BPF_MAP_CREATE", "a hash table")
 }
 
@@ -306,8 +318,18 @@ pub fn iterate(link: BorrowedFd<'_>, out: &mut Vec<u8>) -> SysResult<usize> {
 }
 
 /// Runs a program on what arrives at the device with this index of the calling thread's network
-/// namespace, until the descriptor is closed.
+/// namespace, until the descriptor is closed. Closing waits until no processor runs it any more.
 pub fn at_ingress(program: BorrowedFd<'_>, device: u32) -> SysResult<OwnedFd> {
-    let attr = Attr::new().word(program.as_raw_fd() as u32).word(device).word(TCX_INGRESS);
-    attr.open(LINK_CREATE, "BPF_LINK_CREATE", "the ingress of the container's device")
+    at(program, device, TCX_INGRESS, "the ingress of the container's device")
+}
+
+/// Runs a program on what is sent through the device with this index of the calling thread's network
+/// namespace, before it is queued there, until the descriptor is closed. Closing waits as with [`at_ingress`].
+pub fn at_egress(program: BorrowedFd<'_>, device: u32) -> SysResult<OwnedFd> {
+    at(program, device, TCX_EGRESS, "the egress of a device")
+}
+
+fn at(program: BorrowedFd<'_>, device: u32, place: u32, what: &str) -> SysResult<OwnedFd> {
+    let attr = Attr::new().word(program.as_raw_fd() as u32).word(device).word(place);
+    attr.open(LINK_CREATE, "BPF_LINK_CREATE", what)
 }

@@ -79,8 +79,8 @@ impl Place {
     }
 
     /// Ends the protection of a container that goes on (CP-3): loudly, and only after the backup
-    /// has agreed never to take over. If it cannot be asked, output stays held.
-    pub(super) fn end_protection(&self, shell: &Shell, gate: &Gate, why: &str) {
+    /// has agreed never to take over. If it cannot be asked, output stays held. Whether it leaves.
+    pub(super) fn end_protection(&self, shell: &Shell, gate: &Gate, why: &str) -> bool {
         let name = &self.network.name;
         primary::count_unprotectable(name, "unprotected");
         let agreed = self.runtime.block_on(primary::say_goodbye(shell, Bye::Stop));
@@ -98,6 +98,7 @@ impl Place {
             let reason = format!("{why}; the backup does not answer, so output stays held");
             (status.phase, status.reason) = (Phase::Severed, Some(reason));
         }
+        agreed
     }
 }
 

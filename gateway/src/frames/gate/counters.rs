@@ -29,6 +29,10 @@ pub struct GateCounters {
     pub out_dropped_frames: u64,
     /// Frames that the container received from clients.
     pub in_frames: u64,
+    /// Frames of the container that went by the gate.
+    pub bypassed_out_frames: u64,
+    /// Frames of clients that went by the gate.
+    pub bypassed_in_frames: u64,
     /// Frames from clients that the inner device would not take.
     pub in_dropped_frames: u64,
     /// First segments of connections that were kept out because output stood.
@@ -52,11 +56,14 @@ impl Shared {
         let commit = self.outbound.lock().core.counters();
         let inbound = self.inbound.lock();
         let t = &self.totals;
+        let bypassed = self.bypass.bypassed();
         GateCounters {
             commit,
             passed_frames: t.passed.load(Relaxed),
             out_dropped_frames: t.out_dropped.load(Relaxed),
             in_frames: t.in_frames.load(Relaxed),
+            bypassed_out_frames: bypassed.out_frames,
+            bypassed_in_frames: bypassed.in_frames,
             in_dropped_frames: t.in_dropped.load(Relaxed),
             kept_out_frames: t.kept_out.load(Relaxed),
             backlog_frames: inbound.backlog.len(),
@@ -81,6 +88,8 @@ impl GateCounters {
             ("nilicon_gateway_passed_frames_total", self.passed_frames),
             ("nilicon_gateway_out_dropped_frames_total", self.out_dropped_frames),
             ("nilicon_gateway_in_frames_total", self.in_frames),
+            ("nilicon_gateway_bypassed_out_frames_total", self.bypassed_out_frames),
+            ("nilicon_gateway_bypassed_in_frames_total", self.bypassed_in_frames),
             ("nilicon_gateway_in_dropped_frames_total", self.in_dropped_frames),
             ("nilicon_gateway_kept_out_frames_total", self.kept_out_frames),
             ("nilicon_gateway_backlog_dropped_frames_total", self.backlog_dropped_frames),

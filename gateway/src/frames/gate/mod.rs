@@ -11,9 +11,10 @@
 //! | outbound (the core) | outbound thread | a batch of reads; lets go after the frame in hand (0.5-2 us) when the stop thread comes |
 //! | | [`Gate::seal`] | draining what the container left: at most its TAP's queue |
 //! | | [`Gate::release`] | moving buffers, about a microsecond, at its start and end |
+//! | bypass | outbound and inbound thread, while there is one | asking the kernel to know or forget a connection |
 //! | writer | [`Gate::release`], [`Gate::pass_through`], [`Gate::protect`], outbound thread in pass-through | writing the frames to the outer TAP (0.7 us, with 64 KiB 2.7 us each) |
 //!
-//! Order: writer before outbound, inbound before outbound; no one takes inbound and writer. So, once protection
+//! Order: writer before outbound, inbound before outbound, each before bypass; no one takes inbound and writer. So, once protection
 //! has started, the stop thread waits for one frame of each data thread at most, never for a release. That holds
 //! while those threads run: on a busy machine put them ahead of ordinary work in
 //! [`GateConfig::thread_setup`], or one that is preempted in the middle of a frame makes a stop
@@ -27,9 +28,11 @@
 //!   plug()   backlog, then straight in  follow the core      plugged
 //!   unplug() back to the first line
 //! ```
-//! and the core is in pass-through until [`Gate::protect`].
+//! and the core is in pass-through until [`Gate::protect`]. While it is, and plugged, accepted connections may go
+//! by the gate in the kernel ([`Gate::open_bypass`]).
 
 mod backlog;
+mod bypass;
 mod counters;
 mod flows;
 mod pump;
@@ -191,6 +194,7 @@ struct Shared {
     standing: Standing,
     /// Connections that are not accepted yet.
     young: Young,
+    bypass: bypass::Slot,
 }
 
 /// A running gate. Dropping it ends its threads and closes both devices.
@@ -254,6 +258,7 @@ impl Gate {
             totals: Totals::default(),
             standing: Standing::new(config.standing.unwrap_or(Duration::from_millis(500))),
             young: Young::default(),
+            bypass: bypass::Slot::default(),
         });
         let mut gate = Gate { shared, threads: Vec::new() };
         for which in [GateThread::Outbound, GateThread::Inbound] {
@@ -292,15 +297,20 @@ impl Gate {
     /// The same thread must not call [`Gate::plug`], [`Gate::unplug`], [`Gate::probe`] or
     /// [`Gate::hold_input`] while it has the guard: it would wait for itself.
     pub fn hold_input(&self) -> InputHold<'_> {
-        InputHold { guard: self.shared.inbound.lock_urgent() }
+        InputHold { guard: self.shared.without_bypass(|| self.shared.inbound.lock_urgent()) }
     }
 
     /// Protects the output from now on: see [`CommitCore::protect`].
     pub fn protect(&self, generation: Generation, last_sealed: Epoch) {
-        let _writer = self.shared.writer();
-        let mut out = self.shared.outbound.lock_urgent();
-        out.core.protect(generation, last_sealed);
-        self.shared.publish(&mut out);
+        let shared = &*self.shared;
+        shared.bypass.shut();
+        {
+            let _writer = shared.writer();
+            let mut out = shared.outbound.lock_urgent();
+            out.core.protect(generation, last_sealed);
+            shared.publish(&mut out);
+        }
+        shared.bypass.close();
     }
 
     /// Takes what the container has sent out of the inner TAP, in the calling thread, and closes
@@ -429,13 +439,17 @@ impl Gate {
     /// Cuts the container off: nothing is written to it, input goes to an empty backlog, and its
     /// output is thrown away. Output held before stays held.
     pub fn unplug(&self) {
-        let mut inbound = self.shared.inbound.lock_urgent();
-        inbound.plugged = false;
-        inbound.diverted = false;
-        inbound.backlog.clear();
-        let mut out = self.shared.outbound.lock_urgent();
-        out.output = OutputState::Discard;
-        self.shared.publish(&mut out);
+        self.shared.bypass.shut();
+        {
+            let mut inbound = self.shared.inbound.lock_urgent();
+            inbound.plugged = false;
+            inbound.diverted = false;
+            inbound.backlog.clear();
+            let mut out = self.shared.outbound.lock_urgent();
+            out.output = OutputState::Discard;
+            self.shared.publish(&mut out);
+        }
+        self.shared.bypass.close();
     }
 
     /// Forgets the backlog: what came before this moment is in a checkpoint or of no use.
@@ -537,6 +551,7 @@ impl Gate {
 
 impl Drop for Gate {
     fn drop(&mut self) {
+        self.close_bypass();
         self.shared.stopping.store(true, Ordering::Release);
         // An eventfd takes a one from anybody; it fails only at its maximum.
         let _ = self.shared.stop.write(1);

@@ -119,6 +119,7 @@ impl Shared {
         let Some(n) = read_one(&self.inner, scratch)? else { return Ok(Step::Drained) };
         drop(out);
         self.young.outbound(&scratch[..n]);
+        self.bypass.left(&scratch[..n], &self.young);
         let written = self.write_out(std::iter::once(&scratch[..n]));
         self.totals.passed.fetch_add(written as u64, Relaxed);
         self.totals.out_dropped.fetch_add(1 - written as u64, Relaxed);
@@ -186,6 +187,7 @@ impl Shared {
             return;
         }
         self.young.inbound(frame);
+        self.bypass.came(frame);
         let counter = match self.inner.write(frame) {
             Ok(()) => &self.totals.in_frames,
             // A full backlog of the kernel or a device that is down: as on a wire, it is lost.

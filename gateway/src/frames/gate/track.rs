@@ -75,6 +75,11 @@ impl Young {
         }
     }
 
+    /// Whether one of the two ends has said on this connection that it is done.
+    pub(super) fn is_parting(&self, local: SocketAddr, remote: SocketAddr) -> bool {
+        lock(&self.partings).knows(local, remote)
+    }
+
     /// The open epoch is about to be sealed with these frames.
     pub(super) fn collect<'a>(&self, frames: impl Iterator<Item = &'a [u8]>) {
         if self.parting.load(Relaxed) {
