@@ -214,7 +214,7 @@ fn protections() {
     let good = etcd("\"http://10.79.0.3:2379\"").replace('^', "");
     Topology::parse("lab", &GOOD.replace("backup: beta", &good)).unwrap();
     refused("backup: beta", "backup: beta\n    detector: ^{ most: 20ms }", "at least the timeout");
-    refused("backup: beta", "backup: beta\n    detector: ^{ stall: 100ms }", "at least 1s");
+    refused("backup: beta", "backup: beta\n    detector: ^{ stall: 100ms }", "at least 1500ms");
 }
 
 #[test]

@@ -67,6 +67,62 @@ fn metrics_are_prometheus_text_in_base_units() {
     bed.destroy();
 }
 
+/// Without a backup nobody holds output: what clients say to a connection that is accepted does not pass the
+/// agent. As soon as there is one again, it does.
+#[test]
+fn who_is_let_alone_goes_by_the_gate_until_a_backup_comes() {
+    let bed = Bed::new("bypass", &Sketch::of(EMBEDDED));
+    let policy = "over: repl\n    arbiter: manual\n    on-backup-loss: degrade\n";
+    bed.write(&bed.text().replace("over: repl\n", policy));
+    bed.deploy();
+    let mut client = bed.connect(RELAY, "client", "10.77.0.10:6379");
+    let gate = |name: &str| {
+        value(&metrics(&bed, "alpha"), &format!("nilicon_gateway_{name}_frames_total"))
+            .unwrap_or(0.0)
+    };
+    let mut round = 0;
+    let mut ask = |client: &mut nilicon_tests::Relay| {
+        round += 1;
+        assert_eq!(client.ask(&format!("SET a {round}")), "+OK");
+        round
+    };
+    for _ in 0..20 {
+        ask(&mut client);
+    }
+    bed.fault("kill-agent:beta");
+    let allow = |host: &str| {
+        let allowed = || bed.run("allow", &["store", host]).code == Some(0);
+        nilicon_tests::until("somebody asks", || allowed().then_some(()));
+    };
+    allow("alpha");
+    bed.until_store("it runs alone", |store| store["phase"] == "unprotected");
+    nilicon_tests::until("it goes by the gate", || {
+        ask(&mut client);
+        (gate("bypassed_out") > 0.0 && gate("bypassed_in") > 0.0).then_some(())
+    });
+
+    bed.fault("restart-agent:beta");
+    bed.until_store("it is protected again", |store| store["protected"] == true);
+    // What a host publishes is up to a second old.
+    let by_and_last = [(); 2].map(|()| {
+        let released = gate("released");
+        nilicon_tests::until("it goes through the gate", || {
+            ask(&mut client);
+            (gate("released") > released + 20.0).then_some(())
+        });
+        (gate("bypassed_out"), ask(&mut client))
+    });
+    let [(before, _), (after, last)] = by_and_last;
+    assert_eq!(before, after);
+    bed.fault("kill-host:alpha");
+    allow("beta");
+    let expected = last.to_string();
+    assert_eq!(client.ask("GET a"), format!("${}", expected.len()));
+    assert_eq!(client.line(), expected);
+    drop(client);
+    bed.destroy();
+}
+
 /// Names start with the program's, counters end in `_total`, and no unit is a fraction of one.
 fn expect_conventions(text: &str) {
     let types = text.lines().filter_map(|line| line.strip_prefix("# TYPE "));

@@ -47,9 +47,9 @@ const LOG_BYTES: usize = 64 << 20;
 const LOG_FRAMES: usize = 1 << 17;
 /// Pause between heartbeats over the connection, which keep it alive where pulses do not arrive.
 const BEAT: Duration = Duration::from_millis(10);
-/// The same while pulses arrive and say that nothing happens: a fifth of what a connection lives without,
+/// The same while pulses arrive and say that nothing happens: less than a third of what a connection lives without,
 /// and less than half of the shortest time after which work that stands still is suspect.
-const SELDOM: Duration = Duration::from_millis(400);
+const SELDOM: Duration = Duration::from_millis(600);
 
 /// A container that is killed twice within this time at one host stays away from it.
 const QUIET: Duration = Duration::from_secs(60);

@@ -49,7 +49,7 @@ const LULL: Duration = Duration::from_secs(10);
 /// While nothing happens, it is looked at again after this part of the time that it has lasted, and
 /// after this time at most.
 const CALM: u32 = 8;
-const CALMEST: Duration = Duration::from_millis(200);
+const CALMEST: Duration = Duration::from_millis(400);
 
 /// The work of an epoch in units of what the stop thread and the shipper do of it: the transport,
 /// and the backup, take about as much again.

@@ -68,7 +68,7 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// proofs than checkpoints in flight.
 pub(super) struct Wishes {
     pub(super) connects: mpsc::UnboundedReceiver<LinkId>,
-    pub(super) releases: std::sync::mpsc::Receiver<CommitProof>,
+    pub(super) releases: std::sync::mpsc::Receiver<Option<CommitProof>>,
 }
 
 /// The core of a primary and what surrounds it; shared by its threads and tasks.
@@ -80,7 +80,8 @@ pub(super) struct Shell {
     base: Mutex<Base>,
     link: Mutex<Option<(LinkId, Arc<PrimaryLink>)>>,
     connect: mpsc::UnboundedSender<LinkId>,
-    releases: Mutex<std::sync::mpsc::Sender<CommitProof>>,
+    /// None only wakes.
+    releases: Mutex<std::sync::mpsc::Sender<Option<CommitProof>>>,
     gate: OnceLock<Arc<Gate>>,
     output_protected: AtomicBool,
     /// The control of an experiment: output never waits.
@@ -205,6 +206,8 @@ impl Shell {
     pub(super) fn end(&self) {
         self.end.store(true, Ordering::Release);
         self.wake_up();
+        // Who has ended already needs no waking.
+        let _ = lock(&self.releases).send(None);
     }
 
     pub(super) fn must_end(&self) -> bool {
@@ -447,7 +450,7 @@ impl Shell {
                 *lock(&self.base) = Base { link, full: true };
             }
             Action::Release(proof) => {
-                let _ = lock(&self.releases).send(proof);
+                let _ = lock(&self.releases).send(Some(proof));
             }
             Action::Severed(link, why) => {
                 let mut current = lock(&self.link);

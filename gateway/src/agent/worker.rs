@@ -34,6 +34,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
+use tokio::sync::Notify;
 
 /// Checkpoints in flight.
 const DEPTH: usize = 4;
@@ -74,6 +75,8 @@ pub(super) struct Place {
 #[derive(Default)]
 pub(super) struct Duty {
     end: AtomicBool,
+    /// For the one who waits for that.
+    ended: Notify,
     shell: Mutex<Option<Arc<Shell>>>,
     standby: OnceLock<Arc<Standby>>,
 }
@@ -82,6 +85,7 @@ impl Duty {
     /// Tells the part to end.
     pub(super) fn end(&self) {
         self.end.store(true, Ordering::Release);
+        self.ended.notify_one();
         if let Some(shell) = &*lock(&self.shell) {
             shell.end();
         }
@@ -89,6 +93,11 @@ impl Duty {
 
     pub(super) fn must_end(&self) -> bool {
         self.end.load(Ordering::Acquire)
+    }
+
+    /// Waits until the part may be told to end. Only one of its threads may wait.
+    pub(super) async fn told_to_end(&self) {
+        self.ended.notified().await;
     }
 
     /// A part of a protected container.

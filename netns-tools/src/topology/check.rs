@@ -23,7 +23,7 @@ use super::volumes::{self, VolumeKind};
 /// stay short enough to read in a table.
 const LONGEST_NAME: usize = 20;
 /// Shortest `stall`: a working agent takes a step of its work several times in it.
-const MIN_STALL: Duration = Duration::from_secs(1);
+const MIN_STALL: Duration = Duration::from_millis(1500);
 /// Longest name of an interface (IFNAMSIZ without its end).
 const LONGEST_INTERFACE: usize = 15;
 /// Names that the kernel or a deployed lab uses for interfaces of its own.
@@ -396,7 +396,7 @@ impl Check<'_> {
                 self.at_value(&format!("{path}/detector"), message, None);
             }
             if detector.most() < *detector.timeout || *detector.stall < MIN_STALL {
-                let message = "`most` is at least the timeout, and `stall` at least 1s";
+                let message = "`most` is at least the timeout, and `stall` at least 1500ms";
                 self.at_value(&format!("{path}/detector"), message, None);
             }
         }

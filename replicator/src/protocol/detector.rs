@@ -17,12 +17,12 @@
 //! not take that back before a mark has moved.
 //!
 //! Where nothing happens, wakes are the cost. So a pulse also says how those after it come
-//! ([`Pace`]): from one that rests they come every [`Config::rest`] only, and four of these pauses
+//! ([`Pace`]): from one that rests they come every [`Config::rest`] only, and three of these pauses
 //! are its time-out, until a pulse says otherwise. It says so for as long before it does so
 //! ([`Config::notice`]): who heard none of that would suspect it anyhow. Who rests himself asks to be called
 //! as seldom.
-//! With so few pulses two lost ones would be half a time-out, so after two pauses of silence this
-//! side is in doubt: it does not rest, and its pulses say so, which wakes a peer that lives.
+//! With so few pulses a lost one is a large part of a time-out, so after one and a half pauses of silence this
+//! side is in doubt: it does not rest, and its pulses say so, which the peer reads with its next one if it lives.
 
 use std::time::Duration;
 
@@ -40,20 +40,21 @@ const LATE_AT_FIRST: u32 = 5;
 const LONG: u32 = 10;
 
 /// Pauses of a peer that rests without a sign of life that make it suspect.
-const PAUSES: u32 = 4;
+const PAUSES: u32 = 3;
 
-/// Such pauses after which it is asked to speak up.
-const DOUBT: u32 = 2;
+/// Half pauses after which it is asked to speak up: before its next pulse is due, which is then followed by others
+/// at once.
+const DOUBT: u32 = 3;
 
 /// How many times more seldom the pulses of a peer that rests are, at most.
-const SELDOM: u32 = 13;
+const SELDOM: u32 = 17;
 
 /// Times of a detector.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Config {
     /// Pause between the peer's signs of life.
     pub interval: Duration,
-    /// The same of a peer that rests; a quarter of `most`, or less.
+    /// The same of a peer that rests; a third of `most`, or less.
     pub rest: Duration,
     /// Silence that makes a peer suspect; at least three intervals are sensible.
     pub timeout: Duration,
@@ -66,7 +67,7 @@ pub struct Config {
 }
 
 impl Default for Config {
-    /// A sign of life every 10 ms, or 22.5 while it rests, suspicion after 90 ms, whatever happens.
+    /// A sign of life every 10 ms, or 30 while it rests, suspicion after 90 ms, whatever happens.
     fn default() -> Self {
         let timeout = Duration::from_millis(90);
         Self {
@@ -252,7 +253,7 @@ impl Detector {
 
     /// Whether the peer is to speak up: it rests and is late, or its pulses do not come.
     pub fn doubts(&self) -> bool {
-        !self.pulsed || self.peer_rests && self.listened >= self.config.rest * DOUBT
+        !self.pulsed || self.peer_rests && self.listened >= self.config.rest * DOUBT / 2
     }
 
     /// Looks at the time. Gives a suspicion once; a sign of life takes it back.
@@ -356,10 +357,10 @@ mod tests {
         None
     }
 
-    /// A pulse every 2 ms, 25 ms of silence, at most 100.
+    /// A pulse every 2 ms, 25 ms of silence, at most 99.
     fn pulses() -> Config {
         let (interval, timeout) = (ms(2), ms(25));
-        let (most, first, stall) = (ms(100), ms(500), ms(1000));
+        let (most, first, stall) = (ms(99), ms(500), ms(1000));
         Config { interval, rest: Config::rest_of(interval, most), timeout, most, first, stall }
     }
 
@@ -434,7 +435,7 @@ mod tests {
         // As late as it may be.
         assert_eq!(run(&mut d, ms(3176)), None);
         d.pulse(ms(3176), marks(3176));
-        assert_eq!(d.threshold(), ms(100), "the most");
+        assert_eq!(d.threshold(), ms(99), "the most");
         assert_eq!(beat(&mut d, 3178, 33_000, marks), None);
         assert_eq!(d.threshold(), ms(25), "that was long ago");
     }
@@ -481,12 +482,12 @@ mod tests {
 
     /// Both rest from `from` on, until the last pulse, at `until`.
     fn rest(d: &mut Detector, from: u64, until: u64) {
-        for at in (from..=until).step_by(25) {
+        for at in (from..=until).step_by(33) {
             d.pulse(ms(at), resting(at));
             d.rest(true);
             assert_eq!(d.tick(ms(at)), None);
-            assert_eq!((d.threshold(), d.doubts()), (ms(100), false), "{at} ms");
-            assert_eq!(d.next_deadline(), Some(ms(at + 25)), "asked for as seldom");
+            assert_eq!((d.threshold(), d.doubts()), (ms(99), false), "{at} ms");
+            assert_eq!(d.next_deadline(), Some(ms(at + 33)), "asked for as seldom");
         }
     }
 
@@ -494,9 +495,9 @@ mod tests {
     fn a_peer_that_rests_is_waited_for_longer_until_it_says_otherwise() {
         let mut d = Detector::new(pulses(), ms(0));
         assert_eq!(beat(&mut d, 0, 100, marks), None);
-        rest(&mut d, 100, 30_000);
+        rest(&mut d, 99, 29_997);
         let (at, s) = run(&mut d.clone(), ms(60_000)).unwrap();
-        assert_eq!((at, s.silence), (ms(30_100), ms(100)));
+        assert_eq!((at, s.silence), (ms(30_096), ms(99)));
         d.pulse(ms(30_005), marks(30_005));
         d.rest(false);
         assert_eq!(d.threshold(), ms(25), "its pauses were meant, and are no lateness");
@@ -507,28 +508,28 @@ mod tests {
     fn a_time_out_that_is_fixed_is_that_of_rest_as_well() {
         let timeout = ms(25);
         let rest = Config::rest_of(ms(2), timeout);
-        assert_eq!(rest, timeout / 4, "so its pauses are shorter");
+        assert_eq!(rest, timeout / 3, "so its pauses are shorter");
         let mut d = Detector::new(Config { rest, most: timeout, ..pulses() }, ms(0));
-        for at in [2, 7] {
+        for at in [2, 10] {
             d.pulse(ms(at), resting(at));
             d.rest(true);
         }
-        assert_eq!(run(&mut d, ms(1000)).unwrap().0, ms(32));
+        assert_eq!(run(&mut d, ms(1000)).unwrap().0, ms(35));
         assert_eq!(Config::rest_of(ms(2), ms(4)), ms(2), "nor are they shorter than others");
     }
 
     #[test]
     fn who_rests_and_is_starved_suspects_nobody_and_is_in_doubt() {
         let mut d = Detector::new(pulses(), ms(0));
-        rest(&mut d, 0, 100);
+        rest(&mut d, 0, 99);
         assert_eq!(d.tick(ms(600)), None, "it was us who slept");
         assert!(d.doubts());
         assert_eq!(d.next_deadline(), Some(ms(602)), "and we do not go on to");
         let (at, s) = run(&mut d, ms(2000)).unwrap();
-        assert_eq!((at, s.silence), (ms(650), ms(550)), "50 ms for the pause, 50 after");
+        assert_eq!((at, s.silence), (ms(633), ms(534)), "66 ms for the pause, 33 after");
         // One that is always slow notices a death, too.
         let mut d = Detector::new(pulses(), ms(0));
-        rest(&mut d, 0, 100);
+        rest(&mut d, 0, 99);
         assert!((1..20).any(|i| d.tick(ms(100 + i * 200)).is_some()));
     }
 
@@ -545,7 +546,7 @@ mod tests {
                 let pace = if told == Pace::Doubts { Pace::Usual } else { Pace::Rests };
                 on_its_way = (rng.u8(..5) > 0).then_some(pace);
                 usual = if pace == Pace::Usual { at } else { usual };
-                sends_at = at + if ms(at - usual) >= pulses().notice() { 20 } else { 2 };
+                sends_at = at + if ms(at - usual) >= pulses().notice() { 33 } else { 2 };
             }
             let heard = on_its_way.take();
             if let Some(pace) = heard {
@@ -555,7 +556,7 @@ mod tests {
                 wrong += u32::from(d.tick(ms(at)).is_some());
                 let rests = d.peer_rests() && !d.doubts();
                 d.rest(rests);
-                answers_at = at + if rests { 22 } else { 2 };
+                answers_at = at + if rests { 50 } else { 2 };
                 if rng.u8(..5) > 0 {
                     told = if d.doubts() && doubts { Pace::Doubts } else { Pace::Rests };
                 }
@@ -566,7 +567,7 @@ mod tests {
 
     #[test]
     fn lost_pulses_make_a_peer_that_rests_speak_up() {
-        assert!(wrong_with_losses(false) > 5, "five lost in a row are a death");
+        assert!(wrong_with_losses(false) > 5, "three lost in a row are a death");
         assert_eq!(wrong_with_losses(true), 0);
     }
 }

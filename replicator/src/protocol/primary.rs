@@ -417,7 +417,7 @@ impl Primary {
     /// A backup that is not heard twice is to hear more.
     fn may_rest(&self, now: Duration) -> bool {
         let heard = self.pulse.is_some_and(|(at, pace)| {
-            now.saturating_sub(at) <= self.config.times.rest * 3 && pace != Pace::Doubts
+            now.saturating_sub(at) <= self.config.times.rest * 5 / 2 && pace != Pace::Doubts
         });
         let settled =
             self.state == State::Protected { synced: true } && self.handing_over.is_none();

@@ -7,7 +7,7 @@
 //! core that watches the peer is given its time. Nobody judges in between, so that it need not wake for
 //! each pulse that comes: wakes are most of what an idle agent costs.
 //!
-//! A side that rests ([`Pace`]) beats thirteen times more seldom, at most. The end that was called, which is the
+//! A side that rests ([`Pace`]) beats seventeen times more seldom, at most. The end that was called, which is the
 //! backup's, is then woken by the other's pulse and answers it, so that it hears at once when that
 //! rests no longer; its own clock only counts where no pulse comes. Who stirs wakes this thread.
 //!
@@ -269,8 +269,8 @@ fn beat(shared: &Shared, socket: &UdpSocket, rhythm: Rhythm) {
         let pause = match (rests, answers) {
             (false, _) => interval,
             (true, false) => rest,
-            // The other side's pulse comes first, if it comes.
-            (true, true) => rest + interval,
+            // The other side's pulse comes first, if it comes. If not, it is time for doubt.
+            (true, true) => rest * 3 / 2,
         };
         // A pulse that was missed is not made up for, and one that came early is none the less one.
         due = (due.min(now) + pause).max(now + pause / 2);

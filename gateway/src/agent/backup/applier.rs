@@ -38,8 +38,6 @@ const NICE: i32 = 0;
 /// How much the spare's clocks are set ahead: at least what a hello takes, so that no clock of the
 /// container steps back at a failover.
 const CLOCK_MARGIN: Duration = Duration::from_millis(5);
-/// Longest sleep of the applier when nothing is due.
-const IDLE: Duration = Duration::from_millis(200);
 /// The warm spare and its place in the network.
 pub(in crate::agent) struct Warm {
     pub(in crate::agent) spare: Spare,
@@ -152,7 +150,7 @@ impl Applier {
                     biased;
                     Some(checkpoint) = checkpoints.recv() => return Next::Checkpoint(checkpoint),
                     Some(order) = orders.recv() => return Next::Order(order),
-                    () = tokio::time::sleep(IDLE) => {}
+                    () = duty.told_to_end() => {}
                 }
             }
         })

@@ -8,6 +8,7 @@ use replicator::ack::CommitProof;
 use replicator::transport::PrimaryLink;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, Instant};
 
 // What the shipper does with a checkpoint that was taken.
@@ -125,29 +126,32 @@ impl Shell {
 /// processor now.
 const TOGETHER: usize = 16;
 const SOON: Duration = Duration::from_millis(20);
-/// How often it is looked whether it is over.
-const PATIENCE: Duration = Duration::from_millis(200);
 
 /// Carries releases out, in order, until the shell is gone or its container's time here ends.
 pub(in crate::agent) fn release_all(
     shell: Arc<Shell>,
-    proofs: std::sync::mpsc::Receiver<CommitProof>,
+    proofs: std::sync::mpsc::Receiver<Option<CommitProof>>,
 ) {
     let mut told = Vec::with_capacity(TOGETHER);
     while !shell.must_end() {
-        match proofs.recv_timeout(if told.is_empty() { PATIENCE } else { SOON }) {
-            Ok(proof) => {
+        let proof = match told.is_empty() {
+            true => proofs.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            false => proofs.recv_timeout(SOON),
+        };
+        match proof {
+            Ok(None) => continue,
+            Ok(Some(proof)) => {
                 shell.release(proof, &mut told);
                 if told.len() < TOGETHER {
                     continue;
                 }
             }
-            Err(std::sync::mpsc::RecvTimeoutError::Timeout) => {}
-            Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => break,
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => break,
         }
         shell.tell(&mut told);
     }
     // What was proven before the end, as in a switchover, leaves.
-    proofs.try_iter().for_each(|proof| shell.release(proof, &mut told));
+    proofs.try_iter().flatten().for_each(|proof| shell.release(proof, &mut told));
     shell.tell(&mut told);
 }

@@ -306,11 +306,11 @@ fn it_rests_with_its_primary() {
 
     b.handle(ms(20), pulse(4, Pace::Rests));
     b.handle(ms(20) + rest, pulse(5, Pace::Rests));
-    assert_eq!(b.handle(ms(20) + rest * 3, Input::Tick), []);
-    assert_eq!(b.pace(), Pace::Doubts, "two pulses were lost");
-    b.handle(ms(80), pulse(6, Pace::Rests));
+    assert_eq!(b.handle(ms(20) + rest * 5 / 2, Input::Tick), []);
+    assert_eq!(b.pace(), Pace::Doubts, "a pulse was lost");
+    b.handle(ms(100), pulse(6, Pace::Rests));
     assert_eq!(b.pace(), Pace::Rests);
     assert_eq!(until_it_acts(&mut b), [ask(1, 2)]);
     assert_eq!(b.pace(), Pace::Usual);
-    assert_eq!(b.silence(ms(170)), ms(90), "five pauses");
+    assert_eq!(b.silence(ms(190)), ms(90), "three pauses");
 }

@@ -297,15 +297,15 @@ fn it_rests_while_nobody_waits_and_the_backup_is_heard() {
     assert_eq!(p.pace(), Pace::Rests, "a checkpoint for which nobody waits");
     p.handle(ms(41) + Config::default().times.rest, Input::Heard(LINK));
     assert_eq!(p.pace(), Pace::Usual, "but it is not acknowledged");
-    p.handle(ms(60), ack(2, 20));
-    p.handle(ms(61), pulse(Pace::Doubts));
+    p.handle(ms(75), ack(2, 20));
+    p.handle(ms(76), pulse(Pace::Doubts));
     assert_eq!(p.pace(), Pace::Usual, "the backup has not heard it");
-    p.handle(ms(62), pulse(Pace::Rests));
+    p.handle(ms(77), pulse(Pace::Rests));
     assert_eq!(p.pace(), Pace::Rests);
-    p.handle(ms(90), Input::Heard(LINK));
-    p.handle(ms(130), Input::Tick);
+    p.handle(ms(110), Input::Heard(LINK));
+    p.handle(ms(155), Input::Tick);
     assert_eq!(p.pace(), Pace::Usual, "it has not heard the backup's pulses");
-    p.handle(ms(131), pulse(Pace::Rests));
-    p.handle(ms(132), Input::HandOver { last: Epoch(3) });
+    p.handle(ms(156), pulse(Pace::Rests));
+    p.handle(ms(157), Input::HandOver { last: Epoch(3) });
     assert_eq!(p.pace(), Pace::Usual, "a switchover is under way");
 }
