@@ -68,7 +68,7 @@ impl StopLoop {
             }
             if more {
                 self.shell.taken();
-                if self.to_ship.send(taken).is_err() {
+                if self.to_ship.blocking_send(taken).is_err() {
                     return Err(CaptureError::Transient("the shipper has ended"));
                 }
             } else {

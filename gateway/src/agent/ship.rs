@@ -6,6 +6,11 @@
 //!
 //! A small checkpoint comes here before its stop was confirmed, and is coded meanwhile: nothing of it leaves
 //! before its [`Verdict`] is known.
+//!
+//! Invariant: the stop thread, which may be real-time, never waits busily for the shipper, which is not: the shipper
+//! may have lost its processor to it. The channels of the standard library do so, with a receiver whose sender is in
+//! the middle of sending; where both share a processor that lasts until the kernel throttles real-time threads, 0.95 s.
+//! Those between the two are tokio's, in which such a receiver sleeps.
 
 use super::primary::Shell;
 use super::stop::Taken;
@@ -18,8 +23,9 @@ use replicator::sys::sched;
 use replicator::transport::link::Closed;
 use replicator::wire::{self, BuildError, CheckpointBuilder, Limits};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender};
 use std::time::Duration;
+use tokio::sync::mpsc::{Receiver, Sender};
+use tokio::sync::oneshot;
 
 /// Ahead of ordinary work, behind everything that is real-time.
 const NICE: i32 = -10;
@@ -43,15 +49,15 @@ enum ShipError {
 
 /// Whether a checkpoint is one, which is known once what its stop has not looked at was looked at: after so long, or
 /// never if it is none.
-pub(super) type Verdict = Receiver<Duration>;
+pub(super) type Verdict = oneshot::Receiver<Duration>;
 
 /// Runs until the stop thread is gone.
-pub(super) fn run(shell: Arc<Shell>, taken: Receiver<Taken>, buffers: SyncSender<Taken>) {
+pub(super) fn run(shell: Arc<Shell>, mut to_ship: Receiver<Taken>, buffers: Sender<Taken>) {
     if let Err(error) = sched::set_nice(NICE) {
         tracing::debug!(%error, "the shipper runs at ordinary priority");
     }
     let mut builder: Option<(LinkId, CheckpointBuilder)> = None;
-    for mut taken in taken {
+    while let Some(mut taken) = to_ship.blocking_recv() {
         // The container stands still until this one is with the backup.
         let hurry = shell.hands_over();
         if hurry && let Err(error) = sched::set_fifo(PRIORITY) {
@@ -73,7 +79,7 @@ pub(super) fn run(shell: Arc<Shell>, taken: Receiver<Taken>, buffers: SyncSender
         }
         // The stop thread holds the other end as long as it runs. It is woken when it can have
         // the buffers.
-        let _ = buffers.send(taken);
+        let _ = buffers.blocking_send(taken);
         shell.shipped(sched::thread_time());
         if hurry && let Err(error) = sched::set_ordinary() {
             tracing::debug!(%error, "real-time for good");
@@ -133,7 +139,7 @@ fn ship(
     let finished = builder.finish(&taken.state, &mut send)?;
     sent?;
     if let Some(verdict) = verdict {
-        let Ok(took) = verdict.recv() else {
+        let Ok(took) = verdict.blocking_recv() else {
             builder.take_back(&taken.pages.runs, &owners);
             return Ok(());
         };
@@ -162,5 +168,49 @@ mod tests {
         let mut batch = Batch { keeps: true, ..Batch::default() };
         assert!((0..5).all(|_| batch.add(frame()).is_none()));
         assert_eq!(batch.frames.len(), 5);
+    }
+
+    /// The one that may be real-time takes what an ordinary one sends, on one processor: it often comes when the
+    /// other is in the middle of sending. It must not wait busily then, or the other one never gets to its end.
+    #[test]
+    fn who_is_real_time_lets_the_sender_end() {
+        use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+        use nix::unistd::Pid;
+        use std::time::Instant;
+        const FOR: Duration = Duration::from_secs(3);
+        let this = Pid::from_raw(0);
+        let allowed = sched_getaffinity(this).expect("its own");
+        let first = (0..CpuSet::count()).find(|cpu| allowed.is_set(*cpu) == Ok(true));
+        let mut one = CpuSet::new();
+        one.set(first.expect("a processor")).expect("it is one");
+        let (send, mut receive) = tokio::sync::mpsc::channel(1 << 10);
+        let begin = Instant::now();
+        let (longest, taken) = std::thread::scope(|scope| {
+            scope.spawn(move || {
+                sched_setaffinity(this, &one).expect("one of its own");
+                while begin.elapsed() < FOR {
+                    let _ = send.try_send(());
+                }
+            });
+            let taker = scope.spawn(move || {
+                sched_setaffinity(this, &one).expect("one of its own");
+                if let Err(error) = sched::set_fifo(PRIORITY) {
+                    eprintln!("SKIPPED: {error}");
+                    return (Duration::ZERO, 1);
+                }
+                let (mut longest, mut taken) = (Duration::ZERO, 0);
+                while begin.elapsed() < FOR {
+                    std::thread::sleep(Duration::from_micros(20));
+                    let since = Instant::now();
+                    while receive.try_recv().is_ok() {
+                        taken += 1;
+                    }
+                    longest = longest.max(since.elapsed());
+                }
+                (longest, taken)
+            });
+            taker.join().expect("no panic")
+        });
+        assert!(taken > 0 && longest < Duration::from_millis(700), "{longest:?}, {taken}");
     }
 }

@@ -35,8 +35,9 @@ use replicator::volume::{VolumeError, Volumes};
 use replicator::{Epoch, Generation};
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 use std::time::{Duration, Instant};
+use tokio::sync::mpsc::{Receiver, Sender};
+use tokio::sync::oneshot;
 
 /// How long a stop that was taken back waits before it is tried again.
 const RETRY: Duration = Duration::from_millis(1);
@@ -187,7 +188,8 @@ pub(super) struct StopLoop {
     /// Its clock starts with `origin`.
     pub(super) pacer: Pacer,
     pub(super) origin: Instant,
-    pub(super) to_ship: SyncSender<Taken>,
+    /// A channel in which nobody waits for a thread that has no processor: see [`ship`](super::ship).
+    pub(super) to_ship: Sender<Taken>,
     pub(super) from_ship: Receiver<Taken>,
     pub(super) epoch: Epoch,
     pub(super) transient_since: Option<Instant>,
@@ -415,7 +417,7 @@ impl StopLoop {
                     taken.files.shrink_to(FILES_KEPT);
                     self.buffers.push(taken);
                 }
-                Err(TryRecvError::Empty | TryRecvError::Disconnected) => return,
+                Err(_) => return,
             }
         }
     }
@@ -508,10 +510,10 @@ impl StopLoop {
         mut taken: Taken,
         stopped: &mut capture::Taken,
     ) -> Result<(), CaptureError> {
-        let (tell, verdict) = sync_channel(1);
+        let (tell, verdict) = oneshot::channel();
         taken.verdict = (!stopped.is_confirmed()).then_some(verdict);
         self.shell.taken();
-        if self.to_ship.send(taken).is_err() {
+        if self.to_ship.blocking_send(taken).is_err() {
             return Err(CaptureError::Transient("the shipper has ended"));
         }
         match self.capturer.confirm(stopped) {

@@ -31,10 +31,9 @@ use replicator::wire::message::Bye;
 use replicator::{Epoch, Generation};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, mpsc};
 
 /// Checkpoints in flight.
 const DEPTH: usize = 4;
@@ -206,8 +205,8 @@ impl Place {
         if self.duty.must_end() {
             shell.end();
         }
-        let (to_ship, taken) = sync_channel(BUFFERS);
-        let (back, from_ship) = sync_channel(BUFFERS);
+        let (to_ship, taken) = mpsc::channel(BUFFERS);
+        let (back, from_ship) = mpsc::channel(BUFFERS);
         let shipper = shell.clone();
         std::thread::Builder::new()
             .name("ship".into())
