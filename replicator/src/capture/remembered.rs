@@ -19,12 +19,22 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 const ESTABLISHED: u8 = 1;
 const LISTEN: u8 = 10;
 const SO_COOKIE: i32 = 57;
-/// Longer queues are read at each stop.
-const KEPT: usize = 64 << 10;
+/// Longer queues are read at each stop, one by one.
+const KEPT: usize = 8 << 20;
+/// Memory that is not given back when a queue becomes short.
+const ROOM: usize = 64 << 10;
 /// Room for so much more than there is in a queue is made, at least.
 const ANSWER: usize = 64;
 /// More than any queue can hold: the numbers are not what they should be.
 const ABSURD: u32 = 1 << 30;
+
+/// Gives a buffer at least this room, and not many times as much.
+fn fit(bytes: &mut Vec<u8>, room: usize) {
+    bytes.reserve(room.saturating_sub(bytes.len()));
+    if bytes.capacity() > ROOM.max(4 * room) {
+        bytes.shrink_to(room);
+    }
+}
 
 /// What is remembered of a TCP socket.
 #[derive(Clone, Debug)]
@@ -68,12 +78,16 @@ impl Queue {
         if here.is_some_and(|here| here <= self.bytes.len()) { self.end } else { start }
     }
 
-    /// Adds bytes that begin at `start`, which may be here in part, and forgets what is before `una`.
+    /// Adds bytes that begin at `start`, which may be here in part, and forgets what is before `una`, if it is
+    /// much.
     fn add(&mut self, una: u32, start: u32, bytes: &[u8]) {
         let end = start.wrapping_add(bytes.len() as u32);
         if self.reaches(una, start) == start && start != una {
             let unneeded = self.bytes.len() - start.wrapping_sub(una) as usize;
-            self.bytes.drain(..unneeded);
+            // What is left is moved, which is worth it if it is the smaller part.
+            if unneeded > self.bytes.len() / 2 {
+                self.bytes.drain(..unneeded);
+            }
             self.bytes.extend_from_slice(bytes);
             self.end = end;
         } else {
@@ -81,11 +95,11 @@ impl Queue {
         }
     }
 
-    /// Makes room for a little more than there is; gives how much there is room for.
+    /// Makes room for a little more than there is; gives how much there is room for. Much more is given back.
     fn make_room(&mut self) -> usize {
-        let more = (self.bytes.len() / 4).max(ANSWER);
-        self.bytes.reserve(more);
-        self.bytes.len() + more
+        let room = self.bytes.len() + (self.bytes.len() / 4).max(ANSWER);
+        fit(&mut self.bytes, room);
+        room
     }
 
     fn keep(&mut self, end: u32, bytes: &[u8]) {
@@ -184,8 +198,8 @@ impl Remembered {
         if let What::Connection(it) = &self.what {
             let connection = self.ready.get_or_insert_with(|| it.clone());
             // With room for what was in its queues of late, and a little more.
-            connection.send_queue.reserve(self.sent.make_room());
-            connection.receive_queue.reserve(self.received.make_room());
+            fit(&mut connection.send_queue, self.sent.make_room());
+            fit(&mut connection.receive_queue, self.received.make_room());
         }
         true
     }

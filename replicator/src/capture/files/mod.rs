@@ -93,8 +93,11 @@ struct Asked {
     queues: Vec<Still>,
 }
 
-/// So many queues, or more, are read before the stop as well.
+/// So many queues, or so many bytes of them, are read before the stop as well.
 const MANY_QUEUES: usize = 8;
+const MANY_BYTES: u64 = 64 << 10;
+/// How often queues are read in a stop that the kernel is still sending from.
+const TRIES: usize = 3;
 
 impl Memory {
     /// The container's root is an overlay with this upper layer.
@@ -214,15 +217,17 @@ impl Files {
     /// was not read before. What is not read so is read one by one, later.
     pub(super) fn read_queues(&mut self, memory: &mut Memory) {
         let Memory { queues: Some(Some(reader)), asked, .. } = memory else { return };
-        self.ask_for_queues(asked);
-        if asked.queues.is_empty() {
-            return;
-        }
-        let read = reader.still(&asked.queues, |nth, bytes| {
-            let _ = self.learn(asked.of[nth], asked.queues[nth].from, bytes);
-        });
-        if let Err(error) = read {
-            tracing::debug!(%error, "send queues are read one by one");
+        for _ in 0..TRIES {
+            self.ask_for_queues(asked);
+            if asked.queues.is_empty() {
+                return;
+            }
+            let read = reader.still(&asked.queues, |nth, bytes| {
+                let _ = self.learn(asked.of[nth], asked.queues[nth].from, bytes);
+            });
+            if let Err(error) = read {
+                tracing::debug!(%error, "send queues are read once more, or one by one");
+            }
         }
     }
 
@@ -231,7 +236,8 @@ impl Files {
     pub(super) fn read_queues_ahead(&mut self, memory: &mut Memory) {
         let Memory { queues: Some(Some(reader)), asked, .. } = memory else { return };
         self.ask_for_queues(asked);
-        if asked.queues.len() < MANY_QUEUES {
+        let lens = asked.queues.iter().map(|q| u64::from(q.end.wrapping_sub(q.from)));
+        if asked.queues.len() < MANY_QUEUES && lens.sum::<u64>() < MANY_BYTES {
             return;
         }
         let read = reader.moving(&asked.queues, |nth, start, bytes| {

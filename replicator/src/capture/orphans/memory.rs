@@ -120,25 +120,40 @@ impl Memory {
     ///
     /// # Errors
     /// EFAULT: one of them is not there.
-    pub(super) fn follow(
+    pub(super) fn follow(&mut self, from: Range, next: usize, count: usize) -> SysResult<Vec<u8>> {
+        let mut out = Vec::new();
+        self.follow_into(from, next, count, &mut out)?;
+        Ok(out)
+    }
+
+    /// As [`Memory::follow`], to memory that is used again; what was in it is gone.
+    pub(super) fn follow_into(
         &mut self,
         (mut at, len): Range,
         next: usize,
         count: usize,
-    ) -> SysResult<Vec<u8>> {
-        let mut out = Vec::with_capacity(len * count);
-        while out.len() < len * count {
+        out: &mut Vec<u8>,
+    ) -> SysResult<()> {
+        out.clear();
+        out.reserve(len * count);
+        let mut requests = std::mem::take(&mut self.requests);
+        let mut read = Ok(());
+        while read.is_ok() && out.len() < len * count {
             let some = (count - out.len() / len).min(MOST).min(ROOM / len);
             let source = |i: usize| match i.checked_sub(1) {
                 None => Source::At(at),
                 Some(before) => Source::In(before * len + next),
             };
-            let requests: Vec<_> = (0..some).map(|i| (source(i), len)).collect();
-            self.copy(&requests, &mut out)?;
-            let last = &out[out.len() - len + next..][..8];
-            at = u64::from_ne_bytes(last.try_into().expect("eight bytes"));
+            requests.clear();
+            requests.extend((0..some).map(|i| (source(i), len)));
+            read = self.copy(&requests, out);
+            if read.is_ok() {
+                let last = &out[out.len() - len + next..][..8];
+                at = u64::from_ne_bytes(last.try_into().expect("eight bytes"));
+            }
         }
-        Ok(out)
+        self.requests = requests;
+        read
     }
 
     /// One run.

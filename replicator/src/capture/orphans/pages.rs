@@ -72,7 +72,7 @@ impl Known {
         set(listener.as_fd(), libc::SO_RCVBUF, WINDOW)?;
         let to = (Ipv4Addr::LOCALHOST, listener.local_addr()?.port());
         let mut stream = TcpStream::connect(to)?;
-        set(stream.as_fd(), libc::SO_SNDBUFFORCE, 4 * WRITTEN as i32)?;
+        set(stream.as_fd(), libc::SO_SNDBUFFORCE, 4 * WRITTEN.max(len) as i32)?;
         stream.set_nonblocking(true)?;
         let written: Vec<u8> = std::iter::repeat_with(|| fastrand::u8(..)).take(len).collect();
         stream.write_all(&written)?;
