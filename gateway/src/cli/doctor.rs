@@ -13,6 +13,7 @@ use anyhow::Result;
 use netns_tools::cgroup::Cgroup;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::utsname::uname;
+use replicator::bypass::Bypass;
 use replicator::capture::Orphans;
 use replicator::sys::{SysError, pidfd, probe, procmap::ProcMap};
 use replicator::young::Door;
@@ -133,6 +134,13 @@ fn checks() -> Vec<Check> {
             },
             "boot a kernel with BPF_SYSCALL and DEBUG_INFO_BTF; without it what a program writes \
              and closes at once, beyond some 14 KB, is lost with its host",
+        )
+        .optional(),
+        Check::of(
+            "around the gateway",
+            said(Bypass::probe()),
+            "boot a kernel with BPF_SYSCALL, NET_XGRESS and MEMBARRIER, and without nohz_full; without it \
+             a container that is not protected speaks through the gateway, too, which is slower",
         )
         .optional(),
         Check::of(

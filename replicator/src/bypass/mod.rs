@@ -17,7 +17,8 @@
 mod program;
 
 use crate::sys::bpf::{self, Words};
-use crate::sys::{SysError, SysResult};
+use crate::sys::{SysError, SysResult, grace};
+use nix::sched::{CloneFlags, unshare};
 use program::{From, key};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -69,10 +70,32 @@ impl Bypass {
     /// carries anything.
     ///
     /// # Errors
-    /// The kernel refuses: CAP_BPF and CAP_NET_ADMIN are needed.
+    /// The kernel refuses: CAP_BPF and CAP_NET_ADMIN are needed. Or it could not be closed, as the kernel does not wait for
+    /// what processors are in the middle of (nohz_full).
     pub fn new() -> SysResult<Self> {
+        grace::is_possible()?;
         let flows = bpf::forgetful_map(program::KEY, program::VALUE, MAX)?;
         Ok(Self { flows, words: Words::new(program::WORDS)?, tied: Vec::new() })
+    }
+
+    /// Whether this kernel can do it: ties the programs to the loopback of a network namespace that is made for that.
+    ///
+    /// # Errors
+    /// It cannot.
+    ///
+    /// # Panics
+    /// Never: the thread that tries does not.
+    pub fn probe() -> SysResult<()> {
+        let inside = || {
+            unshare(CloneFlags::CLONE_NEWNET)
+                .map_err(|e| SysError::errno("unshare", "the network", e as i32))?;
+            let mut bypass = Self::new()?;
+            let side = Side { device: 1, cable: 1 };
+            bypass.tie_inner(side)?;
+            bypass.tie_outer(side)?;
+            bypass.close().map(drop)
+        };
+        std::thread::scope(|scope| scope.spawn(inside).join().expect("no panic"))
     }
 
     /// Ties programs to the container's side, in the calling thread's network namespace.
@@ -154,9 +177,11 @@ impl Bypass {
         // And here, until none is between the cable and the device's queue.
         drop(arriving);
         let to_the_devices = until_drained();
+        // The last ones may be out of the queues, and in the hands of a processor.
+        let handled = grace::wait_for_processors();
         let count = |word| words.at(word).load(Relaxed);
         let bypassed = Bypassed { out_frames: count(program::OUT), in_frames: count(program::IN) };
-        through_the_cable.and(to_the_devices).map(|()| bypassed)
+        through_the_cable.and(to_the_devices).and(handled).map(|()| bypassed)
     }
 }
 
@@ -219,17 +244,7 @@ mod tests {
 
     #[test]
     fn the_kernel_takes_the_programs() {
-        let mut bypass = Bypass::new().expect("run as root");
-        // Loopback of a new namespace: there is no other device for sure.
-        std::thread::spawn(move || {
-            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
-            let side = Side { device: 1, cable: 1 };
-            bypass.tie_inner(side).unwrap();
-            bypass.tie_outer(side).unwrap();
-            assert_eq!(bypass.close().unwrap(), Bypassed::default());
-        })
-        .join()
-        .unwrap();
+        Bypass::probe().expect("run as root");
     }
 
     #[test]

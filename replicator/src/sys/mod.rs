@@ -8,6 +8,7 @@ pub mod bpf;
 pub mod descriptors;
 pub mod error;
 pub mod file_range;
+pub(crate) mod grace;
 pub mod inet_diag;
 pub mod inotify;
 pub mod limits;
