@@ -8,8 +8,9 @@ use super::codec::{self, Seal};
 use super::delta::{Coding, Page, PageCoder};
 use super::files;
 use super::message::{CheckpointEnd, Kind};
+use super::queues::{self, LongQueue};
 use super::shadow::{PageKey, Shadow};
-use super::state::{PIECE, encode_piece};
+use super::state::{PIECE, Pieces};
 use super::{Limits, Message};
 use crate::image::State;
 use crate::image::pages::{Content, PAGE, PageSet, Run};
@@ -91,14 +92,21 @@ pub struct Finished {
     pub bytes: u64,
 }
 
+/// A state that was sent.
+#[derive(Default)]
+struct Sent {
+    bytes: Vec<u8>,
+    queues: Vec<LongQueue>,
+}
+
 /// Puts the checkpoints of one connection into frames. It holds the shadow of what was sent.
 pub struct CheckpointBuilder {
     shadow: Shadow,
     coder: PageCoder,
     limits: Limits,
-    state: Vec<u8>,
+    state: Sent,
     /// The state before it, and the epoch before [`CheckpointBuilder::last`].
-    before: (Vec<u8>, Epoch),
+    before: (Sent, Epoch),
     generation: Generation,
     epoch: Epoch,
     /// The epoch that was finished last.
@@ -118,8 +126,8 @@ impl CheckpointBuilder {
             shadow: Shadow::new(limits.pages),
             coder: PageCoder::default(),
             limits,
-            state: Vec::new(),
-            before: (Vec::new(), Epoch::NONE),
+            state: Sent::default(),
+            before: (Sent::default(), Epoch::NONE),
             generation: Generation::default(),
             epoch: Epoch::NONE,
             last: Epoch::NONE,
@@ -148,7 +156,7 @@ impl CheckpointBuilder {
     ) -> Bytes {
         if full {
             self.shadow.clear();
-            self.state.clear();
+            self.state = Sent::default();
         }
         self.shadow.begin();
         self.generation = generation;
@@ -232,17 +240,21 @@ impl CheckpointBuilder {
         if encoded.len() > cap {
             return Err(BuildError::StateTooLarge { len: encoded.len(), cap });
         }
-        let mut at = 0;
+        let queues = queues::find(state, &encoded);
+        let before = std::mem::take(&mut self.state);
+        let jumps = queues::jumps(&before.queues, &queues);
+        let mut pieces = Pieces::new(&before.bytes, &encoded, &jumps);
         for offset in (0..encoded.len()).step_by(PIECE) {
             let mut out = Vec::with_capacity(codec::HEADER + PIECE + PIECE / 8);
             codec::open(&mut out);
-            encode_piece(&self.state, &encoded, offset, &mut at, &mut self.coder, &mut out);
+            pieces.encode(offset, &mut self.coder, &mut out);
             let seal = self.seal(&mut out, Kind::StateChunk);
             self.count_chunk(&seal, out.len());
             send(out.into());
         }
         self.sums.state_bytes = encoded.len() as u64;
-        self.before = (std::mem::replace(&mut self.state, encoded), self.last);
+        self.state = Sent { bytes: encoded, queues };
+        self.before = (before, self.last);
         // The backup drops pages of processes that ended before the stop; so does the shadow.
         let owners = state.owners();
         for pid in self.touched.drain(..) {

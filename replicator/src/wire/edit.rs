@@ -3,7 +3,8 @@
 //! What is alike is copied, from where the last copy has ended or some bytes further or nearer, and what is new
 //! follows. Made for states: most of them is as before at the same place, numbers differ in place, and now and
 //! then something has grown or shrunk and moves all behind it. There comparing is a tenth of the work of LZ4,
-//! whose table is filled with all that could be copied before a byte is looked at.
+//! whose table is filled with all that could be copied before a byte is looked at. What has moved far is found where
+//! the caller says so.
 //!
 //! ```text
 //! skip (signed), bytes to copy, new bytes: a number of variable length each; then the new bytes; and so on
@@ -26,26 +27,46 @@ const WINDOW: usize = 16 << 10;
 /// Bytes that may have changed beside what has grown or shrunk, such as its length.
 const BESIDE: usize = 4;
 
+/// From this place of the new string on it is likely to go on as the old one does at that place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Jump {
+    pub(super) new: usize,
+    pub(super) old: usize,
+}
+
+/// A string to be coded, and what is known of it.
+#[derive(Clone, Copy)]
+pub(super) struct Job<'a> {
+    pub(super) old: &'a [u8],
+    pub(super) new: &'a [u8],
+    /// In the order of their places in `new`.
+    pub(super) jumps: &'a [Jump],
+    /// Where a decoder begins in the old one.
+    pub(super) origin: usize,
+}
+
 /// Appends to `out` what makes `new` of `old`, and moves `at`, where the copying begins, to where it has ended.
-/// `origin` is where a decoder begins. Says no, and leaves both as they were, if that takes more than `most` bytes.
-pub(super) fn encode(
-    old: &[u8],
-    origin: usize,
-    at: &mut usize,
-    new: &[u8],
-    most: usize,
-    out: &mut Vec<u8>,
-) -> bool {
+/// Says no, and leaves both as they were, if that takes more than `most` bytes.
+pub(super) fn encode(job: Job<'_>, at: &mut usize, most: usize, out: &mut Vec<u8>) -> bool {
+    let Job { old, new, jumps, origin } = job;
     let begin = out.len();
-    let (mut from, mut i, mut skip) = (*at, 0, *at as i64 - origin as i64);
+    // Where a decoder is.
+    let mut there = origin;
+    let (mut from, mut i) = (*at, 0);
+    let mut jumps = jumps.iter().filter(|jump| jump.old <= old.len()).peekable();
     loop {
-        let alike = common(&old[from..], &new[i..]);
+        while let Some(jump) = jumps.next_if(|jump| jump.new <= i) {
+            from = if jump.new == i { jump.old } else { from };
+        }
+        let end = jumps.peek().map_or(new.len(), |jump| jump.new.min(new.len()));
+        put(out, zigzag(from as i64 - there as i64));
+        let alike = common(&old[from..], &new[i..end]);
         (from, i) = (from + alike, i + alike);
-        let step = match i < new.len() {
-            true => in_step(&old[from..], &new[i..]),
+        there = from;
+        let step = match i < end {
+            true => in_step(&old[from..], &new[i..end]),
             false => Step { new: 0, old: 0 },
         };
-        put(out, zigzag(skip));
         put(out, alike as u64);
         put(out, step.new as u64);
         if out.len() - begin + step.new > most {
@@ -53,7 +74,7 @@ pub(super) fn encode(
             return false;
         }
         out.extend_from_slice(&new[i..i + step.new]);
-        (i, from, skip) = (i + step.new, from + step.old, step.old as i64);
+        (i, from) = (i + step.new, from + step.old);
         if i == new.len() {
             *at = from;
             return true;
@@ -165,7 +186,8 @@ mod tests {
             let origin = (n * 1000).min(old.len());
             at = if n == 0 { origin } else { at };
             let mut out = vec![7];
-            assert!(encode(old, origin, &mut at, piece, usize::MAX, &mut out));
+            let job = Job { old, new: piece, jumps: &[], origin };
+            assert!(encode(job, &mut at, usize::MAX, &mut out));
             assert!(at <= old.len());
             let mut back = vec![0; piece.len()];
             decode(old, origin, &out[1..], &mut back).expect("well formed");
@@ -192,11 +214,53 @@ mod tests {
     fn what_would_be_too_long_is_left_alone() {
         let mut out = vec![1, 2];
         let mut at = 3;
-        assert!(!encode(&[0; 100], 0, &mut at, &[5; 100], 50, &mut out));
+        let job = Job { old: &[0; 100], new: &[5; 100], jumps: &[], origin: 0 };
+        assert!(!encode(job, &mut at, 50, &mut out));
         assert_eq!((at, out), (3, vec![1, 2]));
     }
 
+    #[test]
+    fn what_has_moved_far_is_found_where_it_is_said_to_be() {
+        let mut rng = fastrand::Rng::with_seed(5);
+        let mut random = |len: usize| (0..len).map(|_| rng.u8(..)).collect::<Vec<u8>>();
+        let (old, tail) = (random(200_000), random(100));
+        let new = [&old[70_000..80_000], &tail, &old[150_000..160_000]].concat();
+        let jumps = [Jump { new: 0, old: 70_000 }, Jump { new: 10_100, old: 150_000 }];
+        let code = |jumps| {
+            let (mut at, mut out) = (0, Vec::new());
+            let job = Job { old: &old, new: &new, jumps, origin: 0 };
+            let coded = encode(job, &mut at, new.len(), &mut out);
+            let mut back = vec![0; new.len()];
+            assert!(!coded || decode(&old, 0, &out, &mut back).is_some() && back == new);
+            coded.then_some((out.len(), at))
+        };
+        let (len, at) = code(&jumps).expect("coded");
+        assert!((100..140).contains(&len) && at == 160_000, "{len}, {at}");
+        assert_eq!(code(&[]), None);
+        // Wrong ones, and those that lead nowhere, only cost bytes.
+        let wrong =
+            [Jump { new: 5, old: 3 }, Jump { new: 5, old: 200_000 }, Jump { new: 6, old: 200_001 }];
+        assert_eq!(code(&wrong), None);
+        assert!(code(&[jumps[0], Jump { new: 9_000, old: 200_001 }, jumps[1]]).is_some());
+    }
+
     proptest! {
+        #[test]
+        fn decoding_gives_it_back_whatever_is_said_of_jumps(
+            old in prop::collection::vec(0u8..4, 0..3_000),
+            new in prop::collection::vec(0u8..4, 0..3_000),
+            mut jumps in prop::collection::vec((0..4_000usize, 0..4_000usize), 0..12),
+        ) {
+            jumps.sort_unstable();
+            let jumps: Vec<Jump> = jumps.into_iter().map(|(new, old)| Jump { new, old }).collect();
+            let (mut at, mut out) = (0, Vec::new());
+            let job = Job { old: &old, new: &new, jumps: &jumps, origin: 0 };
+            prop_assert!(encode(job, &mut at, usize::MAX, &mut out));
+            prop_assert!(at <= old.len());
+            let mut back = vec![0; new.len()];
+            prop_assert!(decode(&old, 0, &out, &mut back).is_some() && back == new);
+        }
+
         #[test]
         fn decoding_gives_it_back(
             old in prop::collection::vec(0u8..4, 0..5_000),

@@ -30,6 +30,7 @@ mod edit;
 mod files;
 pub mod message;
 pub mod pulse;
+mod queues;
 pub mod shadow;
 mod state;
 

@@ -8,13 +8,14 @@
 
 use super::codec::WireError;
 use super::delta::PageCoder;
-use super::edit;
+use super::edit::{self, Job, Jump};
 use super::message::Kind;
 use crate::image::pages::PAGE;
 use lz4_flex::block::{
     compress_into, compress_into_with_dict, decompress_into, decompress_into_with_dict,
     get_maximum_output_size,
 };
+use smallvec::SmallVec;
 
 /// Bytes of state in one chunk.
 pub(super) const PIECE: usize = 32 << 10;
@@ -46,16 +47,50 @@ fn origin(before: &[u8], offset: usize) -> usize {
     offset.min(before.len())
 }
 
-/// Appends the payload of the chunk that holds the piece at `offset`. `at` is where the state before goes on
-/// with what follows the pieces so far, as far as that is known: 0 at first.
-pub(super) fn encode_piece(
+/// A state that is coded piece by piece, from the first to the last.
+pub(super) struct Pieces<'a> {
+    before: &'a [u8],
+    state: &'a [u8],
+    /// Where it goes on in the state before.
+    jumps: &'a [Jump],
+    /// Where the state before goes on with what follows the pieces so far, as far as that is known.
+    at: usize,
+}
+
+impl<'a> Pieces<'a> {
+    pub(super) fn new(before: &'a [u8], state: &'a [u8], jumps: &'a [Jump]) -> Self {
+        Self { before, state, jumps, at: 0 }
+    }
+
+    /// Those of this piece, from its begin.
+    fn jumps(&self, offset: usize, len: usize) -> SmallVec<[Jump; 4]> {
+        let first = self.jumps.partition_point(|jump| jump.new < offset);
+        let its = self.jumps[first..].iter().take_while(|jump| jump.new < offset + len);
+        its.map(|jump| Jump { new: jump.new - offset, ..*jump }).collect()
+    }
+
+    /// Appends the payload of the chunk that holds the piece at `offset`.
+    pub(super) fn encode(&mut self, offset: usize, coder: &mut PageCoder, out: &mut Vec<u8>) {
+        let len = self.state.len().min(offset + PIECE) - offset;
+        let jumps = self.jumps(offset, len);
+        let Self { before, state, at, .. } = self;
+        if !encode_piece(before, state, offset, (at, &jumps), coder, out) {
+            let aligned = Jump { new: 0, old: origin(before, offset) };
+            let last = jumps.last().unwrap_or(&aligned);
+            *at = (last.old + len - last.new).min(before.len());
+        }
+    }
+}
+
+/// Appends the payload of the chunk that holds the piece at `offset`. Whether it is edits, and `at` has moved.
+fn encode_piece(
     before: &[u8],
     state: &[u8],
     offset: usize,
-    at: &mut usize,
+    (at, jumps): (&mut usize, &[Jump]),
     coder: &mut PageCoder,
     out: &mut Vec<u8>,
-) {
+) -> bool {
     let piece = &state[offset..state.len().min(offset + PIECE)];
     out.extend_from_slice(&(state.len() as u32).to_le_bytes());
     out.extend_from_slice(&(offset as u32).to_le_bytes());
@@ -63,18 +98,19 @@ pub(super) fn encode_piece(
     out.push(EDITS);
     let origin = origin(before, offset);
     let (most, mut next) = (piece.len() - piece.len() / SAVED, *at);
-    let edited = !before.is_empty() && edit::encode(before, origin, &mut next, piece, most, out);
+    let job = Job { old: before, new: piece, jumps, origin };
+    let edited = !before.is_empty() && edit::encode(job, &mut next, most, out);
     let short = edited && out.len() - body <= piece.len() / SHORT;
     let dense = !short && is_dense(piece, coder);
     if short || edited && dense {
         *at = next;
-        return;
+        return true;
     }
-    *at = (origin + piece.len()).min(before.len());
     out.truncate(body);
     if dense {
         out[tag] = RAW;
-        return out.extend_from_slice(piece);
+        out.extend_from_slice(piece);
+        return false;
     }
     out.resize(body + get_maximum_output_size(piece.len()), 0);
     let dict = dictionary(before, offset);
@@ -93,6 +129,7 @@ pub(super) fn encode_piece(
             out.extend_from_slice(piece);
         }
     }
+    false
 }
 
 /// Whether LZ4 would save next to nothing of a piece, judged by two pages of it.
@@ -157,14 +194,19 @@ mod tests {
     use proptest::prelude::*;
 
     fn round_trip(before: &[u8], state: &[u8]) -> usize {
-        let (mut back, mut sent, mut at) = (Vec::new(), 0, 0);
+        round_trip_with(before, state, &[])
+    }
+
+    fn round_trip_with(before: &[u8], state: &[u8], jumps: &[Jump]) -> usize {
+        let (mut back, mut sent) = (Vec::new(), 0);
+        let mut pieces = Pieces::new(before, state, jumps);
         let mut coder = PageCoder::default();
         for offset in (0..state.len()).step_by(PIECE) {
             let mut out = Vec::new();
-            encode_piece(before, state, offset, &mut at, &mut coder, &mut out);
+            pieces.encode(offset, &mut coder, &mut out);
             sent += out.len();
             assert!(out.len() <= Kind::StateChunk.cap());
-            decode_piece(before, 0, &out, 1 << 20, &mut back).unwrap();
+            decode_piece(before, 0, &out, 4 << 20, &mut back).unwrap();
         }
         assert!(back == state);
         sent
@@ -194,6 +236,30 @@ mod tests {
         assert!((10 * new..10 * new + 400).contains(&sent), "{sent}");
         let text = b"the same words, again and again. ".repeat(10_000);
         assert!(round_trip(&before, &text) < text.len() / 20);
+    }
+
+    /// Each of four queues loses its first part and gets another behind its end.
+    #[test]
+    fn of_queues_only_what_is_new_travels() {
+        let mut rng = fastrand::Rng::with_seed(4);
+        let mut random = |len: usize| (0..len).map(|_| rng.u8(..)).collect::<Vec<u8>>();
+        let (len, fresh) = (8 * PIECE, 3 * PIECE);
+        let (mut before, mut state, mut jumps) = (random(500), random(500), Vec::new());
+        for gone in [3 * PIECE, PIECE / 2, 7 * PIECE, 0] {
+            let (head, queue, new) = (random(200), random(len), random(fresh));
+            before.extend_from_slice(&head);
+            state.extend_from_slice(&head);
+            jumps.push(Jump { new: state.len(), old: before.len() + gone });
+            before.extend_from_slice(&queue);
+            state.extend_from_slice(&queue[gone..]);
+            state.extend_from_slice(&new);
+            jumps.push(Jump { new: state.len(), old: before.len() });
+        }
+        let sent = round_trip_with(&before, &state, &jumps);
+        // Pieces that are new for the most part travel whole.
+        assert!((4 * fresh..4 * (fresh + PIECE / 2)).contains(&sent), "{sent}");
+        let without = round_trip(&before, &state);
+        assert!(without > 2 * sent, "{without}");
     }
 
     proptest! {
