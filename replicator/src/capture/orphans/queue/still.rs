@@ -6,10 +6,10 @@
 //! first that is not (it may have been joined with the next, which is free then and looks as before), and of their bytes
 //! those that the socket has not noted as acknowledged after all that, which it does before it frees anything.
 //!
-//! An entry that was freed may be one of another connection at once, with sequence numbers that fit as well. So the walk
-//! proves nothing yet: what it has found is looked at three times, and an entry counts if the second look has a way to it
-//! from the heads of its queue, over entries that were the same at the first and the third. Whoever was the same belonged
-//! to one queue from the first look to the third, and so do the neighbours that it had in between.
+//! And an entry that was freed may be one of another connection at once, with sequence numbers that fit as well. So the
+//! walk proves nothing yet then: what it has found is looked at three times, and an entry counts if the second look has a
+//! way to it from the heads of its queue, over entries that were the same at the first and the third. Whoever was the same
+//! belonged to one queue from the first look to the third, and so do the neighbours that it had in between.
 
 use super::{Entry, EntryPlaces, Memory, Pages, Places, Range, behind, join};
 use crate::sys::SysResult;
@@ -110,16 +110,13 @@ impl Reader {
         queues: &[Still],
         mut tell: impl FnMut(usize, &[u8]),
     ) -> SysResult<()> {
-        self.look(&mut access, queues)?;
-        // Nothing is acknowledged in a stop.
-        self.find_ways(|_, _| true);
+        self.look(&mut access, queues, false)?;
         let Self { found, odd, bytes, whole, .. } = self;
         for (nth, queue, found) in of_each(queues, found) {
-            let wanted = found.iter().filter(|f| f.is_wanted(queues));
-            if odd[nth] || !wanted.clone().all(|f| f.sure) {
+            if odd[nth] || !found.iter().all(|f| f.same) {
                 continue;
             }
-            let pieces = wanted.map(|f| (&f.entry, f.bytes(bytes)));
+            let pieces = found.iter().map(|f| (&f.entry, f.bytes(bytes)));
             if join(pieces, queue.from, queue.end, whole) == Some(false) {
                 tell(nth, whole);
             }
@@ -138,7 +135,7 @@ impl Reader {
         queues: &[Still],
         mut tell: impl FnMut(usize, u32, &[u8]),
     ) -> SysResult<()> {
-        self.look(&mut access, queues)?;
+        self.look(&mut access, queues, true)?;
         // Last of all.
         let Access { memory, places, .. } = access;
         let Self { ranges, structures, now, .. } = self;
@@ -162,9 +159,14 @@ impl Reader {
     }
 
     /// Finds the entries of queues, all of their bytes that are wanted, and whether each entry was the same after those were
-    /// read. In the order of queues and bytes.
-    fn look(&mut self, access: &mut Access<'_>, queues: &[Still]) -> SysResult<()> {
+    /// read. In the order of queues and bytes. If they move, with the links for [`Reader::find_ways`], and entries that are
+    /// not wanted and lead to others.
+    fn look(&mut self, access: &mut Access<'_>, queues: &[Still], moving: bool) -> SysResult<()> {
         self.walk(access, queues)?;
+        self.found.retain(|f| !self.odd[f.of] && (moving || f.is_wanted(queues)));
+        if moving {
+            self.link(access, queues)?;
+        }
         self.describe(access, queues)?;
         let Self { found, odd, ranges, bytes, .. } = self;
         ranges.clear();
@@ -269,31 +271,38 @@ impl Reader {
         Ok(())
     }
 
-    /// Adds what the entries have in pages, and how they hang together now.
-    fn describe(&mut self, access: &mut Access<'_>, queues: &[Still]) -> SysResult<()> {
-        let Self { found, odd, heads, ranges, structures, .. } = self;
-        let Places { socket, entry, shared } = access.places;
-        found.retain(|f| !odd[f.of]);
+    /// Notes how the entries hang together now.
+    fn link(&mut self, access: &mut Access<'_>, queues: &[Still]) -> SysResult<()> {
+        let Self { found, heads, ranges, structures, .. } = self;
+        let Places { socket, entry, .. } = access.places;
+        let heads_of = |q: &Still| [socket.list, socket.tree].map(|m| (q.at + m.offset as u64, 8));
         ranges.clear();
-        ranges.extend(queues.iter().flat_map(|q| {
-            [(q.at + socket.list.offset as u64, 8), (q.at + socket.tree.offset as u64, 8)]
-        }));
-        ranges.extend(
-            found.iter().flat_map(|f| [(f.entry.at, entry.size), (f.entry.shared, shared.size)]),
-        );
+        ranges.extend(queues.iter().flat_map(heads_of));
+        ranges.extend(found.iter().map(|f| (f.entry.at, entry.size)));
         access.memory.read_into(ranges, structures)?;
         let (of_queues, of_entries) = structures.split_at(16 * queues.len());
         heads.clear();
         heads.extend(of_queues.as_chunks::<16>().0.iter().map(|bytes| {
             [0, 8].map(|at| u64::from_ne_bytes(bytes[at..at + 8].try_into().expect("eight bytes")))
         }));
-        let of_entries = of_entries.chunks_exact(entry.size + shared.size);
-        for (f, bytes) in found.iter_mut().zip(of_entries) {
-            let (bytes, more) = bytes.split_at(entry.size);
-            // Of one that only leads to others the rest does not matter.
-            odd[f.of] |= f.is_wanted(queues) && !f.entry.learn(shared, more);
+        for (f, bytes) in found.iter_mut().zip(of_entries.chunks_exact(entry.size)) {
             // Where a list has the next, a tree has what is above, and its colour in the last bits.
             f.links = [entry.next, entry.left, entry.right].map(|link| link.value(bytes) & !3);
+        }
+        Ok(())
+    }
+
+    /// Adds what the entries that are wanted have in pages.
+    fn describe(&mut self, access: &mut Access<'_>, queues: &[Still]) -> SysResult<()> {
+        let Self { found, odd, ranges, structures, .. } = self;
+        let size = access.places.shared.size;
+        let wanted = |f: &&mut Found| f.is_wanted(queues);
+        ranges.clear();
+        ranges.extend(found.iter_mut().filter(wanted).map(|f| (f.entry.shared, size)));
+        access.memory.read_into(ranges, structures)?;
+        let wanted = found.iter_mut().filter(wanted);
+        for (f, bytes) in wanted.zip(structures.chunks_exact(size)) {
+            odd[f.of] |= !f.entry.learn(&access.places.shared, bytes);
         }
         Ok(())
     }
